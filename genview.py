@@ -1,0 +1,568 @@
+"""What the scripts of this project share: pictures and their generated views, the two augmentations, the frozen encoder,
+the foreground component, and helpers for devices, processes and checkpoints.
+
+Legend of the shapes: N images, S side of a view in pixels, T tokens (positions of a feature map), K features of a token.
+"""
+import json
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torchvision.ops import roi_align
+
+# Views are normalised with CLIP's numbers throughout, so that one tensor feeds the frozen encoder and the trained one.
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IN_MEMORY_SIZE = 64           # pictures up to this side are kept in memory as one uint8 tensor and augmented in batches
+FIT_IMAGES = 10_000           # images the foreground component is fitted on (release)
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+
+
+class Trouble(Exception):
+    """Something that the user can put right: shown as one line, exit status 2."""
+
+
+def run(main):
+    """Runs a script's main function and turns trouble into one line on stderr."""
+    try:
+        main()
+    except Trouble as trouble:                     # a loader's worker hands over its whole traceback: keep the last line
+        sys.exit(_report(str(trouble).strip().splitlines()[-1].removeprefix("genview.Trouble: "), 2))
+    except KeyboardInterrupt:
+        sys.exit(_report("interrupted; the same command goes on from the last finished file, training with --resume", 130))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _report(message, status):
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+# ---------------------------------------------------------------------------------------------------- pictures and views
+
+class Images(NamedTuple):
+    """A labelled set of N pictures: small ones in memory, large ones as files."""
+    names: list          # relative to the data folder: "train/cat/0001.jpg"; CIFAR's own files: "train/00001"
+    labels: torch.Tensor                           # (N,), -1 where unknown
+    num_classes: int
+    pixels: torch.Tensor = None                    # (N, 3, S, S) uint8, or None: read the files below root
+    root: Path = None
+
+    def pil(self, index):
+        """The picture as PIL's RGB image; Trouble where it cannot be read."""
+        if self.pixels is not None:
+            return Image.fromarray(self.pixels[index].permute(1, 2, 0).numpy())
+        return open_image(self.root / self.names[index])
+
+
+def open_image(path):
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:                     # PIL raises OSError, SyntaxError, ValueError, DecompressionBombError
+        raise Trouble(f"{path} cannot be read as an image ({' '.join(str(error).split())}); "
+                      f"mend or remove it, or leave such images out with --skip-bad") from None
+
+
+def square(image, size):
+    """The central square of a PIL image, resized to size x size."""
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+
+
+def to_tensor(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)                       # (3, H, W) uint8
+
+
+def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=False):
+    """Reads one of the data sets: shapes, cifar10, cifar100, imagenet or folder.
+
+    Args:
+        data_dir: where it lies. CIFAR is downloaded there, unless it has a train/ folder: then it is read as a folder.
+        split: "train" or "test" (val/ is looked for as well).
+        image_size: S; folders of pictures are read into memory up to IN_MEMORY_SIZE.
+        limit: use so many images, evenly spaced over the set.
+    Returns:
+        Images.
+    Raises:
+        Trouble: the data is not there or cannot be read.
+    """
+    if dataset == "shapes":
+        import shapes
+        scenes = shapes.split(split)
+        images = Images([f"{split}/{i:05d}" for i in range(len(scenes.shape))], scenes.shape, 10, shapes.render(scenes))
+    elif dataset.startswith("cifar") and not (Path(data_dir) / "train").is_dir():
+        images = _read_cifar(dataset, data_dir, split)
+    else:
+        images = _find_files(Path(data_dir), split)
+    if limit is not None and limit < len(images.names):
+        keep = torch.linspace(0, len(images.names) - 1, limit).round().long()
+        images = images._replace(names=[images.names[i] for i in keep.tolist()], labels=images.labels[keep],
+                                 pixels=None if images.pixels is None else images.pixels[keep])
+    return _into_memory(images, image_size, skip_bad) if images.pixels is None and image_size <= IN_MEMORY_SIZE else images
+
+
+def _read_cifar(dataset, data_dir, split):
+    reader = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[dataset]
+    try:
+        data = reader(data_dir, train=split == "train", download=True)
+    except (OSError, RuntimeError) as error:
+        raise Trouble(f"{dataset} is not in {data_dir} and could not be downloaded ({type(error).__name__}): put its "
+                      f"{reader.filename} there, or name an image folder with train/ and test/ by --data-dir; "
+                      f"--dataset shapes needs no download") from None
+    return Images([f"{split}/{i:05d}" for i in range(len(data))], torch.tensor(data.targets), len(data.classes),
+                  torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous())
+
+
+def _find_files(root, split):
+    folder = next((root / s for s in ([split] if split == "train" else ["val", "test"]) if (root / s).is_dir()), None)
+    if folder is None:
+        raise Trouble(f"no images for the {split} split: {root} needs train/ and val/ or test/ below it, "
+                      f"a folder a class (--data-dir)")
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    names, labels = [], []
+    for label, name in enumerate(classes):
+        files = sorted(Path(base, file) for base, _, found in os.walk(folder / name) for file in found)
+        names += [str(f.relative_to(root)) for f in files if f.suffix.lower() in SUFFIXES]
+        labels += [label] * (len(names) - len(labels))
+    if not names:
+        raise Trouble(f"{folder} holds no images in class folders")
+    return Images(names, torch.tensor(labels), len(classes), root=root)
+
+
+def _into_memory(images, image_size, skip_bad):
+    good, pixels = [], []
+    for i in progress(range(len(images.names)), "reading", "image"):
+        try:
+            pixels.append(to_tensor(square(images.pil(i), image_size)))
+            good.append(i)
+        except Trouble as trouble:
+            if not skip_bad:
+                raise
+            print(f"left out: {trouble}", file=sys.stderr)
+    return images._replace(names=[images.names[i] for i in good], labels=images.labels[good], pixels=torch.stack(pixels))
+
+
+def find_views(images, views_dir, dataset):
+    """The generated view of each image: a list of N paths, None where an image has none.
+
+    A view lies in views_dir under the relative path of its source with a suffix of its own, with or without "train/"
+    (the authors' release mirrors ImageNet's train folder).
+
+    Raises:
+        Trouble: the folder is missing, was made for another data set, or holds a view of none of the images.
+    """
+    views_dir = Path(views_dir)
+    if not views_dir.is_dir():
+        raise Trouble(f"there are no generated views: {views_dir} is no folder; generate_views.py makes them, "
+                      f"--views-dir none trains without")
+    settings = views_dir / "settings.json"
+    made_for = json.loads(settings.read_text())["dataset"] if settings.exists() else dataset
+    files = {}
+    for base, _, found in os.walk(views_dir):
+        for file in found:
+            if Path(file).suffix.lower() in SUFFIXES:
+                files[str((Path(base) / file).relative_to(views_dir).with_suffix(""))] = Path(base, file)
+    keys = [str(Path(name).with_suffix("")) for name in images.names]
+    paths = [files.get(key) or files.get(key.removeprefix("train/")) for key in keys]
+    if made_for != dataset or not any(paths):
+        raise Trouble(f"{views_dir} holds no views of these images (it was made for {made_for}, with {len(files)} files; "
+                      f"the data set is {dataset})")
+    return paths
+
+
+def load_views(images, paths):
+    """The generated views of small images as a tensor like images.pixels; an image without one is its own view."""
+    views = images.pixels.clone()
+    for i, path in enumerate(progress(paths, "reading views", "view")):
+        if path is not None:
+            views[i] = to_tensor(square(open_image(path), views.shape[-1]))
+    return views                                                                    # (N, 3, S, S) uint8
+
+
+# --------------------------------------------------------------------------------------------------------- augmentation
+
+class Augmentation(NamedTuple):
+    """A random augmentation t of MoCo: crop and flip always, the rest with the given probabilities and strengths."""
+    scale: tuple = (0.2, 1.0)                      # share of the image's area in the crop
+    jitter: tuple = (0.4, 0.4, 0.4, 0.1)           # brightness, contrast, saturation, hue; with probability 0.8
+    blur: float = 0.5                              # probability; sigma in [0.1, 2] pixels
+    solarise: float = 0.0                          # probability
+
+
+CROP_TRIES = 10                                    # of torchvision's RandomResizedCrop; then the central square
+COLUMNS = 4 * CROP_TRIES + 11                      # random numbers a view takes: crop, which is generated, the rest
+
+
+def crop_boxes(u, height, width, scale):
+    """Random crops: aspect ratio 3/4 to 4/3, the first of ten tries that fits, else the central square.
+
+    Args:
+        u: (N, CROP_TRIES, 4) uniform in [0, 1).
+        scale: (smallest, largest) share of the image's area.
+    Returns:
+        (N, 4) boxes x1, y1, x2, y2 in pixels, not rounded to whole ones.
+    """
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[..., 0])          # (N, tries)
+    ratio = torch.exp((2 * u[..., 1] - 1) * np.log(4 / 3))
+    w, h = (area * ratio).sqrt(), (area / ratio).sqrt()
+    fits = (w <= width) & (h <= height)
+    pick = torch.arange(len(u), device=u.device), fits.int().argmax(1)              # the first that fits
+    side = torch.tensor(float(min(height, width)), device=u.device)
+    any_fits = fits.any(1)
+    w, h = torch.where(any_fits, w[pick], side), torch.where(any_fits, h[pick], side)
+    left = (width - w) * torch.where(any_fits, u[..., 2][pick], 0.5)
+    top = (height - h) * torch.where(any_fits, u[..., 3][pick], 0.5)
+    return torch.stack([left, top, left + w, top + h], 1)
+
+
+def crop(pixels, boxes, size):
+    """Crops boxes (N, 4) out of pixels (N, 3, H, W), each resized to size x size by bilinear interpolation."""
+    index = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None]
+    return roi_align(pixels.float(), torch.cat([index, boxes], 1), size, sampling_ratio=1, aligned=True)
+
+
+def recolour(x, u, order, augmentation):
+    """All of an augmentation but the crop, for a batch: every image has its own random numbers.
+
+    Args:
+        x: (N, 3, S, S) in [0, 1], changed in place.
+        u: (N, 10) uniform in [0, 1).
+        order: a permutation of 0..3, the order of the four jitters (one a batch; torchvision draws one an image).
+    Returns:
+        (N, 3, S, S), normalised with CLIP's mean and standard deviation.
+    """
+    strength = x.new_tensor(augmentation.jitter) * (u[:, :1] < 0.8)                 # (N, 4), 0: leaves the image alone
+    factor = (2 * u[:, 1:5] - 1) * strength                                         # (N, 4)
+    for jitter in order:
+        f = factor[:, jitter, None, None, None]
+        if jitter == 0:
+            x = x.mul_(1 + f).clamp_(0, 1)                                          # brightness
+        elif jitter == 1:
+            x = x.lerp_(grey(x).mean((2, 3), keepdim=True), -f).clamp_(0, 1)        # contrast
+        elif jitter == 2:
+            x = x.lerp_(grey(x), -f).clamp_(0, 1)                                   # saturation
+        elif augmentation.jitter[3]:
+            x = shift_hue(x, f)
+    x = x.lerp_(grey(x), (u[:, 5] < 0.2).to(x.dtype)[:, None, None, None])          # grey, probability 0.2
+    if augmentation.blur:
+        x = torch.where((u[:, 6] < augmentation.blur)[:, None, None, None], blur(x, 0.1 + 1.9 * u[:, 7]), x)
+    if augmentation.solarise:
+        x = torch.where((u[:, 8] < augmentation.solarise)[:, None, None, None] & (x >= 0.5), 1 - x, x)
+    x = torch.where((u[:, 9] < 0.5)[:, None, None, None], x.flip(3), x)             # mirrored, probability 0.5
+    return normalise(x)
+
+
+def grey(x):
+    """ITU-R 601 luma, (N, 3, H, W) -> (N, 1, H, W)."""
+    return x[:, :1] * 0.2989 + x[:, 1:2] * 0.587 + x[:, 2:] * 0.114
+
+
+def shift_hue(x, turn):
+    """Turns the hue of x (N, 3, H, W) in [0, 1] by turn (N, 1, 1, 1) full circles, in HSV space."""
+    r, g, b = x.unbind(1)
+    value = x.amax(1)
+    chroma = value - x.amin(1)
+    safe = chroma.clamp_min(1e-8)
+    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    k = (x.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1) + (hue[:, None] + 6 * turn)) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def blur(x, sigma):
+    """Gaussian blur of x (N, 3, S, S), sigma (N,) in pixels: rows and columns are each one small matrix product."""
+    position = torch.arange(x.shape[-1], device=x.device)
+    kernel = torch.exp(-(position[:, None] - position).square() / (2 * sigma.square()[:, None, None]))
+    kernel = (kernel / kernel.sum(2, keepdim=True))[:, None]                        # (N, 1, S, S), each row sums to 1
+    return kernel @ x @ kernel.mT
+
+
+def normalise(x):
+    mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return (x - mean) / std
+
+
+def step_generator(*numbers):
+    """A generator that depends on the given whole numbers (seed, epoch, step, ...) alone."""
+    seed = int.from_bytes(np.random.SeedSequence(numbers).generate_state(2).tobytes(), "little")
+    return torch.Generator().manual_seed(seed & (2 ** 63 - 1))
+
+
+class PairLoader:
+    """The positive pairs P_i1 = t1(X_i), P_i2 = t2(X_i^+) of the paper (section "framework"), in batches.
+
+    Which of the two views is the generated one is drawn for each sample. Every random number depends on seed, epoch, step
+    and place in the batch alone: not on the number of processes or on interruptions.
+    """
+
+    def __init__(self, images, views, augmentations, image_size, batch_size, seed, world, workers=4, skip_bad=False):
+        """views: (N, 3, S, S) for images in memory, a list of paths for files, or None for plain pairs of one image.
+        batch_size: of all processes together."""
+        self.images, self.views, self.augmentations, self.image_size = images, views, augmentations, image_size
+        self.batch_size, self.seed, self.world, self.workers = batch_size, seed, world, workers
+        self.skip_bad = skip_bad
+        self.steps = len(images.names) // batch_size
+        if images.pixels is not None:              # small enough for the device's own memory
+            self.pixels = images.pixels.to(world.device)
+            self.others = self.pixels if views is None else views.to(world.device)
+
+    def epoch(self, epoch):
+        """Yields index (n,), view1 and view2 (n, 3, S, S): this process's share of each batch."""
+        order = torch.randperm(len(self.images.names), generator=step_generator(self.seed, epoch))
+        n = self.batch_size // self.world.size
+        share = slice(self.world.rank * n, (self.world.rank + 1) * n)
+        batches = [order[i * self.batch_size:][:self.batch_size][share] for i in range(self.steps)]
+        crops = self._crops_in_memory if self.images.pixels is not None else self._crops_of_files
+        draws = (self._draw(epoch, step, share) for step in range(self.steps))
+        for index, (u, orders), pair in crops(batches, draws, epoch):
+            view1, view2 = (recolour(x, u[:, v, -10:], orders[v], self.augmentations[v]) for v, x in enumerate(pair))
+            yield index, view1, view2
+
+    def _draw(self, epoch, step, share):
+        """All random numbers of a step, the same in every process: (n, 2 views, COLUMNS) of this one's share."""
+        generator = step_generator(self.seed, epoch, step)
+        orders = [torch.randperm(4, generator=generator).tolist() for _ in range(2)]
+        u = torch.rand(self.batch_size, 2, COLUMNS, generator=generator)[share]
+        return u.to(self.world.device, non_blocking=True), orders
+
+    def _crops_in_memory(self, batches, draws, epoch):
+        for index, (u, orders) in zip(batches, draws):
+            on_device = index.to(self.pixels.device)
+            image, other = self.pixels[on_device], self.others[on_device]           # X_i, X_i^+
+            first = (u[:, 0, -11] < 0.5)[:, None, None, None]                       # the generated one is view 1
+            pair = torch.where(first, other, image), torch.where(first, image, other)
+            boxes = [crop_boxes(u[:, v, :-11].unflatten(1, (CROP_TRIES, 4)), *image.shape[2:], self.augmentations[v].scale)
+                     for v in (0, 1)]
+            yield index, (u, orders), [crop(x, b, self.image_size) / 255 for x, b in zip(pair, boxes)]
+
+    def _crops_of_files(self, batches, draws, epoch):
+        dataset = CropPairs(self.images, self.views, self.augmentations, self.image_size, self.seed, epoch, self.skip_bad)
+        loader = torch.utils.data.DataLoader(dataset, batch_sampler=[b.tolist() for b in batches], num_workers=self.workers,
+                                             pin_memory=self.world.device.type == "cuda")
+        for (index, *pair), (u, orders) in zip(loader, draws):
+            yield index, (u, orders), [x.to(self.world.device, non_blocking=True).float() / 255 for x in pair]
+
+
+class CropPairs(torch.utils.data.Dataset):
+    """The same pairs for large images: workers decode and crop the files, the rest follows in batches on the device."""
+
+    def __init__(self, images, views, augmentations, image_size, seed, epoch, skip_bad):
+        self.images, self.views, self.augmentations, self.image_size = images, views, augmentations, image_size
+        self.seed, self.epoch, self.skip_bad = seed, epoch, skip_bad
+
+    def __getitem__(self, index):
+        u = torch.rand(2, COLUMNS, generator=step_generator(self.seed, self.epoch, index, 1))
+        try:
+            image = other = self.images.pil(index)
+            if self.views is not None and self.views[index] is not None:
+                other = open_image(self.views[index])
+        except Trouble:
+            if not self.skip_bad:
+                raise
+            return self[(index + 1) % len(self.images.names)]
+        pair = (other, image) if u[0, -11] < 0.5 else (image, other)
+        views = []
+        for v, x in enumerate(pair):
+            box = crop_boxes(u[v, None, :-11].unflatten(1, (CROP_TRIES, 4)), x.height, x.width, self.augmentations[v].scale)
+            size = (self.image_size, self.image_size)
+            views.append(to_tensor(x.resize(size, Image.Resampling.BILINEAR, box=tuple(box[0].tolist()))))
+        return index, *views
+
+
+# ----------------------------------------------------------------------------------- the frozen encoder and its foreground
+
+def clip_tokens(vision_model, hidden):
+    """Patch tokens of a CLIP vision model: last hidden state (N, 1 + T, K) -> (N, T, K), final layer norm applied to each,
+    class token left out (section "adaptive view generation", step 1)."""
+    return vision_model.post_layernorm(hidden[:, 1:])
+
+
+class FrozenEncoder(torch.nn.Module):
+    """E: a frozen vision model of transformers, by hub id or local folder: views (N, 3, S, S) -> features (N, T, K).
+
+    Views of another size than the model's are resized to it.
+    """
+
+    def __init__(self, name):
+        """Raises Trouble where the model is neither on this disk nor to be had."""
+        super().__init__()
+        from transformers import AutoConfig, AutoModel, CLIPVisionModel
+        try:
+            config = AutoConfig.from_pretrained(name)
+            is_clip = config.model_type in ("clip", "clip_vision_model")
+            self.model = (CLIPVisionModel if is_clip else AutoModel).from_pretrained(name)
+        except (OSError, ValueError, ImportError) as error:
+            raise Trouble(f"the encoder {name} could not be loaded ({type(error).__name__}): download it where there is a "
+                          f"network and name its folder by --encoder, or train with --quality off; --dataset shapes needs "
+                          f"no download") from None
+        self.size = getattr(config, "vision_config", config).image_size if is_clip else 224
+        self.is_clip = is_clip
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, views):
+        if views.shape[-1] != self.size:
+            views = F.interpolate(views, size=(self.size, self.size), mode="bilinear", antialias=True)
+        hidden = self.model(pixel_values=views).last_hidden_state
+        if self.is_clip:
+            return clip_tokens(getattr(self.model, "vision_model", self.model), hidden)
+        return hidden.flatten(2).mT if hidden.ndim == 4 else hidden                 # a convnet's map (N, K, H, W)
+
+
+def fit_foreground(tokens, grid, fraction=0.4):
+    """First principal component of the tokens, turned to the foreground, and the threshold alpha (Eq. 7).
+
+    Args:
+        tokens: (N, T, K) of images drawn from the data set, laid out row by row on grid.
+        grid: (rows, columns), rows * columns = T.
+        fraction: alpha is the quantile that makes this share of all tokens foreground.
+    Returns:
+        component v1 (K,) float32 of unit length, threshold alpha, a float.
+    Raises:
+        ValueError: tokens and grid do not fit.
+    Source: section "adaptive view generation", steps 2 and 3.
+    """
+    if tokens.ndim != 3 or grid[0] * grid[1] != tokens.shape[1]:
+        raise ValueError(f"tokens must be (N, {grid[0] * grid[1]}, K) for the grid {tuple(grid)}, got {tuple(tokens.shape)}")
+    mean = tokens.flatten(0, 1).mean(0, dtype=torch.float64)                        # (K,)
+    cov = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=tokens.device)
+    for part in tokens.split(256):                 # in parts: the tokens may be half precision and large
+        centred = part.flatten(0, 1).double() - mean
+        cov += centred.T @ centred
+    v1 = torch.linalg.eigh(cov)[1][:, -1].float()  # eigh sorts upwards: the last has the largest eigenvalue
+    return orient_foreground(v1, tokens, grid, fraction)
+
+
+def orient_foreground(component, tokens, grid, fraction=0.4):
+    """The sign of a component is arbitrary: the foreground side is the one more frequent at the centre of the images than
+    along their border. Arguments and returns as in fit_foreground, with the component given, of any length."""
+    v1 = component.float() / component.float().norm()
+    a = torch.cat([part.float() @ v1 for part in tokens.split(256)])                # a_ij = <token_ij, v1>   (N, T)
+    rows, columns = (torch.arange(n, device=a.device) for n in grid)
+    border = ((rows == 0) | (rows == grid[0] - 1))[:, None] | ((columns == 0) | (columns == grid[1] - 1))
+    border = border.flatten()                                                       # (T,)
+
+    def centrality(a):
+        alpha = _quantile(a, 1 - fraction)
+        frequency = (a > alpha).float().mean(0)                                     # (T,)
+        return (frequency[~border].mean() - frequency[border].mean()).nan_to_num(), alpha
+    (plus, alpha), (minus, minus_alpha) = centrality(a), centrality(-a)
+    return (v1, alpha) if plus >= minus else (-v1, minus_alpha)
+
+
+def _quantile(a, q):
+    """torch.quantile takes 16 million numbers at the most; 10,000 images of 256 tokens are 2.6."""
+    return torch.quantile(a.flatten()[:: 1 + a.numel() // 16_000_000], q).item()
+
+
+def load_component(path, size=None):
+    """Reads a component: foreground.npz, or the release's pca_vectors.npy of shape (K, 1), which has no threshold.
+
+    Returns: component (K,), threshold or None. Raises Trouble where the file or its size is wrong.
+    """
+    try:
+        data = np.load(path, allow_pickle=False)
+        is_npz = isinstance(data, np.lib.npyio.NpzFile)
+        component = torch.from_numpy(np.asarray(data["component"] if is_npz else data)).float().flatten()
+        threshold = float(data["threshold"]) if is_npz else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Trouble(f"{path} is no component file ({error}); it must be a foreground.npz or a pca_vectors.npy") from None
+    if size is not None and len(component) != size:
+        raise Trouble(f"{path} has a component of {len(component)} numbers, the encoder's features have {size}: "
+                      f"it was fitted on another encoder")
+    return component, threshold
+
+
+# --------------------------------------------------------------------------------- devices, processes, files and progress
+
+class World(NamedTuple):
+    """This process among all: torchrun's environment, or one process alone."""
+    rank: int
+    size: int
+    device: torch.device
+    dtype: torch.dtype                             # of autocast; float32: none
+
+    @property
+    def group(self):
+        return dist.group.WORLD if self.size > 1 else None
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def gather(self, x):
+        """x of all processes, one after the other in order of rank; no gradient."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    def wait(self):
+        if self.size > 1:
+            dist.barrier()
+
+
+def setup(device=None):
+    """Picks the device (cuda, else mps, else cpu), starts the process group under torchrun. Returns World."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    kind = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise Trouble(f"--device {kind} is not to be had here ({str(error).splitlines()[0]})") from None
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.backends.cudnn.benchmark = True
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return World(int(os.environ.get("RANK", 0)), size, chosen, fast_dtype(chosen))
+
+
+def fast_dtype(device):
+    """bfloat16 where it is faster: recent GPUs, and CPUs with AMX or AVX512-BF16; else float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        features = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+        fast = features.get("amx_bf16") or features.get("avx512_bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
+def write_whole(path, write):
+    """Calls write(temporary path) and renames the result to path: the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path):
+    """torch.load for files from anywhere: never unpickles code; Trouble where the file is none of ours."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                     # torch raises OSError, UnpicklingError, RuntimeError, EOFError, KeyError
+        raise Trouble(f"{path} cannot be loaded as a checkpoint ({str(error).splitlines()[0] if str(error) else 'empty'}); "
+                      f"name a last.pt or backbone.pt by its path") from None
+
+
+def progress(items, text, unit, **options):
+    """A progress bar with rate and time left; silent where nobody looks (no terminal: one line every half minute)."""
+    from tqdm import tqdm
+    interval = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(items, desc=text, unit=unit, mininterval=interval, maxinterval=max(10, interval), leave=False,
+                disable=int(os.environ.get("RANK", 0)) > 0, dynamic_ncols=True, **options)
