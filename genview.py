@@ -152,6 +152,11 @@ def _into_memory(images, image_size, skip_bad):
     return images._replace(names=[images.names[i] for i in good], labels=images.labels[good], pixels=torch.stack(pixels))
 
 
+def default_views_dir(dataset, data_dir):
+    """Where generate_views.py puts the views and train_moco.py looks for them: views/<data set>, for a folder its name."""
+    return f"views/{Path(data_dir).resolve().name if dataset == 'folder' else dataset}"
+
+
 def find_views(images, views_dir, dataset):
     """The generated view of each image: a list of N paths, None where an image has none.
 
@@ -482,6 +487,30 @@ def load_component(path, size=None):
     return component, threshold
 
 
+def make_backbone(arch, small_stem):
+    """A torchvision network without its classifier: pictures (N, 3, S, S) -> features (N, D).
+
+    Args:
+        arch: its name in torchvision, one with a last layer called fc, such as resnet50.
+        small_stem: for pictures up to IN_MEMORY_SIZE: a 3x3 stride-1 first convolution and no max-pooling, as is usual on
+            CIFAR; ResNets only.
+    Returns:
+        backbone, D.
+    """
+    known = arch in torchvision.models.list_models(module=torchvision.models)       # classifiers only
+    backbone = torchvision.models.get_model(arch, weights=None) if known else None
+    fits = isinstance(backbone, torchvision.models.ResNet) if small_stem else hasattr(backbone, "fc")
+    if not fits:
+        raise Trouble(f"--arch {arch} does not work here{' with the stem for small pictures' if small_stem else ''}: "
+                      f"take one of torchvision's ResNets (resnet18, resnet34, resnet50, resnext50_32x4d, wide_resnet50_2)")
+    dim, backbone.fc = backbone.fc.in_features, torch.nn.Identity()
+    if small_stem:
+        backbone.conv1 = torch.nn.Conv2d(3, backbone.conv1.out_channels, 3, padding=1, bias=False)
+        torch.nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")   # as torchvision's
+        backbone.maxpool = torch.nn.Identity()
+    return backbone, dim
+
+
 # --------------------------------------------------------------------------------- devices, processes, files and progress
 
 class World(NamedTuple):
@@ -561,8 +590,8 @@ def load_checkpoint(path):
 
 
 def progress(items, text, unit, **options):
-    """A progress bar with rate and time left; silent where nobody looks (no terminal: one line every half minute)."""
+    """A progress bar with rate and time left; in a log file a line every half minute instead."""
     from tqdm import tqdm
-    interval = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(items, desc=text, unit=unit, mininterval=interval, maxinterval=max(10, interval), leave=False,
-                disable=int(os.environ.get("RANK", 0)) > 0, dynamic_ncols=True, **options)
+    if not sys.stderr.isatty():
+        options |= dict(mininterval=30, maxinterval=30, delay=30, bar_format="{desc}: {n_fmt}/{total_fmt} {rate_fmt} {remaining} left\n")
+    return tqdm(items, desc=text, unit=unit, leave=False, disable=int(os.environ.get("RANK", 0)) > 0, **options)

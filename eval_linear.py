@@ -1,0 +1,410 @@
+"""Evaluates a frozen or fine-tuned backbone: weighted kNN, linear probe, semi-supervised fine-tuning (section "experiments").
+
+    python eval_linear.py --checkpoint runs/<name>/last.pt                                        # kNN and linear probe
+    python eval_linear.py --checkpoint runs/<name>/last.pt --protocol finetune --labels 0.01      # 1% of the labels
+
+Reads this project's last.pt and backbone.pt, torchvision's state dicts, and the checkpoints of the authors' release. Runs
+under torchrun too: the processes share the images. Views are normalised with CLIP's numbers, as in training.
+
+Legend of the shapes: N images, S side of a view in pixels, D features of an image, C classes.
+"""
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+
+import genview
+from genview import Trouble, World, progress
+
+# Recipes, by protocol and data set; every entry is a flag too. `augment`: random crops and flips in every epoch; without,
+# the features are computed once and standardised to unit length on average, so that one learning rate suits all checkpoints.
+SMALL = dict(epochs=100, batch_size=256, lr=1.0, augment=False)                                 # ours
+PRESETS = {
+    "linear": {
+        "shapes": SMALL, "cifar10": SMALL, "cifar100": SMALL, "folder": SMALL,
+        # release, for MoCo v3's ResNet-50. Customary for MoCo v2: --epochs 100 --batch-size 256 --lr 30
+        "imagenet": dict(epochs=90, batch_size=1024, lr=0.4, augment=True),
+    },
+    "finetune": {  # lr: of the new classifier; backbone_lr: of the rest
+        "shapes": (small := dict(epochs=30, batch_size=64, lr=0.1, backbone_lr=0.01)),          # ours
+        "cifar10": small, "cifar100": small, "folder": small,
+        # ours, after SwAV's for 10% of the labels (SwAV's for 1%: --lr 5 --backbone-lr 0.02); the paper's is not known here
+        "imagenet": dict(epochs=20, batch_size=256, lr=0.2, backbone_lr=0.01),
+    },
+}
+FEATURE_BATCH = 256           # images at a time where no gradient is needed
+
+
+# ------------------------------------------------------------------------------------------------- checkpoint and images
+
+# A backbone's names begin with one of these: this project's last.pt, the authors' release, torchvision and backbone.pt.
+PREFIXES = ("query.backbone.", "backbone.", "")
+GUESSES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "resnext50_32x4d")
+
+
+def load_backbone(path, arch=None):
+    """The backbone of a checkpoint.
+
+    Args:
+        path: a last.pt or backbone.pt of train_moco.py, a torchvision state dict, or a checkpoint of the authors' release.
+        arch: its architecture in torchvision; None: as the checkpoint says, or the ResNet that its tensors fit.
+    Returns:
+        backbone, D, the settings it was trained with (a dict, empty where unknown).
+    Raises:
+        Trouble: it cannot be loaded, or is of another architecture.
+    """
+    checkpoint = genview.load_checkpoint(path)
+    beside = Path(path).with_name("args.json")     # of a run's backbone.pt
+    args = checkpoint.get("args", {}) if isinstance(checkpoint, dict) else {}
+    if Path(path).name == "backbone.pt" and beside.exists():
+        args = json.loads(beside.read_text())
+    state = strip_prefix(checkpoint)
+    small_stem = "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3
+    theirs = args.get("arch") or next((name for name in GUESSES if not misfit(state, name, small_stem)), None)
+    if not (arch or theirs):
+        raise Trouble(f"{path} does not say its architecture and fits no common ResNet; name it by --arch")
+    arch = arch or theirs
+    problem = misfit(state, arch, small_stem)
+    if problem:
+        raise Trouble(f"{path} is a checkpoint of another architecture: {problem} {arch}; "
+                      f"it was made with {theirs or 'an architecture not known here'} (--arch)")
+    backbone, dim = genview.make_backbone(arch, small_stem)
+    backbone.load_state_dict(state, strict=False)  # not strict: num_batches_tracked may be missing
+    return backbone, dim, args
+
+
+def strip_prefix(checkpoint):
+    """The backbone's part of a checkpoint, under torchvision's names, without the classifier."""
+    state = checkpoint
+    for key in ("model", "state_dict"):
+        state = state.get(key, state) if isinstance(state, dict) else {}
+    state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    prefix = next(p for p in PREFIXES if p == "" or any(key.startswith(p) for key in state))
+    names = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return {key: value for key, value in names.items() if not key.startswith("fc.")}
+
+
+def misfit(state, arch, small_stem):
+    """The first tensor that does not fit the architecture, in words; None where all do."""
+    with torch.device("meta"):                     # shapes alone, no memory
+        expected = genview.make_backbone(arch, small_stem)[0].state_dict()
+    for key in [*expected, *state]:
+        if key.endswith("num_batches_tracked"):
+            continue
+        if key not in state:
+            return f"it has no {key}, which is in"
+        if key not in expected:
+            return f"its {key} is not in"
+        if state[key].shape != expected[key].shape:
+            return f"its {key} is {tuple(state[key].shape)}, not {tuple(expected[key].shape)} as in"
+    return None
+
+
+class Crops(torch.utils.data.Dataset):
+    """Image files cut to S x S: a random crop where `draw` = (seed, epoch) is given, else the central square.
+
+    The central one leaves out the outer eighth: the usual 256 to 224 pixels. skip_bad: an unreadable file is a grey picture.
+    """
+
+    def __init__(self, images, image_size, draw=None, skip_bad=False):
+        self.images, self.image_size, self.draw, self.skip_bad = images, image_size, draw, skip_bad
+
+    def __getitem__(self, index):
+        size = (self.image_size, self.image_size)
+        try:
+            image = self.images.pil(index)
+        except Trouble:
+            if not self.skip_bad:
+                raise
+            image = Image.new("RGB", size, (128, 128, 128))
+        if self.draw:
+            u = torch.rand(1, genview.CROP_TRIES, 4, generator=genview.step_generator(*self.draw, index))
+            box = genview.crop_boxes(u, image.height, image.width, (0.08, 1.0))[0].tolist()
+        else:
+            side = min(image.size) * 224 / 256
+            left, top = (image.width - side) / 2, (image.height - side) / 2
+            box = (left, top, left + side, top + side)
+        return genview.to_tensor(image.resize(size, Image.Resampling.BILINEAR, box=tuple(box)))
+
+
+def pictures(images, order, image_size, world, batch_size, workers=4, draw=None, skip_bad=False):
+    """Yields the images in the given order, (n, 3, S, S), normalised, on the device; draw: (seed, epoch) of random crops
+    and flips, or None for the central square (pictures in memory: all of it)."""
+    batches = order.split(batch_size)
+    if images.pixels is None:
+        loader = iter(torch.utils.data.DataLoader(Crops(images, image_size, draw, skip_bad), num_workers=workers,
+                                                  batch_sampler=[b.tolist() for b in batches]))
+    for step, index in enumerate(batches):
+        if images.pixels is None:
+            x = next(loader).to(world.device, non_blocking=True).float()
+        else:
+            x = images.pixels[index].to(world.device, non_blocking=True).float()
+            if draw:
+                u = torch.rand(len(x), genview.CROP_TRIES, 4, generator=genview.step_generator(*draw, step, world.rank))
+                boxes = genview.crop_boxes(u, *x.shape[2:], (0.2, 1.0)).to(x.device)
+                x = genview.crop(x, boxes, image_size)
+            elif x.shape[-1] != image_size:
+                x = F.interpolate(x, size=(image_size, image_size), mode="bilinear", antialias=True)
+        if draw:
+            flip = torch.rand(len(x), generator=genview.step_generator(*draw, step, world.rank, 1)) < 0.5
+            x = torch.where(flip.to(x.device)[:, None, None, None], x.flip(3), x)
+        yield genview.normalise(x / 255).contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def extract_features(backbone, images, image_size, world, batch_size=FEATURE_BATCH, workers=4, skip_bad=False):
+    """The features of all images in evaluation mode, central crops: (N, D) float32 on the device, not normalised.
+
+    With several processes all must call this: each computes its share, and all get the whole.
+    """
+    n, was_training = len(images.names), backbone.training
+    share = math.ceil(n / world.size)
+    order = torch.arange(world.rank * share, (world.rank + 1) * share) % n          # the same number in every process
+    backbone.eval()
+    features = []
+    batches = pictures(images, order, image_size, world, batch_size, workers, skip_bad=skip_bad)
+    for x in progress(batches, "features", "batch", total=math.ceil(share / batch_size)):
+        with world.autocast():
+            features.append(backbone(x).float())
+    backbone.train(was_training)
+    return world.gather(torch.cat(features))[:n]
+
+
+# -------------------------------------------------------------------------------------------------------------- protocols
+
+@torch.no_grad()
+def knn_accuracy(train_features, train_labels, test_features, test_labels, num_classes, k=200, temperature=0.1):
+    """Top-1 accuracy in percent of the weighted kNN classifier.
+
+    The k training images of greatest cosine similarity s vote for their class with weight exp(s / t).
+
+    Args:
+        train_features, test_features: (N, D), (N', D), of any length.
+        train_labels, test_labels: (N,), (N',).
+        k: cut to N.
+        temperature: t.
+    Source: Wu et al. 2018 (instance discrimination), section 3.4; k and t as is usual for MoCo.
+
+    >>> knn_accuracy(torch.eye(2), torch.tensor([0, 1]), torch.tensor([[3., 1.], [2., 1.]]), torch.tensor([0, 1]), 2)
+    50.0
+    """
+    train, test = F.normalize(train_features.float(), dim=1), F.normalize(test_features.float(), dim=1)
+    train_labels, test_labels = train_labels.to(train.device), test_labels.to(train.device)
+    correct = 0
+    for part, truth in zip(test.split(512), test_labels.split(512)):
+        s, nearest = (part @ train.T).topk(min(k, len(train)))                      # (n, k)
+        votes = part.new_zeros(len(part), num_classes)
+        votes.scatter_add_(1, train_labels[nearest], ((s - 1) / temperature).exp())     # - 1: no overflow for small t
+        correct += (votes.argmax(1) == truth).sum().item()
+    return 100 * correct / len(test)
+
+
+def balanced_subset(labels, fraction, generator):
+    """A random share of the images of each class, at least one: sorted indices into labels (N,)."""
+    chosen = []
+    for label in labels[labels >= 0].unique():
+        members = (labels == label).nonzero().flatten()
+        count = max(1, round(fraction * len(members)))
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
+    return torch.cat(chosen).sort().values
+
+
+def fit(model, groups, batches, steps, epochs, world):
+    """Trains a classifier by SGD with momentum 0.9, a cosine schedule and no weight decay.
+
+    Args:
+        groups: SGD's parameter groups, each with its learning rate.
+        batches: function of the epoch that yields (input of model, labels), `steps` times.
+    """
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
+    bar = progress(range(epochs), "training", "epoch")
+    for epoch in bar:
+        for x, labels in batches(epoch):
+            with world.autocast():
+                logits = model(x)
+            loss = F.cross_entropy(logits.float(), labels.to(logits.device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        if not loss.isfinite():
+            raise Trouble(f"the loss is not finite after epoch {epoch + 1}: take a smaller --lr")
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def augmented(images, settings, world):
+    """For fit: a function of the epoch that yields this process's share of pictures and labels, and the steps of an epoch."""
+    n = len(images.names)
+    batch_size = max(1, min(settings.batch_size, n) // world.size)                  # of one process
+    steps = n // (batch_size * world.size)
+
+    def batches(epoch):
+        order = torch.randperm(n, generator=genview.step_generator(settings.seed, epoch))
+        order = order[:steps * batch_size * world.size].view(steps, world.size, batch_size)[:, world.rank].flatten()
+        xs = pictures(images, order, settings.image_size, world, batch_size, settings.workers, (settings.seed, epoch),
+                      settings.skip_bad)
+        yield from zip(xs, images.labels[order].split(batch_size))
+    return batches, steps
+
+
+def linear_on_features(features, labels, num_classes, settings, world):
+    """A linear classifier on features computed once (N, D). Returns a function: features -> logits (N, C).
+
+    The features are standardised and divided by sqrt(D): length about 1 whatever the network. Every process computes the
+    same on its own.
+    """
+    mean, std = features.mean(0), features.std(0)
+    std = std.clamp_min(1e-2 * std.mean().item() + 1e-12)                           # of features that hardly vary
+    rescale = lambda x: (x - mean) / (std * features.shape[1] ** 0.5)
+    x, labels = rescale(features), labels.to(features.device)
+    head = zero_linear(features.shape[1], num_classes).to(features.device)
+    batch_size = min(settings.batch_size, len(x))
+    steps = len(x) // batch_size
+
+    def batches(epoch):
+        order = torch.randperm(len(x), generator=genview.step_generator(settings.seed, epoch)).to(x.device)
+        for index in order[:steps * batch_size].split(batch_size):
+            yield x[index], labels[index]
+    fit(head, [{"params": head.parameters(), "lr": settings.lr}], batches, steps, settings.epochs, exact(world))
+    return lambda features: head(rescale(features))
+
+
+def linear_on_pictures(backbone, dim, images, settings, world):
+    """A linear classifier on features of randomly cropped and flipped pictures, the usual protocol on ImageNet."""
+    backbone.eval().requires_grad_(False)
+    head = zero_linear(dim, images.num_classes).to(world.device)
+    model = DistributedDataParallel(head) if world.size > 1 else head
+    batches, steps = augmented(images, settings, world)
+
+    def features(epoch):
+        for x, labels in batches(epoch):
+            with torch.no_grad(), world.autocast():
+                yield backbone(x).float(), labels
+    fit(model, [{"params": head.parameters(), "lr": settings.lr}], features, steps, settings.epochs, exact(world))
+    return head
+
+
+def finetune(backbone, dim, images, settings, world):
+    """Trains backbone and classifier on a share of the labels (semi-supervised). Changes the backbone; returns the head."""
+    index = balanced_subset(images.labels, settings.labels, genview.step_generator(settings.seed))
+    images = images._replace(names=[images.names[i] for i in index.tolist()], labels=images.labels[index],
+                             pixels=None if images.pixels is None else images.pixels[index])
+    print(f"fine-tuning on {len(index)} labelled images")
+    head = zero_linear(dim, images.num_classes).to(world.device)
+    groups = [{"params": backbone.parameters(), "lr": settings.backbone_lr}, {"params": head.parameters(), "lr": settings.lr}]
+    model = torch.nn.Sequential(backbone, head).train()
+    if world.size > 1:
+        model = DistributedDataParallel(model)
+    batches, steps = augmented(images, settings, world)
+    fit(model, groups, batches, steps, settings.epochs, world)
+    return head
+
+
+def zero_linear(dim, num_classes):
+    """A classifier that starts at 0, hence at chance: no seed to choose."""
+    head = torch.nn.Linear(dim, num_classes)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    return head
+
+
+def exact(world):
+    return world._replace(dtype=torch.float32)     # no autocast: one layer costs nothing
+
+
+@torch.no_grad()
+def accuracy(logits, labels):
+    return 100 * (logits.argmax(1) == labels.to(logits.device)).float().mean().item()
+
+
+# ------------------------------------------------------------------------------------------------------------ command line
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument_group("data and model (default: as the checkpoint was trained)").add_argument
+    add("--checkpoint", required=True, help="last.pt, backbone.pt, a torchvision state dict, or one of the authors' release")
+    add("--arch", help="torchvision's name of the network, e.g. resnet50")
+    add("--dataset", choices=list(PRESETS["linear"]))
+    add("--data-dir", help="CIFAR's files, or a folder with train/ and val/ or test/ below it")
+    add("--image-size", type=int, help="side of the pictures in pixels")
+    add("--limit", type=int, help="use so many images of either split")
+    add("--skip-bad", action="store_true", help="go on where an image cannot be read (above 64 pixels it counts, as grey)")
+    add = parser.add_argument_group("protocol").add_argument
+    add("--protocol", choices=["linear", "knn", "finetune"], default="linear", help="linear gives kNN as well")
+    add("--labels", type=float, default=0.01, help="finetune: share of the labels, such as 0.01, 0.1, 1.0")
+    add("--k", type=int, default=200, help="neighbours of kNN")
+    add("--knn-temperature", type=float, default=0.1)
+    add = parser.add_argument_group("optimisation (default: the preset of the data set)").add_argument
+    add("--epochs", type=int)
+    add("--batch-size", type=int, help="of all processes together")
+    add("--lr", type=float, help="of the classifier")
+    add("--backbone-lr", type=float, help="finetune: of the backbone")
+    add("--augment", action=argparse.BooleanOptionalAction, help="linear: random crops and flips in every epoch")
+    add = parser.add_argument_group("runtime").add_argument
+    add("--device", help="cuda, mps or cpu")
+    add("--workers", type=int, default=4, help="processes that read image files")
+    add("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def resolve(settings, trained_with):
+    """Fills in what no flag says: from the checkpoint, then from the preset."""
+    settings.dataset = settings.dataset or trained_with.get("dataset")
+    if settings.dataset not in PRESETS["linear"]:
+        raise Trouble("the checkpoint does not say its data set: name one by --dataset")
+    if not 0 < settings.labels <= 1:
+        raise Trouble(f"--labels {settings.labels:g} is no share of the labels: it must be above 0 and at most 1")
+    same = settings.dataset == trained_with.get("dataset")
+    settings.data_dir = settings.data_dir or (same and trained_with.get("data_dir")) or "data"
+    usual = 32 if settings.dataset in ("shapes", "cifar10", "cifar100") else 224
+    settings.image_size = settings.image_size or (same and trained_with.get("image_size")) or usual
+    preset = PRESETS["finetune" if settings.protocol == "finetune" else "linear"][settings.dataset]
+    for name, value in preset.items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
+
+
+def evaluate(settings, backbone, dim, world):
+    """Yields (name of the protocol, top-1 in percent)."""
+    train, test = (genview.load_images(settings.dataset, settings.data_dir, split, settings.image_size, settings.limit,
+                                       settings.skip_bad) for split in ("train", "test"))
+    features = lambda images: extract_features(backbone, images, settings.image_size, world, FEATURE_BATCH,
+                                               settings.workers, settings.skip_bad)
+    if settings.protocol == "finetune":
+        head = finetune(backbone, dim, train, settings, world)
+        yield "finetune", accuracy(head(features(test)), test.labels)
+        return
+    train_x, test_x = features(train), features(test)
+    yield "kNN", knn_accuracy(train_x, train.labels, test_x, test.labels, train.num_classes, settings.k,
+                              settings.knn_temperature)
+    if settings.protocol == "linear":
+        classify = (linear_on_pictures(backbone, dim, train, settings, world) if settings.augment else
+                    linear_on_features(train_x, train.labels, train.num_classes, settings, world))
+        yield "linear", accuracy(classify(test_x), test.labels)
+
+
+def main():
+    settings = parse()
+    world = genview.setup(settings.device)
+    backbone, dim, trained_with = load_backbone(settings.checkpoint, settings.arch)
+    resolve(settings, trained_with)
+    torch.manual_seed(settings.seed)
+    if world.rank == 0:
+        print("settings:", json.dumps(vars(settings)))
+    backbone = backbone.to(world.device, memory_format=torch.channels_last)
+    for protocol, top1 in evaluate(settings, backbone, dim, world):
+        if world.rank == 0:
+            record = {"protocol": protocol, "top1": round(top1, 3), "settings": vars(settings)}
+            with open(Path(settings.checkpoint).with_name("eval.jsonl"), "a") as log:
+                log.write(json.dumps(record) + "\n")
+            print(f"{protocol} top-1 {top1:.1f}%", flush=True)
+
+
+if __name__ == "__main__":
+    genview.run(main)

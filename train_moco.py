@@ -1,0 +1,558 @@
+"""MoCo v2 and MoCo v3 with GenView: the models, the step and the whole training loop.
+
+    python train_moco.py --dataset shapes                  # no download, any laptop: the whole method in two minutes
+    python train_moco.py --dataset cifar10                 # uses the views of generate_views.py where it finds them
+    torchrun --nproc_per_node=8 train_moco.py --dataset imagenet --data-dir /data/imagenet --views-dir /data/imagenet-views
+
+Read train_step first: it is the method. It needs two other files, quality_loss.py and genview.py.
+
+Legend of the shapes: N pairs of this process, S side of a view, T positions and K features of the frozen encoder's map,
+D size of an embedding, M keys in the queue.
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import nn
+
+import genview
+from eval_linear import extract_features, knn_accuracy
+from genview import Augmentation, PairLoader, Trouble
+from quality_loss import info_nce, info_nce_in_batch, pair_quality, quality_weights
+
+# A recipe for each data set and method; every entry is also a flag. lr is for 256 images and grows with the batch (the
+# linear scaling rule of all these papers). Sources: [v2] MoCo v2 and its CIFAR-10 notebook, [v3] MoCo v3, [rel] GenView's
+# release, the rest is ours.
+PRESETS = {
+    ("cifar10", "mocov2"): dict(
+        arch="resnet18", image_size=32, epochs=200,                               # [v2] the notebook's
+        batch_size=256, optimizer="sgd", lr=0.06, weight_decay=5e-4,              # [v2] but for the batch of 512
+        warmup_epochs=0, dim=128, queue=4096, temperature=0.1, momentum=0.99,     # [v2]
+        crop_min=0.2, blur=0.0, knn_every=10),                                    # [v2] but crops from 0.08 there
+    ("cifar10", "mocov3"): dict(
+        arch="resnet18", image_size=32, epochs=200, batch_size=256, optimizer="sgd", lr=0.06, weight_decay=5e-4,
+        warmup_epochs=5, dim=256, hidden=2048, temperature=0.2, momentum=0.99,
+        crop_min=0.2, blur=0.0, knn_every=10),
+    ("imagenet", "mocov2"): dict(
+        arch="resnet50", image_size=224, epochs=200, batch_size=256, optimizer="sgd", lr=0.03, weight_decay=1e-4,  # [v2] [rel]
+        warmup_epochs=0, dim=128, queue=65536, temperature=0.2, momentum=0.999,   # [v2]
+        crop_min=0.2, blur=0.5, knn_every=20),                                    # [v2] [rel]
+    ("imagenet", "mocov3"): dict(
+        arch="resnet50", image_size=224, epochs=100, batch_size=4096, optimizer="lars", lr=0.6, weight_decay=1e-6,  # [rel]: 9.6
+        warmup_epochs=10, dim=256, hidden=4096, temperature=1.0, momentum=0.99,   # [v3] [rel]
+        crop_min=0.2, blur=0.5, knn_every=20),                                    # [v3]
+}
+PRESETS["shapes", "mocov2"] = PRESETS["cifar10", "mocov2"] | dict(
+    epochs=12, optimizer="adamw", lr=1e-3, weight_decay=1e-4, temperature=0.2, knn_every=4)
+PRESETS["shapes", "mocov3"] = PRESETS["shapes", "mocov2"] | dict(hidden=512)
+for method in ("mocov2", "mocov3"):
+    PRESETS["cifar100", method] = PRESETS["cifar10", method]
+    PRESETS["folder", method] = PRESETS["imagenet", method]
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+
+def mlp(*sizes, norm=False):
+    """Linear layers with ReLU between them; with norm, batch norm after each (after the last without scale and shift)."""
+    layers = []
+    for i, (a, b) in enumerate(zip(sizes, sizes[1:])):
+        last = i == len(sizes) - 2
+        layers += [nn.Linear(a, b, bias=not norm)] + [nn.BatchNorm1d(b, affine=not last)] * norm + [nn.ReLU()] * (not last)
+    return nn.Sequential(*layers)
+
+
+class Encoder(nn.Module):
+    """A backbone and its projection head: views (N, 3, S, S) -> embeddings (N, D)."""
+
+    def __init__(self, backbone, head):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, views):
+        return self.head(self.backbone(views))
+
+
+class Momentum(nn.Module):
+    """What v2 and v3 share: a query encoder that learns, and a key encoder that is its moving average."""
+
+    def __init__(self, args, head):
+        """head: feature size of the backbone -> projection head."""
+        super().__init__()
+        backbone, features = genview.make_backbone(args.arch, small_stem=args.image_size <= genview.IN_MEMORY_SIZE)
+        self.query = Encoder(backbone, head(features))
+        self.key = copy.deepcopy(self.query).requires_grad_(False)
+        self.temperature, self.momentum = args.temperature, args.momentum
+
+    @torch.no_grad()
+    def update_key(self, progress):
+        """theta_k <- m theta_k + (1 - m) theta_q, batch-norm statistics like weights; progress: share of training done."""
+        m = self.momentum_at(progress)
+        pairs = [(k, q) for k, q in zip(self.key.state_dict().values(), self.query.state_dict().values())
+                 if k.is_floating_point()]
+        keys, queries = map(list, zip(*pairs))
+        torch._foreach_lerp_(keys, queries, 1 - m)
+
+    def momentum_at(self, progress):
+        return self.momentum
+
+
+class MoCoV2(Momentum):
+    """MoCo v2 (Chen et al. 2020): negatives from a queue of the keys of the last batches.
+
+    Batch norm leaks: within a batch, statistics shared by query and key give the positive away. MoCo shuffles the keys
+    between GPUs, which one device cannot. Here keys are computed with running statistics, averaged by the same momentum as
+    the weights (EMAN, Cai et al. 2021): nothing of the batch enters a key, on one device or on many, and it is faster.
+    """
+
+    def __init__(self, args):
+        super().__init__(args, lambda features: mlp(features, features, args.dim))
+        self.register_buffer("queue", F.normalize(torch.randn(args.queue, args.dim), dim=1))     # (M, D)
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
+        self.chance = math.log(1 + args.queue)     # the loss of a guess among 1 + M keys
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.key.eval()                            # EMAN
+        return self
+
+    def forward(self, view1, view2, weights, world):
+        q = F.normalize(self.query(view1).float(), dim=1)                         # (N, D)
+        with torch.no_grad():
+            k = F.normalize(self.key(view2).float(), dim=1)                       # (N, D)
+        negatives = self.queue.clone()             # the queue moves on below, before the backward pass needs it
+        loss = info_nce(q, k, negatives, self.temperature, weights)
+        self.enqueue(world.gather(k))
+        return loss, similarities(q, k, negatives)
+
+    @torch.no_grad()
+    def enqueue(self, keys):
+        """The newest keys (of all processes) take the place of the oldest."""
+        at = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue[at] = keys
+        self.pointer.add_(len(keys)).remainder_(len(self.queue))
+
+
+class MoCoV3(Momentum):
+    """MoCo v3 (Chen et al. 2021): negatives from the batch, a predictor on the query, both directions."""
+
+    def __init__(self, args):
+        super().__init__(args, lambda features: mlp(features, args.hidden, args.dim, norm=True))
+        self.predictor = mlp(args.dim, args.hidden, args.dim, norm=True)
+        self.chance = 4 * args.temperature * math.log(args.batch_size)            # two directions, each times 2t
+
+    def momentum_at(self, progress):
+        return 1 - (1 - self.momentum) * (1 + math.cos(math.pi * progress)) / 2   # rises to 1 by a cosine
+
+    def forward(self, view1, view2, weights, world):
+        q1, q2 = (F.normalize(self.predictor(self.query(v)).float(), dim=1) for v in (view1, view2))     # (N, D)
+        with torch.no_grad():
+            k1, k2 = (world.gather(F.normalize(self.key(v).float(), dim=1)) for v in (view1, view2))     # (all N, D)
+        offset = world.rank * len(q1)              # where this process's keys stand among all
+        # Both directions carry the same w. The factor 2t keeps the size of the gradient when the temperature changes.
+        loss = 2 * self.temperature * (info_nce_in_batch(q1, k2, self.temperature, weights, offset)
+                                       + info_nce_in_batch(q2, k1, self.temperature, weights, offset))
+        return loss, similarities(q1, k2[offset:][:len(q1)], k2)
+
+
+METHODS = {"mocov2": MoCoV2, "mocov3": MoCoV3}
+
+
+@torch.no_grad()
+def similarities(q, k, negatives):
+    """Health read-outs: the mean cosine of positive pairs (should rise) and of others (should stay near 0)."""
+    return {"pos": (q * k).sum(1).mean(), "neg": q.mean(0) @ negatives.mean(0)}
+
+
+# ------------------------------------------------------------------------------------------------------------- the step
+
+def train_step(method, optimizer, view1, view2, quality_of, gamma, progress, world):
+    """One step of GenView. method: MoCo, wrapped for several processes or not; progress: share of training done.
+    quality_of: views -> q, s^f, s^b of each pair (section "quality-driven contrastive loss"), or None: equal weights.
+    Returns the loss and read-outs, scalars on the device."""
+    with world.autocast():
+        weights = None
+        if quality_of is not None:
+            quality, s_f, s_b = quality_of(view1, view2)                          # q_i = s_i^f - s_i^b           (N,)
+            weights = quality_weights(quality, gamma, world.group)                # w_i = n exp(gamma q_i) / sum  (N,)
+        getattr(method, "module", method).update_key(progress)                    # theta_k <- m theta_k + (1 - m) theta_q
+        loss, readouts = method(view1, view2, weights, world)                     # L = (1/n) sum_i w_i l_i
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    if weights is not None:  # effective sample size: the share of the batch that would count as much if weighted equally
+        readouts |= {"ess": weights.sum() ** 2 / weights.square().sum() / len(weights),
+                     "s_f": s_f.mean(), "s_b": s_b.mean()}
+    return {"loss": loss.detach(), **readouts}
+
+
+class PairQuality:
+    """q, s^f and s^b of the pairs of a batch, by a frozen encoder E and the first principal component of its features."""
+
+    def __init__(self, encoder, component):
+        self.encoder, self.component = encoder, component
+
+    @torch.no_grad()
+    def __call__(self, view1, view2):
+        return pair_quality(self.encoder(view1), self.encoder(view2), self.component)
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum, the step of each matrix scaled by trust |w| / |gradient| (You et al. 2017; as in MoCo v3, biases
+    and batch-norm weights get neither this nor weight decay)."""
+
+    def __init__(self, parameters, lr, weight_decay, momentum=0.9, trust=0.001):
+        super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                update = p.grad
+                if p.ndim > 1:
+                    update = update.add(p, alpha=group["weight_decay"])
+                    p_norm, update_norm = p.norm(), update.norm()
+                    ratio = torch.where((p_norm > 0) & (update_norm > 0), group["trust"] * p_norm / update_norm, 1.0)
+                    update = update * ratio
+                state = self.state[p]
+                if not state:
+                    state["mu"] = torch.zeros_like(p)
+                p.add_(state["mu"].mul_(group["momentum"]).add_(update), alpha=-group["lr"])
+
+
+def make_optimizer(args, method):
+    parameters = [p for p in method.parameters() if p.requires_grad]
+    if args.optimizer == "lars":
+        return LARS(parameters, lr=0.0, weight_decay=args.weight_decay)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=0.0, weight_decay=args.weight_decay)
+    return torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
+
+
+def learning_rate(args, epoch):
+    """Linear warm-up, then a cosine to 0; epoch may be a fraction."""
+    peak = args.lr * args.batch_size / 256
+    if epoch < args.warmup_epochs:
+        return peak * epoch / args.warmup_epochs
+    return peak * 0.5 * (1 + math.cos(math.pi * (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)))
+
+
+# ----------------------------------------------------------------------------------------------------- what to train on
+
+def augmentations(args):
+    """t1, t2. MoCo v3 blurs and solarises the two views unequally, as BYOL does, and jitters saturation less."""
+    scale = (args.crop_min, 1.0)
+    if args.method == "mocov2":
+        return [Augmentation(scale, blur=args.blur)] * 2
+    jitter = (0.4, 0.4, 0.2, 0.1)
+    return [Augmentation(scale, jitter, blur=2 * args.blur), Augmentation(scale, jitter, blur=0.2 * args.blur, solarise=0.2)]
+
+
+def shapes_views(encoder, noise, seed):
+    """Adaptive view generation in the world of shapes: tokens -> foreground proportion -> noise level -> perturbed scene.
+    Returns the views, uint8 like the pictures, and the component of the encoder's features."""
+    import shapes
+    from generate_views import foreground_proportion, noise_level
+    scenes = shapes.split("train")
+    pixels = shapes.render(scenes)
+    with torch.no_grad():
+        tokens = torch.cat([encoder(genview.normalise(x / 255)) for x in pixels.split(512)])
+    component, threshold = genview.fit_foreground(tokens, (8, 8))
+    level = noise_level(foreground_proportion(tokens, component, threshold)) if noise == "adaptive" else int(noise)
+    return shapes.render(shapes.perturb(scenes, level, torch.Generator().manual_seed(seed))), component
+
+
+def load_views(args, images):
+    """The generated views as PairLoader wants them, or None for plain pairs."""
+    if args.views_dir == "none":
+        return None
+    paths = genview.find_views(images, args.views_dir, args.dataset)
+    missing = sum(path is None for path in paths)
+    print(f"generated views of {len(paths) - missing} of {len(paths)} images from {args.views_dir}"
+          + (f"; the other {missing} use themselves" if missing else ""))
+    return paths if images.pixels is None else genview.load_views(images, paths)
+
+
+@torch.no_grad()
+def fit_component(encoder, images, image_size, world):
+    """v1 of the frozen encoder's features, from up to 10,000 images (the release's number)."""
+    count = min(len(images.names), genview.FIT_IMAGES)
+    tokens = []
+    for i in genview.progress(torch.linspace(0, len(images.names) - 1, count).long().split(64), "foreground", "batch"):
+        views = torch.stack([genview.to_tensor(genview.square(images.pil(j), image_size)) for j in i.tolist()])
+        with world.autocast():
+            tokens.append(encoder(genview.normalise(views.to(world.device) / 255)).half().cpu())
+    tokens = torch.cat(tokens)
+    side = math.isqrt(tokens.shape[1])
+    return genview.fit_foreground(tokens, (side, side))[0]
+
+
+def prepare(args, world):
+    """Returns the training images, their generated views (or None), and quality_of (or None), see train_step."""
+    images = genview.load_images(args.dataset, args.data_dir, "train", args.image_size, args.limit, args.skip_bad)
+    if args.dataset == "shapes":
+        import shapes
+        encoder, component, views = shapes.train_encoder(), None, None
+        if args.views_dir != "none" or args.quality != "off":
+            views, component = shapes_views(encoder, args.noise, args.seed)
+        views = None if args.views_dir == "none" else views[torch.linspace(0, len(views) - 1, len(images.names)).round().long()]
+    else:
+        views = load_views(args, images)
+        encoder = genview.FrozenEncoder(args.encoder) if args.quality != "off" else None
+    if args.quality == "off":
+        return images, views, None
+    encoder = encoder.to(world.device, memory_format=torch.channels_last)
+    if args.component:
+        with torch.no_grad():
+            features = encoder(torch.zeros(1, 3, args.image_size, args.image_size, device=world.device)).shape[2]
+        component = genview.load_component(args.component, features)[0]
+    elif component is None:
+        component = fit_component(encoder, images, args.image_size, world)
+    component = component.to(world.device)
+    return images, views, PairQuality(encoder, -component if args.flip_foreground else component)
+
+
+# ----------------------------------------------------------------------------------------------------------- the run
+
+def train(args, world, make_method=METHODS.get):
+    """Trains, evaluates, writes the run's folder. make_method: name of a method -> its class (args -> module with .query,
+    .chance, update_key and a forward as MoCo's)."""
+    torch.manual_seed(args.seed)
+    images, views, quality_of = prepare(args, world)
+    loader = PairLoader(images, views, augmentations(args), args.image_size, args.batch_size, args.seed, world, args.workers,
+                        args.skip_bad)
+    if loader.steps == 0:
+        raise Trouble(f"{len(images.names)} images do not fill one batch of {args.batch_size}: lower --batch-size")
+    test = genview.load_images(args.dataset, args.data_dir, "test", args.image_size, args.limit, args.skip_bad)
+    method = make_method(args.method)(args).to(world.device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(args, method)
+    start = resume(args, method, optimizer) if args.resume else 0
+    wrapped = method
+    if world.size > 1:
+        if world.device.type == "cuda":            # PyTorch has no synchronised batch norm for CPUs
+            method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+        wrapped = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
+    run = Run(args, world, len(images.names) // args.batch_size)
+    accuracy = None
+    for epoch in range(start, args.epochs):
+        train_epoch(args, world, epoch, loader, wrapped, optimizer, quality_of, run)
+        if epoch + 1 in (1, args.epochs) or (epoch + 1) % args.knn_every == 0:
+            accuracy = evaluate(method, images, test, args, world)
+            run.log(epoch=epoch + 1, knn=accuracy)
+        run.save(method, optimizer, epoch + 1)
+    if accuracy is None:
+        accuracy = evaluate(method, images, test, args, world)
+    run.say(f"{run.folder}: last.pt, backbone.pt, log.jsonl, args.json, pairs.png")
+    run.say(f"kNN top-1 {accuracy:.1f}% ({label(args)})")
+
+
+def train_epoch(args, world, epoch, loader, method, optimizer, quality_of, run):
+    method.train()
+    bar = genview.progress(loader.epoch(epoch), f"epoch {epoch + 1}/{args.epochs}", "batch", total=loader.steps)
+    began, pending, chance = time.time(), [], getattr(method, "module", method).chance
+    for step, (_, view1, view2) in enumerate(bar):
+        view1, view2 = (v.contiguous(memory_format=torch.channels_last) for v in (view1, view2))
+        if epoch == step == 0:
+            draw_pairs(run, view1, view2, quality_of)
+        done = epoch + step / loader.steps
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, done)
+        pending.append(train_step(method, optimizer, view1, view2, quality_of, args.gamma, done / args.epochs, world))
+        if (step + 1) % args.log_every == 0 or step + 1 == loader.steps:
+            means = average(pending, epoch * loader.steps + step + 1, world, run)
+            speed = (step + 1) * args.batch_size / (time.time() - began)
+            left = ((args.epochs - epoch) * loader.steps - step - 1) * args.batch_size / speed
+            run.log(epoch=done + 1 / loader.steps, **means, chance=chance, lr=learning_rate(args, done), images_per_s=speed)
+            bar.set_postfix_str(f"loss {means['loss']:.3f} (chance {chance:.2f}), {speed:.0f} images/s")
+            pending.clear()
+    run.say(f"epoch {epoch + 1}/{args.epochs}  loss {means.pop('loss'):.3f} (chance {chance:.2f})  "
+            + "".join(f"{name} {value:.3f}  " for name, value in means.items())
+            + f"{speed:.0f} images/s  {duration(left)} left")
+
+
+def average(pending, step, world, run):
+    """Means of the read-outs of the last steps over all processes; stops the run at the first loss that is not finite."""
+    table = torch.stack([torch.stack(list(readouts.values())).float() for readouts in pending])      # (steps, read-outs)
+    if world.size > 1:
+        dist.all_reduce(table)
+        table /= world.size
+    bad = (~table[:, 0].isfinite()).nonzero()
+    if len(bad):
+        raise Trouble(f"the loss is not finite at step {step - len(pending) + 1 + bad[0].item()}; the last good checkpoint is "
+                      f"{run.folder / 'last.pt'}: lower --lr or raise --temperature, then start anew, or --resume it")
+    return dict(zip(pending[0], table.mean(0).tolist()))
+
+
+def evaluate(method, train_images, test_images, args, world):
+    """kNN on the backbone's features, which the training never saw the labels of."""
+    features = [extract_features(method.query.backbone, images, args.image_size, world, 512, args.workers)
+                for images in (train_images, test_images)]
+    return knn_accuracy(features[0], train_images.labels, features[1], test_images.labels,
+                        num_classes=train_images.num_classes)
+
+
+def label(args):
+    name = {"mocov2": "MoCo v2", "mocov3": "MoCo v3"}.get(args.method, args.method)
+    if args.views_dir == "none":
+        name = f"plain {name}, no generated views"
+    else:
+        name += " + GenView's views"
+    return name + (" + quality weights" if args.quality != "off" else "")
+
+
+class Run:
+    """The run's folder, runs/<dataset>-<method>-<time>, and what is said to the user. Only the first process writes."""
+
+    def __init__(self, args, world, steps):
+        self.args, self.first = args, world.rank == 0
+        self.folder = Path(args.output_dir)
+        if self.first:
+            settings = vars(args) | {"label": label(args)}
+            genview.write_whole(self.folder / "args.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
+            print(f"{label(args)} on {args.dataset}, {steps} steps an epoch, {world.size} x {world.device.type}, "
+                  f"{str(world.dtype).removeprefix('torch.')}")
+            print("  ".join(f"{key}={value}" for key, value in vars(args).items()))
+
+    def say(self, text):
+        if self.first:
+            print(text, flush=True)
+
+    def log(self, **values):
+        if self.first:
+            if "knn" in values:
+                self.say(f"epoch {values['epoch']}/{self.args.epochs}  kNN top-1 {values['knn']:.1f}%")
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def save(self, method, optimizer, epoch):
+        if self.first:
+            state = {"model": method.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "args": vars(self.args)}
+            genview.write_whole(self.folder / "last.pt", lambda path: torch.save(state, path))
+            backbone = method.query.backbone.state_dict()
+            genview.write_whole(self.folder / "backbone.pt", lambda path: torch.save(backbone, path))
+
+
+def resume(args, method, optimizer):
+    """Loads --resume's checkpoint into method and optimizer; returns the number of epochs done."""
+    state = genview.load_checkpoint(args.resume)
+    free = {"output_dir", "resume", "device", "workers", "knn_every", "log_every"}                   # may change
+    now, then = vars(args), state.get("args", {}) if isinstance(state, dict) else {}
+    for key in now.keys() - free:
+        if key not in then or then[key] != now[key]:
+            raise Trouble(f"{args.resume} is of a run with another --{key.replace('_', '-')} ({then.get(key)}, now {now[key]}): "
+                          f"resume with the flags of that run")
+    method.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["epoch"]
+
+
+def duration(seconds):
+    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+
+
+def draw_pairs(run, view1, view2, quality_of, columns=8, rows=3, cell=96):
+    """pairs.png: pairs of the first batch from best to worst quality, scores beneath, the extremes framed (cf. Fig. 5)."""
+    if not run.first:
+        return
+    scores = torch.stack(quality_of(view1, view2)).T.cpu() if quality_of else None                   # (N, 3)
+    order = scores[:, 0].argsort(descending=True) if quality_of else torch.arange(len(view1))
+    order = order[torch.linspace(0, len(order) - 1, min(columns * rows, len(order))).long()]
+    width, height = 2 * cell + 12, cell + 24
+    canvas = Image.new("RGB", (columns * width, rows * height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for place, i in enumerate(order.tolist()):
+        left, top = place % columns * width, place // columns * height
+        for v, view in enumerate((view1, view2)):
+            x = view[i].float().cpu() * torch.tensor(genview.CLIP_STD).view(3, 1, 1) + torch.tensor(genview.CLIP_MEAN).view(3, 1, 1)
+            picture = Image.fromarray((x * 255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy())
+            canvas.paste(picture.resize((cell, cell), Image.Resampling.NEAREST), (left + 4 + v * cell, top + 4))
+        if quality_of:
+            draw.text((left + 6, top + cell + 8), "q {:.2f} = {:.2f} - {:.2f}".format(*scores[i].tolist()), fill="black")
+            if place in (0, len(order) - 1):
+                draw.rectangle((left + 1, top + 1, left + 2 * cell + 6, top + cell + 6),
+                               outline="green" if place == 0 else "red", width=3)
+    genview.write_whole(run.folder / "pairs.png", lambda path: canvas.save(path, format="PNG"))
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+def parse_args(presets=PRESETS, argv=None):
+    """The flags, with the preset's values where a flag is not given, and everything that depends on others resolved."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", choices=sorted({d for d, _ in presets}), default="cifar10")
+    data.add_argument("--data-dir", help="data, or for folders the one with train/ and val/ or test/ (default: data)")
+    data.add_argument("--limit", type=int, help="use so many images of each split")
+    data.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
+    model = parser.add_argument_group("model")
+    model.add_argument("--method", choices=sorted({m for _, m in presets}), default=next(iter(presets))[1])
+    view = parser.add_argument_group("GenView")
+    view.add_argument("--views-dir", help="folder of generated views, or none (default: where generate_views.py puts them)")
+    view.add_argument("--quality", choices=["exact", "off"], help="weights by quality (default: exact with views, else off)")
+    view.add_argument("--gamma", type=float, default=1.0, help="how strongly quality counts (release: 1)")
+    view.add_argument("--encoder", default="openai/clip-vit-base-patch32", help="frozen encoder E, hub id or folder")
+    view.add_argument("--component", help="its fitted component, foreground.npz or pca_vectors.npy (default: fit one)")
+    view.add_argument("--flip-foreground", action="store_true", help="turn the component to the other side")
+    view.add_argument("--noise", default="adaptive", help="shapes only, whose views are made here: adaptive or 0..999")
+    runtime = parser.add_argument_group("runtime")
+    runtime.add_argument("--output-dir", help="default: runs/<dataset>-<method>-<time>")
+    runtime.add_argument("--resume", nargs="?", const="last", help="a last.pt; without PATH the one in --output-dir")
+    runtime.add_argument("--seed", type=int, default=0)
+    runtime.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    runtime.add_argument("--workers", type=int, default=4, help="processes that read large images")
+    runtime.add_argument("--log-every", type=int, default=10, help="steps")
+    recipe = parser.add_argument_group("recipe (default: the preset of --dataset and --method)")
+    for name, kind in {k: type(v) for preset in presets.values() for k, v in preset.items()}.items():
+        recipe.add_argument(f"--{name.replace('_', '-')}", type=kind)
+    args = parser.parse_args(argv)
+    for name, value in presets[args.dataset, args.method].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return resolve(args)
+
+
+def resolve(args):
+    """Fills in what depends on other flags; Trouble where they contradict each other."""
+    if args.data_dir is None:
+        if args.dataset == "folder":
+            raise Trouble("--dataset folder needs --data-dir, a folder with train/ and val/ or test/ below it")
+        args.data_dir = "data/imagenet" if args.dataset == "imagenet" else "data"
+    if args.views_dir is None:
+        args.views_dir = genview.default_views_dir(args.dataset, args.data_dir)
+        if args.dataset != "shapes" and not (Path(args.views_dir) / "manifest.jsonl").exists():
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"*** No generated views in {args.views_dir}: this is plain MoCo, not GenView. They are made by\n"
+                      f"***   python generate_views.py --dataset {args.dataset} --data-dir {args.data_dir}")
+            args.views_dir = "none"
+    args.quality = args.quality or ("off" if args.views_dir == "none" else "exact")
+    if args.noise != "adaptive" and not (args.noise.isdecimal() and int(args.noise) < 1000):
+        raise Trouble(f"--noise is adaptive or a level from 0 to 999, not {args.noise}")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % processes:
+        raise Trouble(f"--batch-size {args.batch_size} cannot be shared by {processes} processes: give a multiple")
+    if args.queue and args.queue % args.batch_size:
+        raise Trouble(f"--queue {args.queue} is no multiple of --batch-size {args.batch_size} (all processes together): "
+                      f"take {args.queue // args.batch_size * args.batch_size or args.batch_size}")
+    run = f"runs/{args.dataset}-{args.method}-{'plain' if args.views_dir == 'none' else 'genview'}"
+    if args.resume == "last":
+        candidates = [Path(args.output_dir, "last.pt")] if args.output_dir else Path().glob(f"{run}-*/last.pt")
+        args.resume = str(max(candidates, key=lambda p: p.stat().st_mtime if p.exists() else 0, default=f"{run}-*/last.pt"))
+    default = Path(args.resume).parent if args.resume else f"{run}-{time.strftime('%Y%m%d-%H%M%S')}"
+    args.output_dir = str(args.output_dir or default)
+    return args
+
+
+def main():
+    args = parse_args()
+    train(args, genview.setup(args.device))
+
+
+if __name__ == "__main__":
+    genview.run(main)
