@@ -1,4 +1,4 @@
-"""Evaluates a frozen or fine-tuned backbone: weighted kNN, linear probe, semi-supervised fine-tuning (section "experiments").
+"""Evaluates a backbone: weighted kNN, linear probe, semi-supervised fine-tuning (section "experiments").
 
     python eval_linear.py --checkpoint runs/<name>/last.pt                                        # kNN and linear probe
     python eval_linear.py --checkpoint runs/<name>/last.pt --protocol finetune --labels 0.01      # 1% of the labels
@@ -11,15 +11,17 @@ Legend of the shapes: N images, S side of a view in pixels, D features of an ima
 import argparse
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
 
 import genview
-from genview import Trouble, World, progress
+from genview import Trouble, progress
 
 # Recipes, by protocol and data set; every entry is a flag too. `augment`: random crops and flips in every epoch; without,
 # the features are computed once and standardised to unit length on average, so that one learning rate suits all checkpoints.
@@ -37,6 +39,7 @@ PRESETS = {
         "imagenet": dict(epochs=20, batch_size=256, lr=0.2, backbone_lr=0.01),
     },
 }
+CROP_SCALE = (0.08, 1.0)      # share of the image's area in a random crop: the usual for supervised training
 FEATURE_BATCH = 256           # images at a time where no gradient is needed
 
 
@@ -84,7 +87,7 @@ def strip_prefix(checkpoint):
     for key in ("model", "state_dict"):
         state = state.get(key, state) if isinstance(state, dict) else {}
     state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    prefix = next(p for p in PREFIXES if p == "" or any(key.startswith(p) for key in state))
+    prefix = next(p for p in PREFIXES if any(key.startswith(p) for key in state) or p == "")
     names = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return {key: value for key, value in names.items() if not key.startswith("fc.")}
 
@@ -105,7 +108,7 @@ def misfit(state, arch, small_stem):
     return None
 
 
-class Crops(torch.utils.data.Dataset):
+class Crops(Dataset):
     """Image files cut to S x S: a random crop where `draw` = (seed, epoch) is given, else the central square.
 
     The central one leaves out the outer eighth: the usual 256 to 224 pixels. skip_bad: an unreadable file is a grey picture.
@@ -124,7 +127,7 @@ class Crops(torch.utils.data.Dataset):
             image = Image.new("RGB", size, (128, 128, 128))
         if self.draw:
             u = torch.rand(1, genview.CROP_TRIES, 4, generator=genview.step_generator(*self.draw, index))
-            box = genview.crop_boxes(u, image.height, image.width, (0.08, 1.0))[0].tolist()
+            box = genview.crop_boxes(u, image.height, image.width, CROP_SCALE)[0].tolist()
         else:
             side = min(image.size) * 224 / 256
             left, top = (image.width - side) / 2, (image.height - side) / 2
@@ -137,22 +140,17 @@ def pictures(images, order, image_size, world, batch_size, workers=4, draw=None,
     and flips, or None for the central square (pictures in memory: all of it)."""
     batches = order.split(batch_size)
     if images.pixels is None:
-        loader = iter(torch.utils.data.DataLoader(Crops(images, image_size, draw, skip_bad), num_workers=workers,
-                                                  batch_sampler=[b.tolist() for b in batches]))
+        loader = iter(DataLoader(Crops(images, image_size, draw, skip_bad), batch_sampler=[b.tolist() for b in batches],
+                                 num_workers=workers, pin_memory=world.device.type == "cuda"))
     for step, index in enumerate(batches):
-        if images.pixels is None:
-            x = next(loader).to(world.device, non_blocking=True).float()
-        else:
-            x = images.pixels[index].to(world.device, non_blocking=True).float()
-            if draw:
-                u = torch.rand(len(x), genview.CROP_TRIES, 4, generator=genview.step_generator(*draw, step, world.rank))
-                boxes = genview.crop_boxes(u, *x.shape[2:], (0.2, 1.0)).to(x.device)
-                x = genview.crop(x, boxes, image_size)
-            elif x.shape[-1] != image_size:
-                x = F.interpolate(x, size=(image_size, image_size), mode="bilinear", antialias=True)
+        x = (next(loader) if images.pixels is None else images.pixels[index]).to(world.device).float()
         if draw:
-            flip = torch.rand(len(x), generator=genview.step_generator(*draw, step, world.rank, 1)) < 0.5
-            x = torch.where(flip.to(x.device)[:, None, None, None], x.flip(3), x)
+            u = torch.rand(len(x), genview.CROP_TRIES + 1, 4, generator=genview.step_generator(*draw, step, world.rank))
+            x = torch.where((u[:, -1, 0] < 0.5).to(x.device)[:, None, None, None], x.flip(3), x)
+        if draw and images.pixels is not None:
+            x = genview.crop(x, genview.crop_boxes(u[:, :-1], *x.shape[2:], CROP_SCALE).to(x.device), image_size)
+        elif x.shape[-1] != image_size:
+            x = F.interpolate(x, size=(image_size, image_size), mode="bilinear", antialias=True)
         yield genview.normalise(x / 255).contiguous(memory_format=torch.channels_last)
 
 
@@ -199,7 +197,7 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, num_c
     for part, truth in zip(test.split(512), test_labels.split(512)):
         s, nearest = (part @ train.T).topk(min(k, len(train)))                      # (n, k)
         votes = part.new_zeros(len(part), num_classes)
-        votes.scatter_add_(1, train_labels[nearest], ((s - 1) / temperature).exp())     # - 1: no overflow for small t
+        votes.scatter_add_(1, train_labels[nearest], ((s - s[:, :1]) / temperature).exp())  # no overflow
         correct += (votes.argmax(1) == truth).sum().item()
     return 100 * correct / len(test)
 
@@ -214,7 +212,7 @@ def balanced_subset(labels, fraction, generator):
     return torch.cat(chosen).sort().values
 
 
-def fit(model, groups, batches, steps, epochs, world):
+def fit(model, groups, batches, steps, epochs, autocast=nullcontext):
     """Trains a classifier by SGD with momentum 0.9, a cosine schedule and no weight decay.
 
     Args:
@@ -226,7 +224,7 @@ def fit(model, groups, batches, steps, epochs, world):
     bar = progress(range(epochs), "training", "epoch")
     for epoch in bar:
         for x, labels in batches(epoch):
-            with world.autocast():
+            with autocast():
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), labels.to(logits.device))
             optimizer.zero_grad()
@@ -239,7 +237,7 @@ def fit(model, groups, batches, steps, epochs, world):
 
 
 def augmented(images, settings, world):
-    """For fit: a function of the epoch that yields this process's share of pictures and labels, and the steps of an epoch."""
+    """For fit: a function of the epoch that yields this process's share of pictures and labels; the steps of an epoch."""
     n = len(images.names)
     batch_size = max(1, min(settings.batch_size, n) // world.size)                  # of one process
     steps = n // (batch_size * world.size)
@@ -271,7 +269,7 @@ def linear_on_features(features, labels, num_classes, settings, world):
         order = torch.randperm(len(x), generator=genview.step_generator(settings.seed, epoch)).to(x.device)
         for index in order[:steps * batch_size].split(batch_size):
             yield x[index], labels[index]
-    fit(head, [{"params": head.parameters(), "lr": settings.lr}], batches, steps, settings.epochs, exact(world))
+    fit(head, [{"params": head.parameters(), "lr": settings.lr}], batches, steps, settings.epochs)
     return lambda features: head(rescale(features))
 
 
@@ -285,8 +283,9 @@ def linear_on_pictures(backbone, dim, images, settings, world):
     def features(epoch):
         for x, labels in batches(epoch):
             with torch.no_grad(), world.autocast():
-                yield backbone(x).float(), labels
-    fit(model, [{"params": head.parameters(), "lr": settings.lr}], features, steps, settings.epochs, exact(world))
+                z = backbone(x).float()
+            yield z, labels
+    fit(model, [{"params": head.parameters(), "lr": settings.lr}], features, steps, settings.epochs)
     return head
 
 
@@ -297,25 +296,22 @@ def finetune(backbone, dim, images, settings, world):
                              pixels=None if images.pixels is None else images.pixels[index])
     print(f"fine-tuning on {len(index)} labelled images")
     head = zero_linear(dim, images.num_classes).to(world.device)
-    groups = [{"params": backbone.parameters(), "lr": settings.backbone_lr}, {"params": head.parameters(), "lr": settings.lr}]
+    groups = [{"params": backbone.parameters(), "lr": settings.backbone_lr},
+              {"params": head.parameters(), "lr": settings.lr}]
     model = torch.nn.Sequential(backbone, head).train()
     if world.size > 1:
         model = DistributedDataParallel(model)
     batches, steps = augmented(images, settings, world)
-    fit(model, groups, batches, steps, settings.epochs, world)
+    fit(model, groups, batches, steps, settings.epochs, world.autocast)
     return head
 
 
 def zero_linear(dim, num_classes):
     """A classifier that starts at 0, hence at chance: no seed to choose."""
     head = torch.nn.Linear(dim, num_classes)
-    torch.nn.init.zeros_(head.weight)
-    torch.nn.init.zeros_(head.bias)
+    for parameter in head.parameters():
+        torch.nn.init.zeros_(parameter)
     return head
-
-
-def exact(world):
-    return world._replace(dtype=torch.float32)     # no autocast: one layer costs nothing
 
 
 @torch.no_grad()
@@ -345,7 +341,7 @@ def parse(argv=None):
     add("--batch-size", type=int, help="of all processes together")
     add("--lr", type=float, help="of the classifier")
     add("--backbone-lr", type=float, help="finetune: of the backbone")
-    add("--augment", action=argparse.BooleanOptionalAction, help="linear: random crops and flips in every epoch")
+    add("--augment", action=argparse.BooleanOptionalAction, help="linear: crops and flips in every epoch, features as they are (then --lr too)")
     add = parser.add_argument_group("runtime").add_argument
     add("--device", help="cuda, mps or cpu")
     add("--workers", type=int, default=4, help="processes that read image files")

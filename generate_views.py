@@ -267,7 +267,7 @@ def spaced(n, count=None):
 
 def image_seed(seed, name):
     """A seed from the run's seed and the image's name alone: no batch, order, process, limit or restart changes a view."""
-    return int.from_bytes(hashlib.sha256(f"{seed} ".encode() + os.fsencode(name)).digest()[:7], "little")
+    return int.from_bytes(hashlib.sha256(f"{seed} ".encode() + os.fsencode(name)).digest()[:6], "little")
 
 
 def view_path(args, name):
@@ -448,6 +448,8 @@ def main():
     images = genview.load_images(args.dataset, args.data_dir, "train", genview.IN_MEMORY_SIZE + 1)
     check_names(images.names)
     pipe = load_pipeline(args.model, getattr(torch, args.dtype), world.device)
+    if args.component:                             # trouble with it comes before anything is written
+        genview.load_component(args.component, pipe.image_encoder.config.hidden_size)
     args.size = args.size or pipe.unet.config.sample_size * pipe.vae_scale_factor
     args.save_size = args.save_size or (32 if args.dataset.startswith("cifar") else min(512, args.size))
     if not args.preview:

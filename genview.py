@@ -6,6 +6,7 @@ Legend of the shapes: N images, S side of a view in pixels, T tokens (positions 
 import json
 import os
 import sys
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -479,7 +480,7 @@ def load_component(path, size=None):
         is_npz = isinstance(data, np.lib.npyio.NpzFile)
         component = torch.from_numpy(np.asarray(data["component"] if is_npz else data)).float().flatten()
         threshold = float(data["threshold"]) if is_npz else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise Trouble(f"{path} is no component file ({error}); it must be a foreground.npz or a pca_vectors.npy") from None
     if size is not None and len(component) != size:
         raise Trouble(f"{path} has a component of {len(component)} numbers, the encoder's features have {size}: "

@@ -166,7 +166,7 @@ def info_nce_in_batch(query, keys, temperature, weights=None, offset=0):
     >>> info_nce_in_batch(torch.eye(2), torch.eye(2), temperature=1.0)           # log(1 + e^-1)
     tensor(0.3133)
     """
-    _check(query.ndim == 2 and keys.ndim == 2 and query.shape[1] == keys.shape[1],
+    _check(query.ndim == 2 and keys.ndim == 2 and query.shape[1] == keys.shape[1] and len(query) > 0,
            f"query and keys must be (N, D) and (M, D), got {tuple(query.shape)} and {tuple(keys.shape)}")
     _check(0 <= offset and offset + len(query) <= len(keys),
            f"rows {offset} to {offset + len(query)} are not among the keys {tuple(keys.shape)}")

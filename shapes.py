@@ -22,7 +22,7 @@ class Scene(NamedTuple):
     """All that is needed to draw n pictures; every field has the n pictures in front."""
     shape: Tensor   # (n,) integers, index into CLASSES
     centre: Tensor  # (n, 2) x to the right and y down, in [-1, 1]
-    size: Tensor    # (n,) about the radius of the figure: 0.25 covers 5% of the picture, 0.95 up to 70%
+    size: Tensor    # (n,) about the radius of the figure: 0.3 covers 5% of the picture, 1.05 up to 70%
     angle: Tensor   # (n,) radians
     colour: Tensor  # (n, 3) of the figure, RGB in [0, 1]
     ground: Tensor  # (n, 2, 3) the two colours of the background
@@ -36,16 +36,22 @@ def sample_scenes(n: int, generator: torch.Generator) -> Scene:
     def uniform(low, high, *dims):
         return low + (high - low) * torch.rand(n, *dims, generator=generator)
 
-    size = uniform(0.25, 0.95)
+    size = uniform(0.3, 1.05)
     centre = uniform(-1, 1, 2) * (1 - size).clamp(min=0.15)[:, None]  # small figures anywhere, large ones near the middle
-    ground = uniform(0, 1, 2, 3)
-    candidates = uniform(0, 1, 6, 3)  # the figure takes that of six colours which stands out best from both of the ground
-    contrast = (candidates[:, :, None] - ground[:, None]).norm(dim=-1).amin(dim=2)  # (n, 6)
-    colour = candidates[torch.arange(n), contrast.argmax(dim=1)]
-    direction, cycles = uniform(0, 2 * math.pi, 3), uniform(1.5, 6, 3)  # cycles: periods across the picture
+    base, delta = uniform(0, 0.45, 3), torch.randn(n, 3, generator=generator)
+    delta = 0.15 * delta / delta.norm(dim=1, keepdim=True)
+    ground = torch.stack((base - delta, base + delta), dim=1).clamp(0, 1)
+    colour = uniform(0.55, 1, 3)  # brighter than the background: silhouettes are clear, so that two minutes are enough
+    direction, cycles = uniform(0, 2 * math.pi, 3), uniform(1.5, 5, 3)  # cycles: periods across the picture
     waves = math.pi * cycles[..., None] * torch.stack((direction.cos(), direction.sin()), dim=-1)
-    return Scene(torch.randint(len(CLASSES), (n,), generator=generator), centre, size, uniform(-0.35, 0.35), colour, ground,
+    return Scene(torch.randint(len(CLASSES), (n,), generator=generator), centre, size, uniform(-0.2, 0.2), colour, ground,
                  waves, uniform(-math.pi, math.pi, 3), torch.randn(n, 3, generator=generator))
+
+
+def split(name: str) -> Scene:
+    """The data sets: "train", 4,096 scenes, and "test", 1,024 others; always the same."""
+    n, seed = {"train": (4096, 0), "test": (1024, 1)}[name]
+    return sample_scenes(n, torch.Generator().manual_seed(seed))
 
 
 def signed_distances():
@@ -105,8 +111,8 @@ def render(scene: Scene) -> Tensor:
 
 def loss_of_identity(noise_level: Tensor, size: Tensor) -> Tensor:
     """Chance that a figure of this size turns into another silhouette: level and size (n,) -> (n,)."""
-    bearable = 1000 * size - 50  # the level at which half of the figures of this size are lost: 200 for the smallest
-    return torch.sigmoid((noise_level - bearable) / 50)
+    bearable = 60 + 450 * size ** 2  # the level at which half of the figures of this size are lost: 200 for the smallest
+    return torch.sigmoid((noise_level - bearable) / 30)
 
 
 def perturb(scene: Scene, noise_level, generator: torch.Generator) -> Scene:
@@ -121,7 +127,7 @@ def perturb(scene: Scene, noise_level, generator: torch.Generator) -> Scene:
     fresh = sample_scenes(n, generator)
     lost = torch.rand(n, generator=generator) < loss_of_identity(level, scene.size)
     other = (scene.shape + torch.randint(1, len(CLASSES), (n,), generator=generator)) % len(CLASSES)
-    strength = 0.2 + 0.8 * torch.sin(math.pi / 2 * (level / 500).clamp(max=1))  # 0.2 at level 0, 0.96 at 400
+    strength = 0.25 + 0.75 * torch.sin(math.pi / 2 * (level / 500).clamp(max=1))  # 0.2 at level 0, 0.96 at 400
 
     def mix(old, new, middle=0.0, share=1.0):
         s = (share * strength).view(-1, *[1] * (old.dim() - 1))
@@ -129,7 +135,7 @@ def perturb(scene: Scene, noise_level, generator: torch.Generator) -> Scene:
 
     return Scene(torch.where(lost, other, scene.shape), mix(scene.centre, fresh.centre, share=0.5),
                  mix(scene.size, fresh.size, scene.size, share=0.2).clamp(0.2, 1), mix(scene.angle, fresh.angle, share=0.5),
-                 mix(scene.colour, fresh.colour, 0.5, share=0.6).clamp(0, 1), mix(scene.ground, fresh.ground, 0.5).clamp(0, 1),
+                 mix(scene.colour, fresh.colour, 0.78).clamp(0, 1), mix(scene.ground, fresh.ground, 0.22).clamp(0, 1),
                  mix(scene.waves, fresh.waves), mix(scene.phases, fresh.phases), mix(scene.kind, fresh.kind))
 
 
@@ -167,7 +173,7 @@ def train_encoder(seed: int = 0, device="cpu", steps: int = 250, batch: int = 25
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1_000_003 + seed)
         encoder = Encoder().to(device, memory_format=torch.channels_last)
-        heads = nn.Linear(64, 1 + len(CLASSES) + 3 + 6 + 3).to(device)  # mask, class, figure's colour; ground's colours, kind
+        heads = nn.Linear(64, len(CLASSES) + 1 + 3 + 6).to(device)  # silhouette or none, colours of figure and ground
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
@@ -185,17 +191,15 @@ def train_encoder(seed: int = 0, device="cpu", steps: int = 250, batch: int = 25
 
 
 def dense_loss(outputs: Tensor, mask: Tensor, scene: Scene) -> Tensor:
-    """Every token (n, T, 23) tells how much of it is figure, (n, T); figure tokens what figure, the others what texture."""
-    n, T, _ = outputs.shape
-    is_figure, shape, colour, ground = outputs.split((1, len(CLASSES), 3, 9), dim=2)
-    texture = torch.cat((scene.ground.flatten(1), scene.kind.softmax(1)), dim=1).to(outputs)
-    which = F.cross_entropy(shape.flatten(0, 1), scene.shape.to(outputs.device).repeat_interleave(T), reduction="none").view(n, T)
-    hue = (colour - scene.colour.to(outputs)[:, None]).square().sum(2)
-    back = (ground - texture[:, None]).square().sum(2)
-    figure = mask / mask.sum(1, keepdim=True)
-    rest = (1 - mask) / (1 - mask).sum(1, keepdim=True)
-    return (2 * F.binary_cross_entropy_with_logits(is_figure[..., 0], mask) + (figure * (which + 2 * hue)).sum(1).mean()
-            + 2 * (rest * back).sum(1).mean())
+    """Segmentation: every token (n, T, 20) tells the silhouette it lies in or "none", as far as the mask (n, T) says; then
+    the colour of the figure there, and the colours of the background elsewhere."""
+    what, colour, ground = outputs.split((len(CLASSES) + 1, 3, 6), dim=2)
+    log_p = what.log_softmax(dim=2)
+    shape = scene.shape.to(outputs.device)[:, None, None].expand(-1, mask.shape[1], 1)
+    segmentation = -(mask * log_p.gather(2, shape)[..., 0] + (1 - mask) * log_p[..., -1])  # (n, T)
+    figure_error = (colour - scene.colour.to(outputs)[:, None]).square().mean(dim=2)
+    ground_error = (ground - scene.ground.flatten(1).to(outputs)[:, None]).square().mean(dim=2)
+    return (segmentation + mask * figure_error + (1 - mask) * ground_error).mean()
 
 
 def main(rows: int = 12, levels=(0, 100, 200, 300, 400), path: str = "shapes.png"):

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -338,6 +339,7 @@ def train(args, world, make_method=METHODS.get):
     if world.size > 1:
         if world.device.type == "cuda":            # PyTorch has no synchronised batch norm for CPUs
             method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")    # its successor is only in newer versions
         wrapped = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
     run = Run(args, world, len(images.names) // args.batch_size)
     accuracy = None

@@ -134,7 +134,7 @@ def test_loss_matches_the_loop(name):
 
 def reference(name, x, w):
     """The same losses written otherwise, in float64, for autograd."""
-    key, negatives, keys, target = (y.double() for y in (unit(5, seed=1), unit(7, seed=2), unit(11, seed=3), unit(5, seed=4)))
+    key, negatives, keys, target = (unit(n, seed=i + 1).double() for i, n in enumerate((5, 7, 11, 5)))
     if name == "info_nce":
         positive, negative = (x * key).sum(1) / 0.2, x @ negatives.T / 0.2
         losses = -(positive.exp() / (positive.exp() + negative.exp().sum(1))).log()
@@ -306,7 +306,7 @@ def test_two_processes_weight_like_one(tmp_path):
 
 def test_the_file_copied_alone_works(tmp_path):
     shutil.copy(ROOT / "quality_loss.py", tmp_path)
-    code = ("import runpy, sys; before = set(sys.modules); import torch, torch.distributed; known = set(sys.modules); "
+    code = ("import runpy, sys; import torch, torch.distributed; known = set(sys.modules); "
             "runpy.run_path('quality_loss.py', run_name='__main__'); "
             "new = {m.split('.')[0] for m in set(sys.modules) - known} - {'torch'}; "
             "assert new <= set(sys.stdlib_module_names), new")

@@ -1,0 +1,23 @@
+"""The tests import the scripts by file name, as the scripts do among themselves, and run offline."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """24 pictures of 32 x 32 in two classes, and as many to test on."""
+    import tiny
+    return tiny.save_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory):
+    """A tiny CLIP vision model."""
+    import tiny
+    return tiny.save_clip(tmp_path_factory.mktemp("encoder"))

@@ -1,0 +1,271 @@
+"""eval_linear.py: checkpoints of every format, kNN against a loop, the probes on data where the answer is known."""
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import eval_linear as ev  # noqa: E402
+import genview  # noqa: E402
+import tiny  # noqa: E402
+from genview import Images, Trouble, World  # noqa: E402
+
+ONE = World(0, 1, torch.device("cpu"), torch.float32)
+DIM = 512
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images of two classes and three checkpoints of one resnet18: ours, a plain state dict, the release's format."""
+    folder = tmp_path_factory.mktemp("eval")
+    tiny.save_images(folder / "data", per_class=6, size=32)
+    torch.manual_seed(0)
+    backbone, _ = genview.make_backbone("resnet18", False)
+    state = backbone.state_dict()
+    args = {"dataset": "folder", "data_dir": str(folder / "data"), "arch": "resnet18", "image_size": 32}
+    ours = {f"query.backbone.{k}": v for k, v in state.items()} | {f"key.backbone.{k}": v + 1 for k, v in state.items()}
+    torch.save({"model": ours | {"queue": torch.ones(4, 2)}, "args": args, "epoch": 1}, folder / "last.pt")
+    torch.save(state | {"fc.weight": torch.ones(1000, DIM), "fc.bias": torch.ones(1000)}, folder / "plain.pt")
+    release = {f"backbone.{k}": v for k, v in state.items() if "num_batches_tracked" not in k}
+    torch.save({"meta": {}, "state_dict": release | {"neck.fc0.weight": torch.ones(3)}}, folder / "release.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(folder):
+    return genview.load_images("folder", folder / "data", "train", 32)
+
+
+def settings(**values):
+    usual = dict(lr=1.0, backbone_lr=0.01, epochs=20, batch_size=32, seed=0, labels=1.0, image_size=32, workers=0,
+                 skip_bad=False)
+    return SimpleNamespace(**usual | values)
+
+
+def script(*arguments):
+    """Runs the script in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["eval_linear.py", "--device", "cpu", *map(str, arguments)])
+        genview.run(ev.main)
+
+
+# ------------------------------------------------------------------------------------------------------------- checkpoints
+
+def test_all_formats_give_the_same_features(folder, images):
+    features = {}
+    for name in ("last.pt", "plain.pt", "release.pth"):
+        backbone, dim, args = ev.load_backbone(folder / name)
+        assert dim == DIM and args.get("dataset") == ("folder" if name == "last.pt" else None)
+        features[name] = ev.extract_features(backbone, images, 32, ONE, batch_size=5)
+        assert features[name].shape == (12, DIM) and features[name].dtype == torch.float32
+    assert torch.equal(features["last.pt"], features["plain.pt"]) and torch.equal(features["last.pt"], features["release.pth"])
+
+
+def test_the_small_stem_is_seen_and_settings_lie_beside_a_backbone(tmp_path):
+    backbone, _ = genview.make_backbone("resnet18", True)
+    torch.save(backbone.state_dict(), tmp_path / "backbone.pt")
+    (tmp_path / "args.json").write_text(json.dumps({"dataset": "cifar10", "arch": "resnet18"}))
+    loaded, _, args = ev.load_backbone(tmp_path / "backbone.pt")
+    assert loaded.conv1.kernel_size == (3, 3) and args["dataset"] == "cifar10"
+    for ours, theirs in zip(loaded.state_dict().values(), backbone.state_dict().values()):
+        assert torch.equal(ours, theirs)
+
+
+def test_another_architecture_is_trouble(folder, tmp_path):
+    for name in ("last.pt", "plain.pt", "release.pth"):
+        with pytest.raises(Trouble, match="another architecture.*layer1.0.conv1.weight.*resnet50.*resnet18"):
+            ev.load_backbone(folder / name, "resnet50")
+        with pytest.raises(Trouble, match="another architecture.*layer1.2.conv1.weight.*resnet34.*resnet18"):
+            ev.load_backbone(folder / name, "resnet34")
+    state = torch.load(folder / "plain.pt")
+    torch.save({k: v for k, v in state.items() if k != "layer2.0.bn1.running_var"}, tmp_path / "missing.pt")
+    with pytest.raises(Trouble, match="no layer2.0.bn1.running_var"):
+        ev.load_backbone(tmp_path / "missing.pt", "resnet18")
+    with pytest.raises(Trouble, match="--arch"):
+        ev.load_backbone(tmp_path / "missing.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(Trouble, match="list.pt"):
+        ev.load_backbone(tmp_path / "list.pt", "resnet18")
+
+
+def test_trouble_on_the_command_line(folder, capsys):
+    done = subprocess.run([sys.executable, "eval_linear.py", "--checkpoint", folder / "last.pt", "--arch", "resnet50"],
+                          capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "another architecture" in done.stderr and "resnet50" in done.stderr and "resnet18" in done.stderr
+    with pytest.raises(SystemExit) as stop:
+        script("--checkpoint", folder / "plain.pt")
+    assert stop.value.code == 2 and "--dataset" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------- features
+
+def test_features_are_the_backbones_own(folder, images):
+    backbone, _, _ = ev.load_backbone(folder / "last.pt")
+    features = ev.extract_features(backbone.train(), images, 32, ONE, batch_size=4)
+    assert backbone.training                       # as it was before
+    with torch.no_grad():
+        again = backbone.eval()(genview.normalise(images.pixels.float() / 255))
+    torch.testing.assert_close(features, again, atol=1e-4, rtol=1e-4)
+    assert ev.extract_features(backbone, images, 40, ONE).shape == (12, DIM)        # resized
+    on_disk = images._replace(pixels=None)
+    whole, central = (images.pil(0), genview.to_tensor(images.pil(0).resize((28, 28), 2, box=(2, 2, 30, 30))))
+    assert whole.size == (32, 32)
+    x = next(ev.pictures(on_disk, torch.arange(1), 28, ONE, 1, workers=0))
+    torch.testing.assert_close(x[0], genview.normalise(central / 255))              # 28 = 32 * 224 / 256: cut, not resized
+
+
+def test_random_crops_are_drawn_from_seed_and_epoch(images):
+    for source in (images, images._replace(pixels=None)):
+        draw = lambda *d: torch.cat(list(ev.pictures(source, torch.arange(12), 24, ONE, 5, workers=0, draw=d)))
+        assert draw(0, 1).shape == (12, 3, 24, 24)
+        assert torch.equal(draw(0, 1), draw(0, 1)) and not torch.equal(draw(0, 1), draw(0, 2))
+
+
+def test_unreadable_files(folder, images, tmp_path):
+    bad = images._replace(pixels=None, root=tmp_path)
+    with pytest.raises(Trouble, match="--skip-bad"):
+        list(ev.pictures(bad, torch.arange(2), 24, ONE, 2, workers=0))
+    grey, = ev.pictures(bad, torch.arange(2), 24, ONE, 2, workers=0, skip_bad=True)
+    torch.testing.assert_close(grey, genview.normalise(torch.full((2, 3, 24, 24), 128 / 255)))
+
+
+# --------------------------------------------------------------------------------------------------------------------- kNN
+
+def knn_oracle(train, labels, test, truth, num_classes, k, t):
+    correct = 0
+    for i, x in enumerate(test):
+        sims = []
+        for j, y in enumerate(train):
+            dot = sum(a * b for a, b in zip(x, y))
+            sims.append((dot / math.sqrt(sum(a * a for a in x) * sum(b * b for b in y)), labels[j]))
+        votes = [0.0] * num_classes
+        for s, label in sorted(sims, reverse=True)[:k]:
+            votes[label] += math.exp(s / t)
+        correct += votes.index(max(votes)) == truth[i]
+    return 100 * correct / len(test)
+
+
+@pytest.mark.parametrize("k, t", [(1, 0.1), (5, 0.1), (5, 1.0), (200, 0.1), (200, 0.001)])
+def test_knn_matches_the_loop(k, t):
+    generator = torch.Generator().manual_seed(0)
+    labels, truth = torch.arange(40) % 4, torch.arange(23) % 4
+    centres = torch.randn(4, 6, generator=generator)
+    train, test = (centres[y] + 1.2 * torch.randn(len(y), 6, generator=generator) for y in (labels, truth))
+    ours = ev.knn_accuracy(train * 3, labels, test, truth, num_classes=4, k=k, temperature=t)
+    if t > 0.01:                                   # exp(s / t) of the loop overflows below
+        assert ours == pytest.approx(knn_oracle(train.tolist(), labels.tolist(), test.tolist(), truth.tolist(), 4, k, t))
+        assert 25 < ours < 100
+    else:                                          # as t falls, the nearest neighbour decides
+        assert ours == ev.knn_accuracy(train, labels, test, truth, num_classes=4, k=1, temperature=1.0)
+
+
+# ------------------------------------------------------------------------------------------------------------------ subset
+
+def test_balanced_subset():
+    labels = torch.cat([torch.full((n,), y) for y, n in enumerate((200, 100, 10, 1))])
+    labels = torch.cat([labels, torch.full((5,), -1)])[torch.randperm(316, generator=torch.Generator().manual_seed(0))]
+    draw = lambda fraction, seed=0: ev.balanced_subset(labels, fraction, torch.Generator().manual_seed(seed))
+    for fraction, counts in ((0.01, [2, 1, 1, 1]), (0.1, [20, 10, 1, 1]), (1.0, [200, 100, 10, 1])):
+        index = draw(fraction)
+        assert labels[index].bincount().tolist() == counts
+        assert len(index.unique()) == len(index) and torch.equal(index, index.sort().values)
+    assert torch.equal(draw(0.1), draw(0.1)) and not torch.equal(draw(0.1), draw(0.1, seed=1))
+
+
+# ------------------------------------------------------------------------------------------------------------------ probes
+
+def test_the_linear_probe_learns_what_is_separable():
+    generator = torch.Generator().manual_seed(0)
+    direction, labels = torch.randn(3, 20, generator=generator), torch.arange(300) % 3
+    features = direction[labels] * 2 + torch.randn(300, 20, generator=generator) * 0.3
+    features[:, 3] = 7.0                           # a constant feature does no harm
+    for scale in (1e-3, 1e3):                      # one learning rate for features of any size
+        classify = ev.linear_on_features(scale * features[:200], labels[:200], 3, settings(), ONE)
+        assert ev.accuracy(classify(scale * features[200:]), labels[200:]) > 98
+    again = ev.linear_on_features(scale * features[:200], labels[:200], 3, settings(), ONE)
+    assert torch.equal(classify(features), again(features))
+
+
+def test_a_learning_rate_that_diverges_is_trouble():
+    with pytest.raises(Trouble, match="--lr"):
+        ev.linear_on_features(torch.randn(32, 8), torch.arange(32) % 2, 2, settings(lr=float("inf")), ONE)
+
+
+class Mean(torch.nn.Module):
+    """A backbone: the mean colour, times a factor to be learned."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return x.mean((2, 3)) * self.factor
+
+
+def coloured(n=60):
+    """Bright and dark pictures."""
+    labels = torch.arange(n) % 2
+    pixels = torch.randint(0, 100, (n, 3, 16, 16), generator=torch.Generator().manual_seed(0)) + 120 * labels.view(-1, 1, 1, 1)
+    return Images([str(i) for i in range(n)], labels, 2, pixels.to(torch.uint8))
+
+
+def test_linear_probe_on_augmented_pictures_trains_the_head_alone():
+    backbone, images = Mean(), coloured()
+    head = ev.linear_on_pictures(backbone, 3, images, settings(epochs=5, image_size=16), ONE)
+    assert (backbone.factor == 1).all()
+    assert ev.accuracy(head(ev.extract_features(backbone, images, 16, ONE)), images.labels) > 98
+
+
+def test_finetuning_trains_the_whole_network():
+    backbone, images = Mean(), coloured()
+    head = ev.finetune(backbone, 3, images, settings(epochs=10, labels=0.5, batch_size=8, image_size=16), ONE)
+    assert (backbone.factor != 1).all()
+    assert ev.accuracy(head(ev.extract_features(backbone, images, 16, ONE)), images.labels) > 98
+
+
+# ------------------------------------------------------------------------------------------------------------ command line
+
+@pytest.mark.parametrize("protocol, options, last", [
+    ("linear", ["--epochs", 2], "linear"), ("linear", ["--augment", "--epochs", 1, "--lr", 0.1], "linear"),
+    ("knn", ["--k", 3], "kNN"), ("finetune", ["--labels", 0.5, "--epochs", 2, "--batch-size", 6], "finetune")])
+def test_the_script(folder, capsys, protocol, options, last):
+    script("--checkpoint", folder / "last.pt", "--protocol", protocol, *options)
+    output = capsys.readouterr().out
+    assert re.fullmatch(rf"{last} top-1 \d{{1,3}}\.\d%", output.splitlines()[-1])
+    assert bool(re.search(r"^kNN top-1 \d", output, re.M)) == (protocol != "finetune")
+    record = json.loads((folder / "eval.jsonl").read_text().splitlines()[-1])
+    assert record["protocol"] == last and f"{record['top1']:.1f}%" in output.splitlines()[-1]
+    assert record["settings"]["dataset"] == "folder" and record["settings"]["image_size"] == 32
+
+
+def _one_of_two(rank, port, checkpoint):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    script("--checkpoint", checkpoint, "--k", 3, "--epochs", 3, "--limit", 11)      # 11: no multiple of two
+    script("--checkpoint", checkpoint, "--protocol", "finetune", "--labels", 1, "--epochs", 1)
+    script("--checkpoint", checkpoint, "--augment", "--lr", 0.1, "--epochs", 1)
+
+
+def test_two_processes_evaluate_like_one(folder, tmp_path):
+    shutil.copy(folder / "last.pt", tmp_path / "last.pt")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(_one_of_two, (port, str(tmp_path / "last.pt")), nprocs=2)
+    script("--checkpoint", tmp_path / "last.pt", "--k", 3, "--epochs", 3, "--limit", 11)
+    records = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    top1 = [(r["protocol"], r["top1"]) for r in records]
+    assert [name for name, _ in top1] == ["kNN", "linear", "finetune", "kNN", "linear", "kNN", "linear"]
+    assert top1[:2] == top1[5:]

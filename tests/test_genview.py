@@ -1,0 +1,473 @@
+"""genview.py: augmentations against torchvision's, pairs, the foreground component, files and checkpoints."""
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as tv
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import genview  # noqa: E402
+import tiny  # noqa: E402
+from genview import Augmentation, Images, PairLoader, Trouble, World  # noqa: E402
+
+CPU = torch.device("cpu")
+PLAIN = Augmentation(jitter=(0, 0, 0, 0), blur=0)
+FULL = Augmentation(solarise=0.3)
+
+
+def one_process(rank=0, size=1):
+    return World(rank, size, CPU, torch.float32)
+
+
+def random_pixels(n=6, size=16, seed=0):
+    return torch.randint(0, 256, (n, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def in_memory(n=12, size=16, seed=0):
+    return Images([f"train/{i:05d}" for i in range(n)], torch.arange(n) % 3, 3, random_pixels(n, size, seed))
+
+
+# --------------------------------------------------------------------------------------------------------- augmentations
+
+def recoloured(x, augmentation=PLAIN, order=(0, 1, 2, 3), **numbers):
+    """genview.recolour of x with given random numbers; without them nothing is changed. Undoes the normalisation."""
+    columns = dict(apply=0, brightness=1, contrast=2, saturation=3, hue=4, grey=5, blur=6, sigma=7, solarise=8, flip=9)
+    u = torch.full((len(x), 10), 0.999)
+    for name, value in numbers.items():
+        u[:, columns[name]] = value
+    out = genview.recolour(x.clone(), u, list(order), augmentation)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (genview.CLIP_MEAN, genview.CLIP_STD))
+    return out * std + mean
+
+
+X = random_pixels() / 255
+STRONG = Augmentation(jitter=(0.4, 0.4, 0.4, 0.1), blur=0)
+
+
+def test_nothing_drawn_changes_nothing():
+    torch.testing.assert_close(recoloured(X, STRONG), X, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("u", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("name, theirs", [
+    ("brightness", tv.adjust_brightness), ("contrast", tv.adjust_contrast), ("saturation", tv.adjust_saturation),
+    ("hue", tv.adjust_hue)])
+def test_jitter_matches_torchvision(name, theirs, u):
+    others = {n: 0.5 for n in ("brightness", "contrast", "saturation", "hue") if n != name}     # 0.5: factor 1, turn 0
+    ours = recoloured(X, STRONG, apply=0.0, **{name: u}, **others)
+    factor = (2 * u - 1) * 0.1 if name == "hue" else 1 + (2 * u - 1) * 0.4
+    torch.testing.assert_close(ours, theirs(X, factor), atol=1e-3, rtol=0)
+
+
+def test_jitters_in_another_order_match_torchvision():
+    ours = recoloured(X, STRONG, order=(3, 1, 0, 2), apply=0.0, brightness=0.9, contrast=0.1, saturation=0.2, hue=0.7)
+    theirs = tv.adjust_contrast(tv.adjust_hue(X, 0.04), 1 - 0.8 * 0.4)
+    theirs = tv.adjust_saturation(tv.adjust_brightness(theirs, 1 + 0.8 * 0.4), 1 - 0.6 * 0.4)
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+
+
+def test_hue_of_grey_and_of_primary_colours():
+    colours = torch.tensor([[0.0, 0, 0], [1, 1, 1], [0.5, 0.5, 0.5], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]])
+    colours = colours[..., None, None]
+    for turn in (-0.5, -0.1, 0.0, 0.1, 1 / 3, 0.5):
+        ours = genview.shift_hue(colours, torch.full((len(colours), 1, 1, 1), turn))
+        torch.testing.assert_close(ours, tv.adjust_hue(colours, turn), atol=1e-3, rtol=0)
+
+
+def test_grey_solarise_and_flip_match_torchvision():
+    torch.testing.assert_close(recoloured(X, grey=0.1), tv.rgb_to_grayscale(X, 3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(recoloured(X, flip=0.1), tv.horizontal_flip(X), atol=1e-5, rtol=0)
+    solarise = PLAIN._replace(solarise=0.2)
+    torch.testing.assert_close(recoloured(X, solarise, solarise=0.1), tv.solarize(X, 0.5), atol=1e-3, rtol=0)
+    torch.testing.assert_close(recoloured(X, solarise, solarise=0.3), X, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("u", [0.0, 0.4, 1.0])
+def test_blur_matches_torchvision_in_the_interior(u):
+    x, sigma = random_pixels(2, 48) / 255, 0.1 + 1.9 * u
+    ours = recoloured(x, PLAIN._replace(blur=0.5), blur=0.1, sigma=u)
+    theirs = tv.gaussian_blur(x, kernel_size=[17, 17], sigma=[sigma, sigma])
+    inside = (..., slice(9, -9), slice(9, -9))
+    torch.testing.assert_close(ours[inside], theirs[inside], atol=1e-3, rtol=0)
+
+
+def test_every_image_has_its_own_numbers():
+    u = torch.rand(6, 10, generator=torch.Generator().manual_seed(1))
+    together = genview.recolour(X.clone(), u, [2, 0, 3, 1], FULL)
+    for i in range(6):
+        alone = genview.recolour(X[i:i + 1].clone(), u[i:i + 1], [2, 0, 3, 1], FULL)
+        torch.testing.assert_close(together[i:i + 1], alone, atol=1e-5, rtol=0)
+    assert together.isfinite().all()
+
+
+@pytest.mark.parametrize("box, size", [((4, 6, 20, 22), 16), ((4, 6, 12, 14), 16), ((2, 4, 26, 28), 24),
+                                       ((8, 4, 16, 20), 16)])
+def test_crop_matches_torchvision(box, size):
+    pixels = random_pixels(2, 32)
+    x1, y1, x2, y2 = box
+    ours = genview.crop(pixels, torch.tensor([box, box]).float(), size)
+    # torchvision cuts first and repeats the cut's border; ours sees what lies beyond: enlarged, the rim of one pixel differs
+    theirs = tv.resized_crop(pixels.float(), y1, x1, y2 - y1, x2 - x1, [size, size], antialias=False)
+    rim = int(np.ceil(size / min(x2 - x1, y2 - y1) / 2)) if size > min(x2 - x1, y2 - y1) else 0
+    inside = (..., slice(rim, size - rim), slice(rim, size - rim))
+    torch.testing.assert_close(ours[inside] / 255, theirs[inside] / 255, atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (20, 60), (300, 40)])
+def test_crop_boxes_are_inside_and_within_bounds(height, width):
+    u = torch.rand(5000, genview.CROP_TRIES, 4, generator=torch.Generator().manual_seed(0))
+    boxes = genview.crop_boxes(u, height, width, (0.2, 1.0))
+    x1, y1, x2, y2 = boxes.unbind(1)
+    assert (boxes >= -1e-3).all() and (x2 <= width + 1e-3).all() and (y2 <= height + 1e-3).all()
+    w, h = x2 - x1, y2 - y1
+    ratio, area = w / h, w * h / (height * width)
+    assert ratio.min() >= 0.749 and ratio.max() <= 1.334
+    central = ((ratio - 1).abs() < 1e-5) & ((w - min(height, width)).abs() < 1e-3)     # no try fitted
+    assert (area[~central] >= 0.199).all() and area.max() <= 1.001
+    if height == width:                            # the area is near uniform, all places are reached
+        assert central.float().mean() < 0.01
+        assert area.min() < 0.21 and 0.50 < area.mean() < 0.6 and abs(ratio.log().mean()) < 0.02
+        assert x1.max() > 0.3 * width and (x1 < 0.02 * width).any() and abs((x1 + x2).mean() - width) < 0.02 * width
+
+
+def test_crop_boxes_without_a_fit_is_the_central_square():
+    u = torch.rand(3, genview.CROP_TRIES, 4)
+    boxes = genview.crop_boxes(u, 10, 100, (0.9, 1.0))
+    torch.testing.assert_close(boxes, torch.tensor([[45.0, 0, 55, 10]]).expand(3, 4))
+
+
+# ----------------------------------------------------------------------------------------------------------------- pairs
+
+def batches(images, views, epoch=0, world=None, seed=3, batch_size=4, augmentation=FULL, **options):
+    loader = PairLoader(images, views, [augmentation] * 2, 16, batch_size, seed, world or one_process(), workers=0,
+                        **options)
+    return list(loader.epoch(epoch))
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for left, right in zip(a, b) for x, y in zip(left, right))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Images that stay on the disk, and a list of their views: white pictures; the third image has none."""
+    folder = tmp_path_factory.mktemp("files")
+    tiny.save_images(folder, per_class=6, size=80)
+    images = genview.load_images("folder", folder, "train", 80)
+    white = folder / "white.png"
+    Image.new("RGB", (80, 80), (255, 255, 255)).save(white)
+    return images, [white if i != 2 else None for i in range(12)]
+
+
+def test_the_same_numbers_again(files):
+    for images, views in ((in_memory(), random_pixels(12, seed=1)), files):
+        assert same(batches(images, views), batches(images, views))
+        assert not same(batches(images, views), batches(images, views, epoch=1))
+        assert not same(batches(images, views), batches(images, views, seed=4))
+        index = torch.cat([b[0] for b in batches(images, views)])
+        assert sorted(index.tolist()) == list(range(12))
+
+
+def test_two_processes_make_one_batch(files):
+    for images, views in ((in_memory(), random_pixels(12, seed=1)), files):
+        whole = batches(images, views)
+        halves = zip(*(batches(images, views, world=one_process(rank, 2)) for rank in (0, 1)))
+        assert same(whole, [tuple(torch.cat(part) for part in zip(*half)) for half in halves])
+
+
+def test_half_of_the_generated_ones_are_view_1(files):
+    n = 400
+    images = Images([f"train/{i:05d}" for i in range(n)], torch.zeros(n), 1, torch.zeros(n, 3, 8, 8, dtype=torch.uint8))
+    white = torch.full_like(images.pixels, 255)
+    black, bright = (genview.normalise(torch.full((3, 1, 1), value)) for value in (0.0, 1.0))
+    first = 0
+    for _, view1, view2 in batches(images, white, batch_size=100, augmentation=PLAIN):
+        is_white1, is_white2 = ((v - bright).abs().amax((1, 2, 3)) < 1e-3 for v in (view1, view2))
+        assert (is_white1 ^ is_white2).all()
+        assert ((torch.where(is_white1[:, None, None, None], view2, view1) - black).abs() < 1e-3).all()
+        first += is_white1.sum().item()
+    assert 160 < first < 240
+    images, views = files
+    counts = torch.zeros(12, 2)
+    for epoch in range(20):
+        for index, view1, view2 in batches(images, views, epoch=epoch, augmentation=PLAIN):
+            for v, x in enumerate((view1, view2)):
+                counts[index, v] += ((x - bright).abs().amax((1, 2, 3)) < 1e-3).float()
+    assert counts[2].sum() == 0                    # without a view: a pair of the image itself
+    assert (counts.sum(1)[torch.arange(12) != 2] == 20).all() and 80 < counts[:, 0].sum() < 140
+
+
+def test_without_views_both_are_of_the_image():
+    images = in_memory()
+    images = images._replace(pixels=torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1).expand(12, 3, 8, 8).contiguous())
+    for index, view1, view2 in batches(images, None, augmentation=PLAIN):
+        expected = genview.normalise((index.float() / 255).view(-1, 1, 1, 1).expand(-1, 3, 16, 16))
+        torch.testing.assert_close(view1, expected, atol=1e-3, rtol=0)              # the weights of grey sum to 0.9999
+        torch.testing.assert_close(view2, expected, atol=1e-3, rtol=0)
+
+
+def test_crops_of_files_are_crops_of_the_picture(files):
+    dataset = genview.CropPairs(files[0], None, [PLAIN] * 2, 16, seed=3, epoch=0, skip_bad=False)
+    index, view1, view2 = dataset[5]
+    assert index == 5 and view1.shape == view2.shape == (3, 16, 16) and view1.dtype == torch.uint8
+    assert not torch.equal(view1, view2)
+    u = torch.rand(2, genview.COLUMNS, generator=genview.step_generator(3, 0, 5, 1))
+    v = 1                                          # view 2's box, cut by torchvision's own way
+    box = genview.crop_boxes(u[v, None, :-11].unflatten(1, (10, 4)), 80, 80, PLAIN.scale)
+    theirs = files[0].pil(5).resize((16, 16), Image.Resampling.BILINEAR, box=tuple(box[0].tolist()))
+    assert torch.equal(view2, genview.to_tensor(theirs))
+
+
+# ------------------------------------------------------------------------------------------------------ images and views
+
+def test_unreadable_images_are_named_or_left_out(tmp_path, capsys):
+    tiny.save_images(tmp_path, per_class=3)
+    bad = tmp_path / "train" / "cat" / "zz.png"
+    bad.write_bytes((tmp_path / "train" / "cat" / os.listdir(tmp_path / "train" / "cat")[0]).read_bytes()[:60])
+    with pytest.raises(Trouble, match="zz.png cannot be read .*--skip-bad"):
+        genview.load_images("folder", tmp_path, "train", 32)
+    images = genview.load_images("folder", tmp_path, "train", 32, skip_bad=True)
+    assert len(images.names) == len(images.labels) == len(images.pixels) == 6
+    assert "zz.png" in capsys.readouterr().err
+    large = genview.load_images("folder", tmp_path, "train", 100)                   # stays on the disk
+    assert large.pixels is None and len(large.names) == 7
+    with pytest.raises(Trouble, match="zz.png"):
+        batches(large, None, batch_size=7)
+    (_, view1, _), = batches(large, None, batch_size=7, skip_bad=True)
+    assert view1.shape[0] == 7 and view1.isfinite().all()
+
+
+def test_limit_is_spread_over_the_classes(tmp_path):
+    tiny.save_images(tmp_path, per_class=6)
+    images = genview.load_images("folder", tmp_path, "train", 32, limit=4)
+    assert images.labels.tolist() == [0, 0, 1, 1] and len(images.names) == len(images.pixels) == 4
+    with pytest.raises(Trouble, match="train/ and val/"):
+        genview.load_images("folder", tmp_path / "train", "train", 32)
+
+
+def test_views_are_found_or_refused(tmp_path):
+    tiny.save_images(tmp_path / "data", per_class=3)
+    images = genview.load_images("folder", tmp_path / "data", "train", 32)
+    with pytest.raises(Trouble, match="is no folder"):
+        genview.find_views(images, tmp_path / "missing", "folder")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Trouble, match="holds no views"):
+        genview.find_views(images, tmp_path / "empty", "folder")
+    for layout, strip in (("ours", ""), ("release", "train/")):
+        views = tmp_path / layout
+        for name in images.names[1:]:
+            target = (views / name.removeprefix(strip)).with_suffix(".jpg")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (48, 48), (255, 0, 0)).save(target)
+        found = genview.find_views(images, views, "folder")
+        assert found[0] is None
+        assert [str(p.relative_to(views).with_suffix("")) for p in found[1:]] == \
+            [str(Path(n.removeprefix(strip)).with_suffix("")) for n in images.names[1:]]
+        pixels = genview.load_views(images, found)
+        assert torch.equal(pixels[0], images.pixels[0]) and pixels.shape == images.pixels.shape
+        assert (pixels[1:, 0] > 250).all() and (pixels[1:, 1:] < 5).all()
+
+
+def test_views_of_another_data_set_are_refused(tmp_path):
+    tiny.save_images(tmp_path / "data", per_class=2)
+    images = genview.load_images("folder", tmp_path / "data", "train", 32)
+    (tmp_path / "views" / "train").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "views" / "train" / "00000.png")       # CIFAR's names
+    with pytest.raises(Trouble, match="holds no views of these images"):
+        genview.find_views(images, tmp_path / "views", "folder")
+    (tmp_path / "views" / "train" / "cat").mkdir()
+    Image.new("RGB", (8, 8)).save((tmp_path / "views" / images.names[0]).with_suffix(".png"))
+    assert sum(path is not None for path in genview.find_views(images, tmp_path / "views", "folder")) == 1
+    (tmp_path / "views" / "settings.json").write_text('{"dataset": "cifar10"}')
+    with pytest.raises(Trouble, match="made for cifar10"):
+        genview.find_views(images, tmp_path / "views", "folder")
+
+
+# ------------------------------------------------------------------------------------------ the foreground and the encoder
+
+def planted(n=40, side=7, k=12, sign=1, seed=0):
+    """Tokens with one strong direction, stronger at the centre of the images. Returns tokens and the direction."""
+    rng = np.random.default_rng(seed)
+    direction = rng.normal(size=k)
+    direction /= np.linalg.norm(direction)
+    y, x = np.mgrid[-1:1:side * 1j, -1:1:side * 1j]
+    blob = np.exp(-3 * (x ** 2 + y ** 2)).ravel()
+    strength = sign * 5 * blob * rng.uniform(0.5, 1.5, (n, 1))
+    tokens = strength[..., None] * direction + rng.normal(size=(n, side * side, k)) * 0.3 + rng.normal(size=k)
+    return torch.tensor(tokens).float(), torch.tensor(sign * direction).float()
+
+
+def component_oracle(tokens, rows, columns, fraction):
+    """Centre, SVD, threshold and sign, by loops in float64."""
+    flat = np.asarray(tokens, dtype=np.float64).reshape(-1, tokens.shape[2])
+    v1 = np.linalg.svd(flat - sum(flat) / len(flat), full_matrices=False)[2][0]
+    best = None
+    for v in (v1, -v1):
+        a = [[float(np.dot(token, v)) for token in image] for image in np.asarray(tokens, dtype=np.float64)]
+        alpha = np.quantile(np.array(a), 1 - fraction)
+        centre, border = [], []
+        for image in a:
+            for place, value in enumerate(image):
+                r, c = divmod(place, columns)
+                (border if r in (0, rows - 1) or c in (0, columns - 1) else centre).append(value > alpha)
+        score = np.mean(centre) - np.mean(border)
+        if best is None or score > best[0]:
+            best = score, v, alpha
+    return best[1:]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_fit_foreground_finds_what_was_planted(sign):
+    tokens, direction = planted(sign=sign)
+    v1, alpha = genview.fit_foreground(tokens, (7, 7))
+    assert v1.shape == (12,) and v1.dtype == torch.float32 and isinstance(alpha, float)
+    assert v1.norm().item() == pytest.approx(1, abs=1e-5)
+    assert (v1 @ direction).item() > 0.99
+    foreground = tokens @ v1 > alpha
+    assert foreground.float().mean().item() == pytest.approx(0.4, abs=2e-3)
+    assert foreground[:, 24].float().mean() > 0.9 > 0.2 > foreground[:, 0].float().mean()       # centre, corner
+    oracle, threshold = component_oracle(tokens.numpy(), 7, 7, 0.4)
+    np.testing.assert_allclose(v1, oracle, atol=1e-4)
+    assert alpha == pytest.approx(threshold, abs=1e-3)
+
+
+def test_negated_tokens_give_the_negated_component():
+    tokens, _ = planted()
+    (v1, alpha), (minus, minus_alpha) = genview.fit_foreground(tokens, (7, 7)), genview.fit_foreground(-tokens, (7, 7))
+    torch.testing.assert_close(v1, -minus, atol=1e-5, rtol=0)
+    assert alpha == pytest.approx(minus_alpha, abs=1e-4)
+
+
+def test_fit_foreground_on_an_oblong_grid_half_precision_and_fraction():
+    tokens = planted(n=300, side=6)[0][:, :24].contiguous()                         # four rows of six; two parts of 256
+    v1, alpha = genview.fit_foreground(tokens.half(), (4, 6), fraction=0.25)
+    oracle, threshold = component_oracle(tokens.half().numpy(), 4, 6, 0.25)
+    np.testing.assert_allclose(v1, oracle, atol=1e-3)
+    assert alpha == pytest.approx(threshold, abs=1e-2)
+    with pytest.raises(ValueError, match=r"\(300, 24, 12\)"):
+        genview.fit_foreground(tokens, (5, 5))
+
+
+def test_orientation_of_a_given_component():
+    tokens, direction = planted()
+    v1, alpha = genview.orient_foreground(-3 * direction, tokens, (7, 7))
+    torch.testing.assert_close(v1, direction, atol=1e-5, rtol=0)
+    assert (tokens @ v1 > alpha).float().mean().item() == pytest.approx(0.4, abs=2e-3)
+
+
+class Malicious:
+    def __init__(self, victim):
+        self.victim = str(victim)
+
+    def __reduce__(self):
+        return open, (self.victim, "w")
+
+
+def test_load_component(tmp_path):
+    v1 = np.arange(5, dtype=np.float32)
+    np.savez(tmp_path / "foreground.npz", component=v1, threshold=0.7)
+    np.save(tmp_path / "pca_vectors.npy", v1[:, None])
+    component, threshold = genview.load_component(tmp_path / "foreground.npz", 5)
+    assert torch.equal(component, torch.tensor(v1)) and threshold == pytest.approx(0.7)
+    component, threshold = genview.load_component(tmp_path / "pca_vectors.npy")
+    assert torch.equal(component, torch.tensor(v1)) and threshold is None
+    with pytest.raises(Trouble, match="5 numbers.*have 6"):
+        genview.load_component(tmp_path / "pca_vectors.npy", 6)
+    np.savez(tmp_path / "other.npz", x=v1)
+    (tmp_path / "text.npy").write_text("no array")
+    (tmp_path / "void.npy").write_bytes(b"")
+    (tmp_path / "short.npz").write_bytes((tmp_path / "foreground.npz").read_bytes()[:100])
+    for name in ("other.npz", "text.npy", "void.npy", "short.npz", "missing.npz"):
+        with pytest.raises(Trouble, match=name):
+            genview.load_component(tmp_path / name)
+
+
+def test_a_pickled_component_is_refused_and_not_run(tmp_path):
+    victim = tmp_path / "victim"
+    np.save(tmp_path / "object.npy", np.array([Malicious(victim)], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "object.npz", component=np.array([Malicious(victim)], dtype=object), threshold=0.0)
+    (tmp_path / "pickle.npy").write_bytes(pickle.dumps(Malicious(victim)))
+    for name in ("object.npy", "object.npz", "pickle.npy"):
+        with pytest.raises(Trouble, match=name):
+            genview.load_component(tmp_path / name)
+    assert not victim.exists()
+
+
+def test_frozen_encoder_on_a_clip_folder(tmp_path):
+    encoder = genview.FrozenEncoder(tiny.save_clip(tmp_path / "clip"))
+    assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
+    views = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tokens = encoder(views)
+    assert tokens.shape == (3, 64, 32)             # 8 x 8 patches of 4 pixels
+    clip = tiny.clip_vision_model().vision_model
+    with torch.no_grad():
+        hidden = clip(pixel_values=views).last_hidden_state
+        theirs = torch.stack([torch.stack([clip.post_layernorm(h) for h in image[1:]]) for image in hidden])
+    torch.testing.assert_close(tokens, theirs, atol=1e-5, rtol=1e-4)
+    resized = torch.nn.functional.interpolate(views, size=(32, 32), mode="bilinear", antialias=True)
+    torch.testing.assert_close(encoder(resized), tokens)
+    large = views.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert encoder(large).shape == (3, 64, 32) and encoder(views[:, :, :16, :16]).shape == (3, 64, 32)
+
+
+def test_a_missing_encoder_is_trouble(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(Trouble, match="--encoder"):
+        genview.FrozenEncoder(str(tmp_path / "nothing"))
+
+
+# --------------------------------------------------------------------------------------------------- files and checkpoints
+
+def test_write_whole_leaves_the_old_file_if_the_writer_fails(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    genview.write_whole(path, lambda p: p.write_text("old"))
+
+    def broken(temporary):
+        temporary.write_text("half")
+        raise RuntimeError("disk full")
+    with pytest.raises(RuntimeError):
+        genview.write_whole(path, broken)
+    assert path.read_text() == "old" and os.listdir(path.parent) == ["file.txt"]
+    genview.write_whole(path, lambda p: p.write_text("new"))
+    assert path.read_text() == "new" and os.listdir(path.parent) == ["file.txt"]
+
+
+def test_load_checkpoint_runs_no_code(tmp_path):
+    victim = tmp_path / "victim"
+    torch.save({"model": Malicious(victim)}, tmp_path / "bad.pt")
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Malicious(victim), protocol=2))
+    (tmp_path / "short.pt").write_bytes((tmp_path / "bad.pt").read_bytes()[:100])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    for name in ("bad.pt", "plain.pkl", "short.pt", "empty.pt", "missing.pt"):
+        with pytest.raises(Trouble, match=name):
+            genview.load_checkpoint(tmp_path / name)
+    assert not victim.exists()
+    torch.save({"model": torch.ones(2)}, tmp_path / "good.pt")
+    assert genview.load_checkpoint(tmp_path / "good.pt")["model"].sum() == 2
+
+
+def test_trouble_is_one_line_and_status_2(capsys):
+    def main():
+        raise Trouble("Traceback of a worker\n  somewhere\ngenview.Trouble: x.png is broken")
+    with pytest.raises(SystemExit) as stop:
+        genview.run(main)
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: x.png is broken\n"
+
+
+@pytest.mark.parametrize("arch, small, dim", [("resnet18", True, 512), ("resnet18", False, 512)])
+def test_make_backbone(arch, small, dim):
+    backbone, features = genview.make_backbone(arch, small)
+    assert features == dim and backbone.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, dim)
+    assert backbone.conv1.stride == ((1, 1) if small else (2, 2)) and backbone.conv1.bias is None
+
+
+@pytest.mark.parametrize("arch", ["vit_b_16", "nothing", "fasterrcnn_resnet50_fpn"])
+def test_other_architectures_are_trouble(arch):
+    with pytest.raises(Trouble, match="resnet50"):
+        genview.make_backbone(arch, False)

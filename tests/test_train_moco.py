@@ -1,0 +1,400 @@
+"""MoCo v2 and v3 with GenView: the step against one process and by hand, the runs as a user makes them, and their troubles."""
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+import genview
+import train_moco
+from quality_loss import info_nce, quality_weights
+
+ROOT = Path(__file__).parents[1]
+CPU = genview.World(0, 1, torch.device("cpu"), torch.float32)
+
+
+def settings(method="mocov2", **changes):
+    args = dict(method=method, arch="resnet18", image_size=32, dim=16, queue=16, hidden=32, temperature=0.2, momentum=0.9,
+                batch_size=8, optimizer="sgd", lr=0.05 * 32, weight_decay=1e-4, warmup_epochs=0, epochs=1)
+    return types.SimpleNamespace(**args | changes)
+
+
+# ------------------------------------------------------------------------------------------------------------- the step
+
+class SumOverProcesses(torch.autograd.Function):
+    """all_reduce with a gradient, which is all_reduce again."""
+
+    @staticmethod
+    def forward(ctx, x):
+        torch.distributed.all_reduce(x := x.clone())
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        torch.distributed.all_reduce(gradient := gradient.clone())
+        return gradient
+
+
+class GlobalBatchNorm(torch.nn.Module):
+    """Batch norm over the batches of all processes. PyTorch's SyncBatchNorm does this on GPUs only; here it stands in."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.training = norm, norm.training
+
+    def forward(self, x):
+        norm, dims = self.norm, [d for d in range(x.ndim) if d != 1]
+        if not self.training:
+            return norm(x)
+        everywhere = lambda v: SumOverProcesses.apply(v) / torch.distributed.get_world_size()
+        mean = everywhere(x.mean(dims, keepdim=True))
+        var = everywhere((x - mean).square().mean(dims, keepdim=True))
+        count = x.numel() // x.shape[1] * torch.distributed.get_world_size()
+        norm.running_mean.lerp_(mean.detach().flatten(), norm.momentum)
+        norm.running_var.lerp_(var.detach().flatten() * count / (count - 1), norm.momentum)
+        norm.num_batches_tracked.add_(1)
+        x = (x - mean) / (var + norm.eps).sqrt()
+        shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
+        return x * norm.weight.view(shape) + norm.bias.view(shape) if norm.affine else x
+
+
+def share_batch_norm(module):
+    for name, child in module.named_children():
+        if isinstance(child, torch.nn.modules.batchnorm._BatchNorm):
+            setattr(module, name, GlobalBatchNorm(child))
+        else:
+            share_batch_norm(child)
+
+
+def two_steps(name, world):
+    """Two weighted steps on fixed views; returns losses, weights, first gradients, and the state afterwards.
+
+    The network computes in float64: batch norm over 8 pairs blows the rounding of float32 up to 1e-3 in the second step."""
+    torch.manual_seed(0)
+    method = train_moco.METHODS[name](settings(name)).double().train()
+    if name == "mocov2":
+        method.queue = method.queue.float()                                       # as the embeddings, which the loss wants so
+    features = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 8, 8), torch.nn.Flatten(2)).double()
+    view1, view2 = torch.randn(2, 2, 8, 3, 32, 32).double()                       # (steps, N, 3, S, S) each
+    component = torch.randn(6)
+    share = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
+    seen_weights = []
+
+    def quality_of(a, b):
+        quality = train_moco.pair_quality(features(a).mT, features(b).mT, component)
+        seen_weights.append(quality_weights(quality[0], 1.0, world.group))
+        return tuple(q.detach() for q in quality)
+    wrapped = method
+    if world.size > 1:
+        share_batch_norm(method)
+        wrapped = torch.nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
+    optimizer = train_moco.make_optimizer(settings(), method)
+    optimizer.param_groups[0]["lr"] = 0.05
+    losses, gradients = [], None
+    for step in range(2):
+        readouts = train_moco.train_step(wrapped, optimizer, view1[step, share], view2[step, share], quality_of, 1.0,
+                                         step / 2, world)
+        losses.append(readouts["loss"])
+        gradients = gradients or [p.grad.clone() for p in method.parameters() if p.grad is not None]
+    if world.size > 1:
+        torch.distributed.all_reduce(losses[0]), torch.distributed.all_reduce(losses[1])
+    return {"losses": torch.stack(losses) / world.size, "weights": [world.gather(w) for w in seen_weights],
+            "gradients": gradients, "state": [v.detach().clone() for v in method.state_dict().values()]}
+
+
+def one_of_two(rank, name, port, folder):
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    world = genview.setup("cpu")._replace(dtype=torch.float32)
+    torch.save(two_steps(name, world), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["mocov2", "mocov3"])
+def test_two_processes_equal_one(name, tmp_path):
+    """Half the batch each, with the weights normalised over both: loss, weights, gradients and state of one process."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(one_of_two, (name, port, tmp_path), nprocs=2)
+    expected = two_steps(name, CPU)
+    assert expected["losses"].std() > 0 and expected["weights"][0].std() > 0.01   # the comparison is not of constants
+    for rank in range(2):
+        got = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(got["losses"], expected["losses"], atol=1e-5, rtol=1e-5)
+        for key in ("weights", "gradients", "state"):
+            assert len(got[key]) == len(expected[key]) > 0
+            for a, b in zip(got[key], expected[key]):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_v2_step_by_hand():
+    """The loss is InfoNCE of normalised embeddings against the queue as it was; the keys then replace the oldest ones."""
+    torch.manual_seed(0)
+    method = train_moco.MoCoV2(settings()).train()
+    queue, view1, view2 = method.queue.clone(), *torch.randn(2, 8, 3, 32, 32)
+    w = torch.arange(8.0) / 3.5
+    k = F.normalize(method.key(view2), dim=1)
+    loss, _ = method(view1, view2, w, CPU)
+    q = F.normalize(method.query(view1), dim=1)                                   # same batch statistics as in the call
+    torch.testing.assert_close(loss, info_nce(q, k, queue, 0.2, w))
+    torch.testing.assert_close(method.queue[:8], k)
+    assert torch.equal(method.queue[8:], queue[8:]) and method.pointer == 8
+    method(view1, view2, None, CPU)
+    assert method.pointer == 0 and not torch.equal(method.queue[8:], queue[8:])
+    assert not any(p.requires_grad for p in method.key.parameters())
+
+
+def test_keys_of_v2_do_not_depend_on_the_batch():
+    """The answer to the leak of batch statistics: in training mode a key is the same alone and in company."""
+    torch.manual_seed(0)
+    method = train_moco.MoCoV2(settings()).train()
+    views = torch.randn(8, 3, 32, 32)
+    torch.testing.assert_close(method.key(views)[:1], method.key(views[:1]), atol=1e-5, rtol=1e-4)
+    alone = method.query(views[:2])                                               # the query's do depend on it
+    assert (method.query(views)[:2] - alone).abs().max() > 1e-3
+
+
+def test_v3_step_by_hand():
+    """Both directions with one w, 2t in front, keys of the momentum encoder, against loops over the batch."""
+    torch.manual_seed(0)
+    method = train_moco.MoCoV3(settings("mocov3")).train()
+    view1, view2 = torch.randn(2, 8, 3, 32, 32)
+    w = quality_weights(torch.randn(8))
+    loss, _ = method(view1, view2, w, CPU)
+    norm = lambda x: F.normalize(x, dim=1).detach().double().numpy()
+    q1, q2 = (norm(method.predictor(method.query(v))) for v in (view1, view2))
+    k1, k2 = (norm(method.key(v)) for v in (view1, view2))
+    total = 0.0
+    for q, k in ((q1, k2), (q2, k1)):
+        for i in range(8):
+            total += w[i].item() * -math.log(math.exp(q[i] @ k[i] / 0.2) / sum(math.exp(q[i] @ k[j] / 0.2) for j in range(8)))
+    assert loss.item() == pytest.approx(2 * 0.2 * total / 8, abs=1e-4)
+
+
+def test_momentum_update():
+    method = train_moco.MoCoV2(settings())
+    with torch.no_grad():
+        for p in method.query.parameters():
+            p.add_(1.0)
+        method.query.backbone.bn1.running_mean.add_(1.0)
+    before = method.key.backbone.conv1.weight.clone()
+    method.update_key(0.5)
+    torch.testing.assert_close(method.key.backbone.conv1.weight, before + 0.1)    # m = 0.9
+    torch.testing.assert_close(method.key.backbone.bn1.running_mean, torch.full((64,), 0.1))
+    v3 = train_moco.MoCoV3(settings("mocov3", momentum=0.99))
+    assert [round(v3.momentum_at(p), 6) for p in (0, 0.5, 1)] == [0.99, 0.995, 1.0]
+
+
+def test_learning_rate_and_lars():
+    args = settings(lr=0.3, batch_size=512, warmup_epochs=2, epochs=10)
+    assert [round(train_moco.learning_rate(args, e), 6) for e in (0, 1, 2, 6, 10)] == [0, 0.3, 0.6, 0.3, 0]
+    w, b = torch.nn.Parameter(torch.tensor([[3.0, 4.0]])), torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = train_moco.LARS([w, b], lr=0.5, weight_decay=0.1)
+    for _ in range(2):
+        w.grad, b.grad = torch.tensor([[0.6, 0.8]]), torch.tensor([2.0])
+        optimizer.step()
+    # by hand: update = g + 0.1 w is parallel to w, so its length after scaling is 0.001 |w| = 0.005, then 0.001 |w'|
+    length = 5 - 0.5 * 0.005
+    length -= 0.5 * (0.9 * 0.005 + 0.001 * length)
+    torch.testing.assert_close(w.data, torch.tensor([[0.6, 0.8]]) * length)
+    torch.testing.assert_close(b.data, torch.tensor([1.0 - 0.5 * 2 - 0.5 * (0.9 * 2 + 2)]))    # plain momentum
+
+
+# ---------------------------------------------------------------------------------------------- runs, as a user has them
+
+def script(*flags, name="train_moco.py", **env):
+    """Runs a script in a process of its own."""
+    return subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"OMP_NUM_THREADS": "2"} | env, timeout=240)
+
+
+def in_process(*flags):
+    """The same without the seconds that a new process takes to import."""
+    train_moco.train(train_moco.parse_args(argv=[str(f) for f in flags]), CPU)
+
+
+def small(image_folder, output, *more):
+    return ["--dataset", "folder", "--data-dir", image_folder, "--image-size", 32, "--arch", "resnet18", "--batch-size", 8,
+            "--queue", 16, "--epochs", 2, "--views-dir", "none", "--output-dir", output, *more]
+
+
+@pytest.fixture(scope="module")
+def views(image_folder, tmp_path_factory):
+    """Views of all but four of the images: their mirror images."""
+    from PIL import Image, ImageOps
+    folder = tmp_path_factory.mktemp("views")
+    for file in sorted(Path(image_folder, "train").rglob("*.png"))[4:]:
+        target = folder / file.relative_to(image_folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        ImageOps.mirror(Image.open(file)).save(target)
+    return folder
+
+
+def test_shapes_as_a_user(tmp_path):
+    done = script("--dataset", "shapes", "--limit", 512, "--epochs", 1, "--output-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"kNN top-1 \d+\.\d% \(MoCo v2 \+ GenView's views \+ quality weights\)", done.stdout.splitlines()[-1])
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {"last.pt", "backbone.pt", "log.jsonl", "args.json", "pairs.png"}
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert {"loss", "chance", "pos", "neg", "ess", "images_per_s"} <= log[0].keys() and 0 < log[0]["ess"] <= 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("method", ["mocov2", "mocov3"])
+def test_genview_on_a_folder(method, image_folder, views, encoder_folder, tmp_path, capsys):
+    """Images, views and the frozen encoder from files; what is written loads into torchvision as it is."""
+    in_process(*small(image_folder, tmp_path / "run", "--method", method, "--views-dir", views, "--encoder", encoder_folder,
+                      "--hidden", 32, "--lr", 0.01))
+    said = capsys.readouterr().out
+    assert "generated views of 20 of 24 images" in said and "the other 4 use themselves" in said
+    state = torch.load(tmp_path / "run/backbone.pt", weights_only=True)
+    import torchvision
+    network = torchvision.models.resnet18()
+    network.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)              # the stem for small pictures
+    missing, unexpected = network.load_state_dict(state, strict=False)
+    assert missing == ["fc.weight", "fc.bias"] and not unexpected
+    from PIL import Image
+    picture = Image.open(tmp_path / "run/pairs.png")
+    assert picture.width > picture.height > 100 and len(picture.convert("RGB").getcolors(10 ** 6)) > 50
+
+
+def test_large_images_go_through_workers(image_folder, encoder_folder, tmp_path, capsys):
+    """Above 64 pixels the files are read at each step; --component takes a fitted one."""
+    import numpy as np
+    np.save(tmp_path / "pca_vectors.npy", np.random.default_rng(0).normal(size=(32, 1)).astype(np.float32))
+    in_process(*small(image_folder, tmp_path / "run", "--image-size", 72, "--epochs", 1, "--workers", 1, "--quality", "exact",
+                      "--encoder", encoder_folder, "--component", tmp_path / "pca_vectors.npy"))
+    assert "plain MoCo v2, no generated views + quality weights" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_resume_goes_on_to_the_same_result(image_folder, tmp_path, monkeypatch):
+    in_process(*small(image_folder, tmp_path / "whole"))
+    save, saves = train_moco.Run.save, []
+
+    def save_once_then_die(self, *state):
+        save(self, *state)
+        saves.append(state)
+        if len(saves) == 1:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train_moco.Run, "save", save_once_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        in_process(*small(image_folder, tmp_path / "broken"))
+    in_process(*small(image_folder, tmp_path / "broken", "--resume"))
+    whole, broken = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "broken"))
+    assert broken["epoch"] == 2 and len(saves) == 2
+    for key, value in whole["model"].items():
+        assert torch.equal(value, broken["model"][key]), key
+
+
+def test_plain_by_default_says_so(image_folder, tmp_path, monkeypatch, capsys):
+    """Without views, and without the flag, the run is plain MoCo: banner, name, settings, last line."""
+    monkeypatch.chdir(tmp_path)
+    in_process("--dataset", "cifar10", "--data-dir", image_folder, "--batch-size", 8, "--queue", 16, "--epochs", 1)
+    said = capsys.readouterr().out
+    assert "this is plain MoCo" in said and "python generate_views.py --dataset cifar10" in said
+    assert re.fullmatch(r"kNN top-1 \d+\.\d% \(plain MoCo v2, no generated views\)", said.splitlines()[-1])
+    run, = Path("runs").iterdir()
+    assert run.name.startswith("cifar10-mocov2-plain-")
+    assert json.loads((run / "args.json").read_text())["label"].startswith("plain MoCo v2")
+
+
+# -------------------------------------------------------------------------------------------------------------- troubles
+
+def trouble(capsys, *flags):
+    """Runs in process, as main does; returns the one line on stderr. The exit status must be 2."""
+    with pytest.raises(SystemExit) as stop:
+        genview.run(lambda: in_process(*flags))
+    assert stop.value.code == 2
+    line, = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if line.startswith("error: ")]
+    return line
+
+
+def test_troubles_with_settings(image_folder, views, encoder_folder, tmp_path, capsys, monkeypatch):
+    """What the user got wrong: one line that names it and the way out, and nothing written."""
+    run = tmp_path / "run"
+    cases = {("--queue", 20): "--queue 20 is no multiple of --batch-size 8",
+             ("--views-dir", tmp_path / "nowhere"): f"{tmp_path / 'nowhere'} is no folder",
+             ("--views-dir", encoder_folder): "holds no views of these images",
+             ("--batch-size", 64, "--queue", 64): "24 images do not fill one batch of 64",
+             ("--data-dir", tmp_path): "needs train/",
+             ("--arch", "resnet99"): "resnet99",
+             ("--noise", "much"): "--noise is adaptive or a level",
+             ("--resume", tmp_path / "none.pt"): "none.pt",
+             ("--quality", "exact", "--encoder", tmp_path / "clip"): "--encoder",
+             ("--quality", "exact", "--encoder", encoder_folder, "--component", encoder_folder + "/config.json"):
+                 "is no component file"}
+    for flags, message in cases.items():
+        assert message in trouble(capsys, *small(image_folder, run, *flags))
+        assert not run.exists()
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "cannot be shared by 3 processes" in trouble(capsys, *small(image_folder, run))
+
+
+def test_component_of_another_encoder(image_folder, encoder_folder, tmp_path, capsys):
+    import numpy as np
+    np.savez(tmp_path / "foreground.npz", component=np.ones(7, np.float32), threshold=0.0)
+    line = trouble(capsys, *small(image_folder, tmp_path / "run", "--quality", "exact", "--encoder", encoder_folder,
+                                  "--component", tmp_path / "foreground.npz"))
+    assert "component of 7 numbers" in line and "32" in line and not (tmp_path / "run").exists()
+
+
+def test_views_of_another_data_set(image_folder, views, tmp_path, capsys):
+    import shutil
+    shutil.copytree(views, tmp_path / "views")
+    (tmp_path / "views/settings.json").write_text('{"dataset": "imagenet"}')
+    line = trouble(capsys, *small(image_folder, tmp_path / "run", "--views-dir", tmp_path / "views"))
+    assert "made for imagenet" in line and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("size", [32, 72])
+def test_unreadable_image(size, image_folder, tmp_path, capsys):
+    """Named and fatal, in memory and in a worker; --skip-bad leaves it out."""
+    import shutil
+    shutil.copytree(image_folder, tmp_path / "images")
+    bad = tmp_path / "images/train/cat/0003.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    flags = small(tmp_path / "images", tmp_path / "run", "--image-size", size, "--workers", 1, "--epochs", 1)
+    line = trouble(capsys, *flags)
+    assert str(bad) in line and "--skip-bad" in line and "Traceback" not in line
+    in_process(*flags, "--skip-bad")
+
+
+def test_loss_not_finite(image_folder, tmp_path, capsys, monkeypatch):
+    """Stops, says the step, keeps the last good checkpoint."""
+    step, calls = train_moco.train_step, []
+
+    def broken_at_fifth(*arguments):
+        calls.append(1)
+        readouts = step(*arguments)
+        return readouts | {"loss": readouts["loss"] * (float("nan") if len(calls) == 5 else 1)}
+    monkeypatch.setattr(train_moco, "train_step", broken_at_fifth)
+    line = trouble(capsys, *small(image_folder, tmp_path / "run", "--epochs", 3))
+    assert "not finite at step 5" in line and str(tmp_path / "run/last.pt") in line       # 3 steps an epoch
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["epoch"] == 1
+
+
+def test_resume_of_another_run(image_folder, tmp_path, capsys):
+    in_process(*small(image_folder, tmp_path / "run", "--epochs", 1))
+    before = (tmp_path / "run/last.pt").read_bytes()
+    line = trouble(capsys, *small(image_folder, tmp_path / "run", "--epochs", 1, "--arch", "resnet34", "--resume"))
+    assert "another --arch (resnet18, now resnet34)" in line and (tmp_path / "run/last.pt").read_bytes() == before
+
+
+def test_no_network(tmp_path):
+    """CIFAR and CLIP that are not there, and no network: what to put where, and that shapes needs none."""
+    dead = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    done = script("--dataset", "cifar10", "--data-dir", tmp_path / "empty", "--views-dir", "none", "--output-dir",
+                  tmp_path / "run", **dead)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "--data-dir" in done.stderr and "--dataset shapes needs no download" in done.stderr
+    assert not (tmp_path / "run").exists()
