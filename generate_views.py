@@ -101,12 +101,17 @@ def load_pipeline(model, dtype, device):
         pipe = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(
             model, use_safetensors=True, **{"dtype" if new else "torch_dtype": dtype})       # safetensors: no pickled code
     except Exception as error:                     # of three libraries: OSError, ValueError, TypeError, SafetensorError, ...
+        way_out = ("the folder must hold that pipeline as save_pretrained writes it, in safetensors" if Path(model).is_dir()
+                   else f"where there is a network run `hf download {model} --exclude '*.ckpt'` and name the folder it "
+                        f"prints by --model")
         raise Trouble(f"--model {model} could not be loaded as a StableUnCLIPImg2ImgPipeline ({type(error).__name__}): "
-                      f"where there is a network run `hf download {model}`, then name the folder it prints by --model; "
-                      f"train_moco.py --dataset shapes needs no download") from None
+                      f"{way_out}; train_moco.py --dataset shapes needs no download") from None
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.enable_slicing()                      # decodes one by one: little memory, and no rounding from the batch
-    return pipe.to(device)
+    pipe.to(device)
+    with torch.inference_mode():                   # the condition is the image: the prompt is empty, and encoded once
+        pipe.empty_prompt = pipe.encode_prompt("", pipe.device, 1, False)[0]                    # (1, words, features)
+    return pipe
 
 
 @torch.inference_mode()
@@ -137,10 +142,8 @@ def generate(pipe, args, level, embeddings, seeds):
     """Variations of images of one noise level, each from its own seed: c (n, D), n seeds -> n PIL images.
 
     z_i^l = sqrt(abar_l) c_i + sqrt(1 - abar_l) e,  e ~ N(0, I),    X_i^+ = G(z_i^l)
-    Source: GenView, section "framework". The prompt is empty: the condition is the image.
+    Source: GenView, section "framework".
     """
-    if not hasattr(pipe, "empty_prompt"):
-        pipe.empty_prompt = pipe.encode_prompt("", pipe.device, 1, False)[0]
     prompt = pipe.empty_prompt.repeat(len(seeds), 1, 1)
     # z_i^l: the pipeline normalises c_i, adds the noise of its own schedule abar and appends l. Generators of the CPU: the
     # same numbers on every device; one an image: e and the first latent do not depend on the rest of the batch.

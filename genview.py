@@ -482,6 +482,8 @@ def load_component(path, size=None):
         threshold = float(data["threshold"]) if is_npz else None
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise Trouble(f"{path} is no component file ({error}); it must be a foreground.npz or a pca_vectors.npy") from None
+    if not (component.isfinite().all() and component.any()):
+        raise Trouble(f"{path} holds no usable component: it is all zeros or not finite")
     if size is not None and len(component) != size:
         raise Trouble(f"{path} has a component of {len(component)} numbers, the encoder's features have {size}: "
                       f"it was fitted on another encoder")

@@ -39,7 +39,7 @@ def sample_scenes(n: int, generator: torch.Generator) -> Scene:
     size = uniform(0.3, 1.05)
     centre = uniform(-1, 1, 2) * (1 - size).clamp(min=0.15)[:, None]  # small figures anywhere, large ones near the middle
     base, delta = uniform(0, 0.45, 3), torch.randn(n, 3, generator=generator)
-    delta = 0.15 * delta / delta.norm(dim=1, keepdim=True)
+    delta = 0.22 * delta / delta.norm(dim=1, keepdim=True)
     ground = torch.stack((base - delta, base + delta), dim=1).clamp(0, 1)
     colour = uniform(0.55, 1, 3)  # brighter than the background: silhouettes are clear, so that two minutes are enough
     direction, cycles = uniform(0, 2 * math.pi, 3), uniform(1.5, 5, 3)  # cycles: periods across the picture
@@ -109,9 +109,9 @@ def render(scene: Scene) -> Tensor:
     return (picture * 255).round().to(torch.uint8)
 
 
-def loss_of_identity(noise_level: Tensor, size: Tensor) -> Tensor:
-    """Chance that a figure of this size turns into another silhouette: level and size (n,) -> (n,)."""
-    bearable = 60 + 450 * size ** 2  # the level at which half of the figures of this size are lost: 200 for the smallest
+def loss_of_identity(noise_level: Tensor, area: Tensor) -> Tensor:
+    """Chance that a figure turns into another silhouette; level (n,), share of the picture that it covers (n,) -> (n,)."""
+    bearable = 50 + 900 * area  # the level at which half of such figures are lost: about 80 for the smallest, 600 for large ones
     return torch.sigmoid((noise_level - bearable) / 30)
 
 
@@ -125,9 +125,9 @@ def perturb(scene: Scene, noise_level, generator: torch.Generator) -> Scene:
     n = len(scene.shape)
     level = torch.as_tensor(noise_level).expand(n).float()
     fresh = sample_scenes(n, generator)
-    lost = torch.rand(n, generator=generator) < loss_of_identity(level, scene.size)
+    lost = torch.rand(n, generator=generator) < loss_of_identity(level, foreground(scene).mean(dim=(1, 2)))
     other = (scene.shape + torch.randint(1, len(CLASSES), (n,), generator=generator)) % len(CLASSES)
-    strength = 0.25 + 0.75 * torch.sin(math.pi / 2 * (level / 500).clamp(max=1))  # 0.2 at level 0, 0.96 at 400
+    strength = 0.4 + 0.6 * torch.sin(math.pi / 2 * (level / 400).clamp(max=1))  # 0.4 at level 0, 0.63 at 100, 1 from 400
 
     def mix(old, new, middle=0.0, share=1.0):
         s = (share * strength).view(-1, *[1] * (old.dim() - 1))
@@ -167,7 +167,7 @@ class Encoder(nn.Module):
         return self.norm(self.mix(fine.relu()).flatten(2).transpose(1, 2))
 
 
-def train_encoder(seed: int = 0, device="cpu", steps: int = 250, batch: int = 256, amp: bool = False) -> nn.Module:
+def train_encoder(seed: int = 0, device="cpu", steps: int = 150, batch: int = 256, amp: bool = False) -> nn.Module:
     """Trains the stand-in for CLIP on its own stream of pictures and freezes it (about 15 s on two CPU cores)."""
     generator = torch.Generator().manual_seed(1_000_003 + seed)  # a stream apart from the data sets, which use small seeds
     with torch.random.fork_rng(devices=[]):
@@ -181,8 +181,9 @@ def train_encoder(seed: int = 0, device="cpu", steps: int = 250, batch: int = 25
         scene = sample_scenes(batch, generator)
         pictures, mask = normalise(render(scene)).to(device), foreground(scene).to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
-            outputs = heads(encoder(pictures.contiguous(memory_format=torch.channels_last)))
-        loss = dense_loss(outputs.float(), F.avg_pool2d(mask[:, None], SIZE // 8).flatten(1), scene)
+            tokens = encoder(pictures.contiguous(memory_format=torch.channels_last))
+            outputs = heads(tokens)
+        loss = dense_loss(tokens.float(), outputs.float(), F.avg_pool2d(mask[:, None], SIZE // 8).flatten(1), scene)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -190,16 +191,21 @@ def train_encoder(seed: int = 0, device="cpu", steps: int = 250, batch: int = 25
     return encoder.eval().requires_grad_(False)
 
 
-def dense_loss(outputs: Tensor, mask: Tensor, scene: Scene) -> Tensor:
-    """Segmentation: every token (n, T, 20) tells the silhouette it lies in or "none", as far as the mask (n, T) says; then
-    the colour of the figure there, and the colours of the background elsewhere."""
+def dense_loss(tokens: Tensor, outputs: Tensor, mask: Tensor, scene: Scene) -> Tensor:
+    """What the tokens (n, 64, 64) must tell: how much figure there is at and around their place, along one fixed direction,
+    so strongly that it becomes the first principal component, as with CLIP; the silhouette they lie in, or none; the colour
+    of the figure there and those of the background elsewhere. outputs (n, 64, 20) of the linear heads, mask (n, 64)."""
+    around = F.avg_pool2d(mask.view(-1, 1, 8, 8), 5, 1, 2).flatten(1)  # CLIP's tokens know their neighbourhood too
+    direction = torch.ones(tokens.shape[2], device=tokens.device) / 8
+    direction[::2] *= -1  # of unit length; LayerNorm leaves no room along a constant vector
+    figureness = (tokens @ direction / 5 - (mask + around - 1)).square()  # 5 of at most 8, the length of a token
     what, colour, ground = outputs.split((len(CLASSES) + 1, 3, 6), dim=2)
     log_p = what.log_softmax(dim=2)
     shape = scene.shape.to(outputs.device)[:, None, None].expand(-1, mask.shape[1], 1)
-    segmentation = -(mask * log_p.gather(2, shape)[..., 0] + (1 - mask) * log_p[..., -1])  # (n, T)
-    figure_error = (colour - scene.colour.to(outputs)[:, None]).square().mean(dim=2)
-    ground_error = (ground - scene.ground.flatten(1).to(outputs)[:, None]).square().mean(dim=2)
-    return (segmentation + mask * figure_error + (1 - mask) * ground_error).mean()
+    segmentation = -(mask * log_p.gather(2, shape)[..., 0] + (1 - mask) * log_p[..., -1])  # (n, 64)
+    figure_error = (colour - scene.colour.to(outputs)[:, None]).square().sum(dim=2)
+    ground_error = (ground - scene.ground.flatten(1).to(outputs)[:, None]).square().sum(dim=2)
+    return (2 * figureness + segmentation + mask * figure_error + (1 - mask) * ground_error).mean()
 
 
 def main(rows: int = 12, levels=(0, 100, 200, 300, 400), path: str = "shapes.png"):

@@ -4,7 +4,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -249,22 +248,23 @@ def test_the_script(folder, capsys, protocol, options, last):
     assert record["settings"]["dataset"] == "folder" and record["settings"]["image_size"] == 32
 
 
-def _one_of_two(rank, port, checkpoint):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
+def _one_of_two(rank, store, checkpoint):
     torch.set_num_threads(1)
-    script("--checkpoint", checkpoint, "--k", 3, "--epochs", 3, "--limit", 11)      # 11: no multiple of two
-    script("--checkpoint", checkpoint, "--protocol", "finetune", "--labels", 1, "--epochs", 1)
-    script("--checkpoint", checkpoint, "--augment", "--lr", 0.1, "--epochs", 1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    genview.setup = lambda device: ONE._replace(rank=rank, size=2)                  # once for the three runs
+    for options in (["--k", "3", "--epochs", "3", "--limit", "11"],                 # 11: no multiple of two
+                    ["--protocol", "finetune", "--labels", "1", "--epochs", "1"], ["--augment", "--lr", "0.1", "--epochs", "1"]):
+        sys.argv = ["eval_linear.py", "--checkpoint", checkpoint, *options]
+        ev.main()
+    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_evaluate_like_one(folder, tmp_path):
     shutil.copy(folder / "last.pt", tmp_path / "last.pt")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_one_of_two, (port, str(tmp_path / "last.pt")), nprocs=2)
-    script("--checkpoint", tmp_path / "last.pt", "--k", 3, "--epochs", 3, "--limit", 11)
+    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path / "store"), str(tmp_path / "last.pt")), nprocs=2)
+    with pytest.MonkeyPatch.context() as patch:    # float32, as the two
+        patch.setattr(genview, "setup", lambda device: ONE)
+        script("--checkpoint", tmp_path / "last.pt", "--k", 3, "--epochs", 3, "--limit", 11)
     records = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
     top1 = [(r["protocol"], r["top1"]) for r in records]
     assert [name for name, _ in top1] == ["kNN", "linear", "finetune", "kNN", "linear", "kNN", "linear"]

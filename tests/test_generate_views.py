@@ -116,7 +116,8 @@ def test_noise_level_is_exact_for_every_count_of_tokens(dtype):
     assert generate_views.noise_level(torch.tensor([51.2 / 256, 0.4, 0.6, 0.8], dtype=dtype)).tolist() == [0, 100, 200, 300]
 
 
-@pytest.mark.parametrize("wrong, text", [([0.5, 1.5], "1.5"), ([-0.1], "-0.1"), ([float("nan")], "nan"), ([[0.5]], r"\(1, 1\)")])
+@pytest.mark.parametrize("wrong, text", [([0.5, 1.5], "1.5"), ([-0.1], "-0.1"), ([float("nan")], "nan"),
+                                         ([[0.5]], r"\(1, 1\)")])
 def test_noise_level_names_what_is_wrong(wrong, text):
     with pytest.raises(ValueError, match=text):
         generate_views.noise_level(torch.tensor(wrong))
@@ -140,18 +141,23 @@ def test_embedding_noise_follows_the_equation_for_each_image_alone(world, monkey
         e = torch.randn(1, 16, generator=torch.Generator().manual_seed(seed))
         z = abar ** 0.5 * (c[i:i + 1] - mean) / std + (1 - abar) ** 0.5 * e
         assert torch.allclose(noisy[0][i:i + 1, :16], z * std + mean, atol=1e-4)
+    pipe.vae.post_quant_conv.weight.data.fill_(float("nan"))                        # as half precision can do
+    with pytest.raises(genview.Trouble, match="--dtype float32"):
+        generate_views.generate(pipe, args, level, c, seeds)
 
 
-def test_tokens_do_not_depend_on_the_other_images_of_a_batch(world):
-    pipe = generate_views.load_pipeline(str(world / "model"), torch.float32, "cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_do_not_depend_on_the_other_images_of_a_batch(world, dtype):
+    pipe = generate_views.load_pipeline(str(world / "model"), dtype, "cpu")
     images = [Image.open(p) for p in sorted((world / "images").rglob("train/*/*.png"))[:8]]
     tokens, c = generate_views.encode(pipe, images)
     assert tokens.shape == (8, 64, 32) and c.shape == (8, 16)
     some, c_some = generate_views.encode(pipe, images[3:6])
     assert torch.equal(some, tokens[3:6]) and torch.equal(c_some, c[3:6])
-    hidden = pipe.image_encoder(pipe.feature_extractor(images=images, return_tensors="pt").pixel_values)
-    assert torch.allclose(pipe.image_encoder.visual_projection(
-        pipe.image_encoder.vision_model.post_layernorm(hidden.last_hidden_state[:, 0])), c, atol=1e-5)
+    clip, pixels = pipe.image_encoder.float(), pipe.feature_extractor(images=images, return_tensors="pt").pixel_values
+    hidden = clip(pixels).last_hidden_state                                         # (8, 1 + 64, 32), not normalised
+    assert torch.allclose(clip.vision_model.post_layernorm(hidden)[:, 1:], tokens.float(), atol=1e-5 if dtype == torch.float32
+                          else 0.1)
 
 
 # ----------------------------------------------------------------------------------------------------------------- the set
@@ -174,7 +180,8 @@ def test_files_settings_and_levels(world):
 
 
 def test_killed_run_goes_on_to_the_same_views(world, capsys):
-    process = subprocess.Popen([sys.executable, str(ROOT / "generate_views.py"), *command(world, "killed", "--batch-size", "1")],
+    process = subprocess.Popen([sys.executable, str(ROOT / "generate_views.py"),
+                                *command(world, "killed", "--batch-size", "1")],
                                env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     manifest, end = world / "killed" / "manifest.jsonl", time.time() + 60
     while not (manifest.exists() and manifest.read_text().count("\n") >= 2) and time.time() < end and process.poll() is None:

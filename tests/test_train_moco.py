@@ -215,7 +215,7 @@ def test_learning_rate_and_lars():
 def script(*flags, name="train_moco.py", **env):
     """Runs a script in a process of its own."""
     return subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], capture_output=True, text=True, cwd=ROOT,
-                          env=os.environ | {"OMP_NUM_THREADS": "2"} | env, timeout=240)
+                          env=os.environ | env, timeout=240)
 
 
 def in_process(*flags):
