@@ -341,7 +341,8 @@ def parse(argv=None):
     add("--batch-size", type=int, help="of all processes together")
     add("--lr", type=float, help="of the classifier")
     add("--backbone-lr", type=float, help="finetune: of the backbone")
-    add("--augment", action=argparse.BooleanOptionalAction, help="linear: crops and flips in every epoch, features as they are (then --lr too)")
+    add("--augment", action=argparse.BooleanOptionalAction,
+        help="linear: crops and flips in every epoch, features as they are (then --lr too)")
     add = parser.add_argument_group("runtime").add_argument
     add("--device", help="cuda, mps or cpu")
     add("--workers", type=int, default=4, help="processes that read image files")

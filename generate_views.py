@@ -265,7 +265,7 @@ def report(world, made, there, skipped, levels, seconds):
 
 def spaced(n, count=None):
     """count places spread evenly over n (as genview.load_images takes them for --limit), or all."""
-    return list(range(n)) if count is None or count >= n else torch.linspace(0, n - 1, count).round().long().tolist()
+    return list(range(n)) if count is None or count >= n else genview.spaced(n, count).tolist()
 
 
 def image_seed(seed, name):

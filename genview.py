@@ -106,10 +106,15 @@ def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=False
     else:
         images = _find_files(Path(data_dir), split)
     if limit is not None and limit < len(images.names):
-        keep = torch.linspace(0, len(images.names) - 1, limit).round().long()
+        keep = spaced(len(images.names), limit)
         images = images._replace(names=[images.names[i] for i in keep.tolist()], labels=images.labels[keep],
                                  pixels=None if images.pixels is None else images.pixels[keep])
     return _into_memory(images, image_size, skip_bad) if images.pixels is None and image_size <= IN_MEMORY_SIZE else images
+
+
+def spaced(n, count):
+    """count places spread evenly over n, (count,)."""
+    return torch.linspace(0, n - 1, count).round().long()
 
 
 def _read_cifar(dataset, data_dir, split):
@@ -401,7 +406,9 @@ class FrozenEncoder(torch.nn.Module):
     def __init__(self, name):
         """Raises Trouble where the model is neither on this disk nor to be had."""
         super().__init__()
-        from transformers import AutoConfig, AutoModel, CLIPVisionModel
+        from transformers import AutoConfig, AutoModel, CLIPVisionModel, logging
+        logging.set_verbosity_error()              # no report on the projection that is left out on purpose
+        logging.disable_progress_bar()
         try:
             config = AutoConfig.from_pretrained(name)
             is_clip = config.model_type in ("clip", "clip_vision_model")

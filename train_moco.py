@@ -256,18 +256,19 @@ def augmentations(args):
     return [Augmentation(scale, jitter, blur=2 * args.blur), Augmentation(scale, jitter, blur=0.2 * args.blur, solarise=0.2)]
 
 
-def shapes_views(encoder, noise, seed):
+def shapes_views(encoder, args, count):
     """Adaptive view generation in the world of shapes: tokens -> foreground proportion -> noise level -> perturbed scene.
-    Returns the views, uint8 like the pictures, and the component of the encoder's features."""
+    Returns the views of count pictures, uint8 like these, and the component of the encoder's features."""
     import shapes
     from generate_views import foreground_proportion, noise_level
     scenes = shapes.split("train")
-    pixels = shapes.render(scenes)
     with torch.no_grad():
-        tokens = torch.cat([encoder(genview.normalise(x / 255)) for x in pixels.split(512)])
+        tokens = torch.cat([encoder(genview.normalise(x / 255)) for x in shapes.render(scenes).split(512)])
     component, threshold = genview.fit_foreground(tokens, (8, 8))
-    level = noise_level(foreground_proportion(tokens, component, threshold)) if noise == "adaptive" else int(noise)
-    return shapes.render(shapes.perturb(scenes, level, torch.Generator().manual_seed(seed))), component
+    adaptive = noise_level(foreground_proportion(tokens, component, threshold))                      # (N,)
+    level = adaptive if args.noise == "adaptive" else int(args.noise)
+    views = shapes.render(shapes.perturb(scenes, level, torch.Generator().manual_seed(args.seed)))
+    return views[genview.spaced(len(views), count)], component
 
 
 def load_views(args, images):
@@ -286,8 +287,8 @@ def fit_component(encoder, images, image_size, world):
     """v1 of the frozen encoder's features, from up to 10,000 images (the release's number)."""
     count = min(len(images.names), genview.FIT_IMAGES)
     tokens = []
-    for i in genview.progress(torch.linspace(0, len(images.names) - 1, count).long().split(64), "foreground", "batch"):
-        views = torch.stack([genview.to_tensor(genview.square(images.pil(j), image_size)) for j in i.tolist()])
+    for part in genview.progress(genview.spaced(len(images.names), count).split(64), "foreground", "batch"):
+        views = torch.stack([genview.to_tensor(genview.square(images.pil(i), image_size)) for i in part.tolist()])
         with world.autocast():
             tokens.append(encoder(genview.normalise(views.to(world.device) / 255)).half().cpu())
     tokens = torch.cat(tokens)
@@ -298,15 +299,15 @@ def fit_component(encoder, images, image_size, world):
 def prepare(args, world):
     """Returns the training images, their generated views (or None), and quality_of (or None), see train_step."""
     images = genview.load_images(args.dataset, args.data_dir, "train", args.image_size, args.limit, args.skip_bad)
-    if args.dataset == "shapes":
-        import shapes
-        encoder, component, views = shapes.train_encoder(), None, None
-        if args.views_dir != "none" or args.quality != "off":
-            views, component = shapes_views(encoder, args.noise, args.seed)
-        views = None if args.views_dir == "none" else views[torch.linspace(0, len(views) - 1, len(images.names)).round().long()]
-    else:
+    views = encoder = component = None
+    if args.dataset != "shapes":
         views = load_views(args, images)
         encoder = genview.FrozenEncoder(args.encoder) if args.quality != "off" else None
+    elif args.views_dir != "none" or args.quality != "off":
+        import shapes
+        encoder = shapes.train_encoder()           # stands in for CLIP; its pictures stand in for Stable unCLIP's
+        views, component = shapes_views(encoder, args, len(images.names))
+        views = None if args.views_dir == "none" else views
     if args.quality == "off":
         return images, views, None
     encoder = encoder.to(world.device, memory_format=torch.channels_last)
@@ -372,7 +373,7 @@ def train_epoch(args, world, epoch, loader, method, optimizer, quality_of, run):
             speed = (step + 1) * args.batch_size / (time.time() - began)
             left = ((args.epochs - epoch) * loader.steps - step - 1) * args.batch_size / speed
             run.log(epoch=done + 1 / loader.steps, **means, chance=chance, lr=learning_rate(args, done), images_per_s=speed)
-            bar.set_postfix_str(f"loss {means['loss']:.3f} (chance {chance:.2f}), {speed:.0f} images/s")
+            bar.set_postfix_str(f"loss {means['loss']:.3f} (chance {chance:.2f}), {speed:.0f} images/s", refresh=False)
             pending.clear()
     run.say(f"epoch {epoch + 1}/{args.epochs}  loss {means.pop('loss'):.3f} (chance {chance:.2f})  "
             + "".join(f"{name} {value:.3f}  " for name, value in means.items())
@@ -394,7 +395,7 @@ def average(pending, step, world, run):
 
 def evaluate(method, train_images, test_images, args, world):
     """kNN on the backbone's features, which the training never saw the labels of."""
-    features = [extract_features(method.query.backbone, images, args.image_size, world, 512, args.workers)
+    features = [extract_features(method.query.backbone, images, args.image_size, world, 512, args.workers, args.skip_bad)
                 for images in (train_images, test_images)]
     return knn_accuracy(features[0], train_images.labels, features[1], test_images.labels,
                         num_classes=train_images.num_classes)
@@ -526,6 +527,8 @@ def resolve(args):
         if args.dataset == "folder":
             raise Trouble("--dataset folder needs --data-dir, a folder with train/ and val/ or test/ below it")
         args.data_dir = "data/imagenet" if args.dataset == "imagenet" else "data"
+    if args.dataset == "shapes" and args.views_dir not in (None, "none"):
+        raise Trouble("--dataset shapes makes its views itself: --views-dir can only be none")
     if args.views_dir is None:
         args.views_dir = genview.default_views_dir(args.dataset, args.data_dir)
         if args.dataset != "shapes" and not (Path(args.views_dir) / "manifest.jsonl").exists():

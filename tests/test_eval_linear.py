@@ -19,6 +19,7 @@ import genview  # noqa: E402
 import tiny  # noqa: E402
 from genview import Images, Trouble, World  # noqa: E402
 
+torch.set_num_threads(1)                     # small tensors: threads would only wait for each other
 ONE = World(0, 1, torch.device("cpu"), torch.float32)
 DIM = 512
 
@@ -67,7 +68,8 @@ def test_all_formats_give_the_same_features(folder, images):
         assert dim == DIM and args.get("dataset") == ("folder" if name == "last.pt" else None)
         features[name] = ev.extract_features(backbone, images, 32, ONE, batch_size=5)
         assert features[name].shape == (12, DIM) and features[name].dtype == torch.float32
-    assert torch.equal(features["last.pt"], features["plain.pt"]) and torch.equal(features["last.pt"], features["release.pth"])
+    assert torch.equal(features["last.pt"], features["plain.pt"])
+    assert torch.equal(features["last.pt"], features["release.pth"])
 
 
 def test_the_small_stem_is_seen_and_settings_lie_beside_a_backbone(tmp_path):
@@ -215,7 +217,8 @@ class Mean(torch.nn.Module):
 def coloured(n=60):
     """Bright and dark pictures."""
     labels = torch.arange(n) % 2
-    pixels = torch.randint(0, 100, (n, 3, 16, 16), generator=torch.Generator().manual_seed(0)) + 120 * labels.view(-1, 1, 1, 1)
+    pixels = torch.randint(0, 100, (n, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    pixels += 120 * labels.view(-1, 1, 1, 1)
     return Images([str(i) for i in range(n)], labels, 2, pixels.to(torch.uint8))
 
 
@@ -249,11 +252,11 @@ def test_the_script(folder, capsys, protocol, options, last):
 
 
 def _one_of_two(rank, store, checkpoint):
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     genview.setup = lambda device: ONE._replace(rank=rank, size=2)                  # once for the three runs
     for options in (["--k", "3", "--epochs", "3", "--limit", "11"],                 # 11: no multiple of two
-                    ["--protocol", "finetune", "--labels", "1", "--epochs", "1"], ["--augment", "--lr", "0.1", "--epochs", "1"]):
+                    ["--protocol", "finetune", "--labels", "1", "--epochs", "1"],
+                    ["--augment", "--lr", "0.1", "--epochs", "1"]):
         sys.argv = ["eval_linear.py", "--checkpoint", checkpoint, *options]
         ev.main()
     torch.distributed.destroy_process_group()

@@ -16,6 +16,7 @@ import genview  # noqa: E402
 import tiny  # noqa: E402
 from genview import Augmentation, Images, PairLoader, Trouble, World  # noqa: E402
 
+torch.set_num_threads(1)                     # small tensors: threads would only wait for each other
 CPU = torch.device("cpu")
 PLAIN = Augmentation(jitter=(0, 0, 0, 0), blur=0)
 FULL = Augmentation(solarise=0.3)
