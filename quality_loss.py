@@ -102,11 +102,11 @@ def quality_weights(quality, gamma=1.0, group=None):
     tensor([0.6667, 1.3333])
     """
     _check(quality.ndim == 1 and len(quality) > 0, f"quality must be (N,), got {tuple(quality.shape)}")
-    q = quality.float()
-    q_max = q.max()                       # softmax is unchanged by a constant in the exponent; this one avoids overflow
+    exponent = gamma * _bounded(quality)
+    largest = exponent.max()              # softmax is unchanged by a constant in the exponent; this one avoids overflow
     if group is not None:
-        dist.all_reduce(q_max, dist.ReduceOp.MAX, group=group)
-    w = torch.exp(gamma * (q - q_max))                                          # (N,)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    w = torch.exp(exponent - largest)                                           # (N,)
     n_and_sum = torch.stack([w.new_tensor(len(w)), w.sum()])
     if group is not None:
         dist.all_reduce(n_and_sum, group=group)
