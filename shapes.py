@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SIZE = 32  # pixels along a side, as CIFAR
-CLASSES = ("disc", "square", "triangle", "star", "plus", "ring", "crescent", "heart", "hourglass", "bar")
+CLASSES = ("disc", "square", "triangle", "heart", "star", "plus", "ring", "crescent", "hourglass", "bar")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -55,7 +55,7 @@ def split(name: str) -> Scene:
 
 
 def signed_distances():
-    """One function per silhouette, in the order of CLASSES: about the distance to its edge, negative inside; y points down."""
+    """One function per silhouette, in the order of CLASSES: roughly the distance to its edge, negative inside (y down)."""
     def star(x, y):  # fold the plane into a tenth: there the edge is the line from the tip to the inner corner
         turn = torch.atan2(x, -y).abs() % (2 * math.pi / 5)
         turn, r = torch.minimum(turn, 2 * math.pi / 5 - turn), torch.hypot(x, y)
@@ -67,11 +67,11 @@ def signed_distances():
         lambda x, y: torch.hypot(x, y) - 0.97,
         lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.85,
         lambda x, y: torch.maximum(y - 0.75, (2 * x.abs() - y - 1.15) / math.sqrt(5)),
+        lambda x, y: torch.hypot(x, y - 0.12 + 0.75 * x.abs().clamp(min=1e-6).sqrt()) - 0.9,
         star,
         lambda x, y: torch.minimum(torch.maximum(x.abs() - 0.34, y.abs() - 1), torch.maximum(x.abs() - 1, y.abs() - 0.34)),
         lambda x, y: (torch.hypot(x, y) - 0.75).abs() - 0.27,
         lambda x, y: torch.maximum(torch.hypot(x, y) - 1, 0.78 - torch.hypot(x - 0.5, y)),
-        lambda x, y: torch.hypot(x, y - 0.12 + 0.75 * x.abs().clamp(min=1e-6).sqrt()) - 0.9,
         lambda x, y: torch.maximum(y.abs() - 1, (x.abs() - 0.12 - 0.8 * y.abs()) / 1.28),
         lambda x, y: torch.maximum(x.abs() - 0.33, y.abs() - 1.15),
     )
@@ -100,9 +100,10 @@ def render(scene: Scene) -> Tensor:
     """Draws the scenes: uint8 (n, 3, 32, 32)."""
     x, y = pixel_grid()
     waves = scene.waves[..., None, None]  # (n, 3, 2, 1, 1)
-    u, v, w = (waves[:, :, 0] * x + waves[:, :, 1] * y + scene.phases[..., None, None]).cos().unbind(dim=1)  # (n, 32, 32) each
+    u, v, w = (waves[:, :, 0] * x + waves[:, :, 1] * y + scene.phases[..., None, None]).cos().unbind(dim=1)  # (n, 32, 32)
     grating, checker, blobs = (3 * scene.kind).softmax(dim=1)[..., None, None].unbind(dim=1)
-    texture = torch.sigmoid(6 * (grating * u + checker * u * v * 1.5 + blobs * (u + v + w) / 1.5))[:, None]  # 6: fairly hard edges
+    pattern = grating * u + checker * u * v * 1.5 + blobs * (u + v + w) / 1.5  # the factors give them about equal contrast
+    texture = torch.sigmoid(6 * pattern)[:, None]  # 6: fairly hard edges
     first, second = scene.ground[..., None, None].unbind(dim=1)  # (n, 3, 1, 1) each
     mask = foreground(scene)[:, None]
     picture = mask * scene.colour[..., None, None] + (1 - mask) * (texture * first + (1 - texture) * second)
@@ -111,14 +112,14 @@ def render(scene: Scene) -> Tensor:
 
 def loss_of_identity(noise_level: Tensor, area: Tensor) -> Tensor:
     """Chance that a figure turns into another silhouette; level (n,), share of the picture that it covers (n,) -> (n,)."""
-    bearable = 50 + 900 * area  # the level at which half of such figures are lost: about 80 for the smallest, 600 for large ones
+    bearable = 50 + 900 * area  # the level at which half of such figures are lost: 80 for the smallest, 600 for large ones
     return torch.sigmoid((noise_level - bearable) / 30)
 
 
 def perturb(scene: Scene, noise_level, generator: torch.Generator) -> Scene:
     """What Stable unCLIP makes of the scenes at a noise level, an integer or (n,) integers in 0..999.
 
-    As an unCLIP embedding is mixed with noise, each parameter is mixed with that of a fresh scene: x -> sqrt(1 - s^2) x + s x',
+    As an unCLIP embedding is mixed with noise, each parameter is mixed with a fresh one: x -> sqrt(1 - s^2) x + s x',
     with s growing with the level. Level 0 changes a little too: a diffusion model invents the details anew. Small figures
     cannot bear strong noise and turn into another silhouette (Fig. 3 of the paper).
     """
@@ -127,7 +128,7 @@ def perturb(scene: Scene, noise_level, generator: torch.Generator) -> Scene:
     fresh = sample_scenes(n, generator)
     lost = torch.rand(n, generator=generator) < loss_of_identity(level, foreground(scene).mean(dim=(1, 2)))
     other = (scene.shape + torch.randint(1, len(CLASSES), (n,), generator=generator)) % len(CLASSES)
-    strength = 0.4 + 0.6 * torch.sin(math.pi / 2 * (level / 400).clamp(max=1))  # 0.4 at level 0, 0.63 at 100, 1 from 400
+    strength = 0.7 + 0.3 * torch.sin(math.pi / 2 * (level / 400).clamp(max=1))  # 0.7 at level 0, 0.81 at 100, 1 from 400
 
     def mix(old, new, middle=0.0, share=1.0):
         s = (share * strength).view(-1, *[1] * (old.dim() - 1))
@@ -151,7 +152,8 @@ class Encoder(nn.Module):
     def __init__(self, width: int = 64):
         super().__init__()
         def block(c_in, c_out, stride=1):
-            return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
+            conv = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+            return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
         self.fine = nn.Sequential(block(3, 32, 2), block(32, width, 2), block(width, width))  # 8x8
         self.coarse = nn.Sequential(block(width, 2 * width, 2), block(2 * width, 2 * width))  # 4x4
         self.whole = nn.Linear(2 * width * 16, 2 * width)
@@ -168,7 +170,7 @@ class Encoder(nn.Module):
 
 
 def train_encoder(seed: int = 0, device="cpu", steps: int = 150, batch: int = 256, amp: bool = False) -> nn.Module:
-    """Trains the stand-in for CLIP on its own stream of pictures and freezes it (about 15 s on two CPU cores)."""
+    """Trains the stand-in for CLIP on its own stream of pictures and freezes it (15 s or so on two CPU cores); amp: use bfloat16."""
     generator = torch.Generator().manual_seed(1_000_003 + seed)  # a stream apart from the data sets, which use small seeds
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1_000_003 + seed)

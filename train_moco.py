@@ -14,6 +14,7 @@ import copy
 import json
 import math
 import os
+import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -421,7 +422,7 @@ class Run:
             genview.write_whole(self.folder / "args.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
             print(f"{label(args)} on {args.dataset}, {steps} steps an epoch, {world.size} x {world.device.type}, "
                   f"{str(world.dtype).removeprefix('torch.')}")
-            print("  ".join(f"{key}={value}" for key, value in vars(args).items()))
+            print(textwrap.fill("  ".join(f"{key}={value}" for key, value in vars(args).items()), 120))
 
     def say(self, text):
         if self.first:
@@ -551,6 +552,8 @@ def resolve(args):
         args.resume = str(max(candidates, key=lambda p: p.stat().st_mtime if p.exists() else 0, default=f"{run}-*/last.pt"))
     default = Path(args.resume).parent if args.resume else f"{run}-{time.strftime('%Y%m%d-%H%M%S')}"
     args.output_dir = str(args.output_dir or default)
+    if not args.resume and Path(args.output_dir, "last.pt").exists():
+        raise Trouble(f"{args.output_dir} holds a run already: go on with --resume, or name another --output-dir")
     return args
 
 

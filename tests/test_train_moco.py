@@ -386,6 +386,7 @@ def test_loss_not_finite(image_folder, tmp_path, capsys, monkeypatch):
 def test_resume_of_another_run(image_folder, tmp_path, capsys):
     in_process(*small(image_folder, tmp_path / "run", "--epochs", 1))
     before = (tmp_path / "run/last.pt").read_bytes()
+    assert "holds a run already" in trouble(capsys, *small(image_folder, tmp_path / "run", "--epochs", 1))
     line = trouble(capsys, *small(image_folder, tmp_path / "run", "--epochs", 1, "--arch", "resnet34", "--resume"))
     assert "another --arch (resnet18, now resnet34)" in line and (tmp_path / "run/last.pt").read_bytes() == before
 

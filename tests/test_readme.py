@@ -1,0 +1,39 @@
+"""The README's map of the paper: every name in it exists; every script it calls takes the flags it gives."""
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+SCRIPTS = ("quality_loss", "generate_views", "train_moco", "eval_linear", "genview", "shapes")
+
+
+def test_every_name_exists():
+    names = set(re.findall(r"`((?:%s)\.[A-Za-z_0-9]+)`" % "|".join(SCRIPTS), README))
+    assert len(names) >= 18
+    for name in names:
+        module, attribute = name.split(".")
+        if attribute != "py":
+            assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_every_file_exists():
+    files = set(re.findall(r"`([a-z_]+\.py)`", README)) | set(re.findall(r"\]\((docs/[^)]+)\)", README))
+    assert {f"{name}.py" for name in SCRIPTS} <= files
+    assert not [file for file in files if not (Path(__file__).parents[1] / file).exists()]
+
+
+def test_every_flag_exists(capsys):
+    """The flags of each command in the README are flags of its script."""
+    calls = re.findall(r"(?:python|nproc_per_node=8) (\w+)\.py ([^\n`#]*)", README)
+    assert len(calls) >= 7
+    for script in {script for script, _ in calls}:
+        module = importlib.import_module(script)
+        parse = module.parse if script == "eval_linear" else module.parse_args
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr("sys.argv", [script, "--help"])
+            parse()
+        known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+        used = {flag for name, flags in calls if name == script for flag in re.findall(r"--[a-z-]+", flags)}
+        assert used <= known, (script, used - known)
