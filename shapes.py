@@ -39,6 +39,7 @@ def sample_scenes(n: int, generator: torch.Generator) -> Scene:
     size = uniform(0.3, 1.05)
     centre = uniform(-1, 1, 2) * (1 - size).clamp(min=0.15)[:, None]  # small figures anywhere, large ones near the middle
     base, delta = uniform(0, 0.45, 3), torch.randn(n, 3, generator=generator)
+    # Two shades around a dark base; 0.22 apart from it, the texture is plain to see and yet no match for the figure.
     delta = 0.22 * delta / delta.norm(dim=1, keepdim=True)
     ground = torch.stack((base - delta, base + delta), dim=1).clamp(0, 1)
     colour = uniform(0.55, 1, 3)  # brighter than the background: silhouettes are clear, so that two minutes are enough
@@ -134,6 +135,7 @@ def perturb(scene: Scene, noise_level, generator: torch.Generator) -> Scene:
         s = (share * strength).view(-1, *[1] * (old.dim() - 1))
         return middle + (1 - s ** 2).sqrt() * (old - middle) + s * (new - middle)
 
+    # Colours are mixed around the middle of their ranges; place, angle and size change less: the picture stays alike.
     return Scene(torch.where(lost, other, scene.shape), mix(scene.centre, fresh.centre, share=0.5),
                  mix(scene.size, fresh.size, scene.size, share=0.2).clamp(0.2, 1), mix(scene.angle, fresh.angle, share=0.5),
                  mix(scene.colour, fresh.colour, 0.78).clamp(0, 1), mix(scene.ground, fresh.ground, 0.22).clamp(0, 1),
@@ -170,7 +172,7 @@ class Encoder(nn.Module):
 
 
 def train_encoder(seed: int = 0, device="cpu", steps: int = 150, batch: int = 256, amp: bool = False) -> nn.Module:
-    """Trains the stand-in for CLIP on its own stream of pictures and freezes it (15 s or so on two CPU cores); amp: use bfloat16."""
+    """Trains the stand-in for CLIP on its own stream of pictures and freezes it; about 20 s on two CPU cores; amp: bfloat16."""
     generator = torch.Generator().manual_seed(1_000_003 + seed)  # a stream apart from the data sets, which use small seeds
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1_000_003 + seed)
