@@ -53,7 +53,7 @@ PRESETS = {
         crop_min=0.2, blur=0.5, knn_every=20),                                    # [v3]
 }
 PRESETS["shapes", "mocov2"] = dict(                                               # small and quick: two minutes on a laptop
-    arch="resnet10_narrow", image_size=32, epochs=20, batch_size=128, optimizer="adamw", lr=4e-3, weight_decay=1e-4,
+    arch="resnet10_narrow", image_size=32, epochs=30, batch_size=128, optimizer="adamw", lr=4e-3, weight_decay=1e-4,
     warmup_epochs=1, dim=128, queue=2048, temperature=0.2, momentum=0.99, crop_min=0.3, blur=0.0, knn_every=5)
 PRESETS["shapes", "mocov3"] = {k: v for k, v in PRESETS["shapes", "mocov2"].items() if k != "queue"} | dict(hidden=512)
 for method in ("mocov2", "mocov3"):
