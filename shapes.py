@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import genview
+
 SIZE = 32  # pixels along a side, as CIFAR
 CLASSES = ("disc", "square", "triangle", "heart", "star", "plus", "ring", "crescent", "hourglass", "bar")
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class Scene(NamedTuple):
@@ -142,12 +143,6 @@ def perturb(scene: Scene, noise_level, generator: torch.Generator) -> Scene:
                  mix(scene.waves, fresh.waves), mix(scene.phases, fresh.phases), mix(scene.kind, fresh.kind))
 
 
-def normalise(pictures: Tensor) -> Tensor:
-    """uint8 (n, 3, 32, 32) -> float, with CLIP's mean and standard deviation."""
-    mean, std = (torch.tensor(v, device=pictures.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-    return (pictures.float() / 255 - mean) / std
-
-
 class Encoder(nn.Module):
     """(n, 3, 32, 32) -> tokens (n, 64, 64): a small U, fine features of 8x8 cells joined by coarse ones of the whole."""
 
@@ -183,7 +178,7 @@ def train_encoder(seed: int = 0, device="cpu", steps: int = 150, batch: int = 25
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
     for _ in range(steps):
         scene = sample_scenes(batch, generator)
-        pictures, mask = normalise(render(scene)).to(device), foreground(scene).to(device)
+        pictures, mask = genview.normalise(render(scene) / 255).to(device), foreground(scene).to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
             tokens = encoder(pictures.contiguous(memory_format=torch.channels_last))
             outputs = heads(tokens)
