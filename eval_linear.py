@@ -294,7 +294,7 @@ def finetune(backbone, dim, images, settings, world):
     index = balanced_subset(images.labels, settings.labels, genview.step_generator(settings.seed))
     images = images._replace(names=[images.names[i] for i in index.tolist()], labels=images.labels[index],
                              pixels=None if images.pixels is None else images.pixels[index])
-    print(f"fine-tuning on {len(index)} labelled images")
+    genview.say(f"fine-tuning on {len(index)} labelled images")
     head = zero_linear(dim, images.num_classes).to(world.device)
     groups = [{"params": backbone.parameters(), "lr": settings.backbone_lr},
               {"params": head.parameters(), "lr": settings.lr}]
@@ -392,15 +392,14 @@ def main():
     backbone, dim, trained_with = load_backbone(settings.checkpoint, settings.arch)
     resolve(settings, trained_with)
     torch.manual_seed(settings.seed)
-    if world.rank == 0:
-        print("settings:", json.dumps(vars(settings)))
+    genview.say(f"settings: {json.dumps(vars(settings))}")
     backbone = backbone.to(world.device, memory_format=torch.channels_last)
     for protocol, top1 in evaluate(settings, backbone, dim, world):
         if world.rank == 0:
             record = {"protocol": protocol, "top1": round(top1, 3), "settings": vars(settings)}
             with open(Path(settings.checkpoint).with_name("eval.jsonl"), "a") as log:
                 log.write(json.dumps(record) + "\n")
-            print(f"{protocol} top-1 {top1:.1f}%", flush=True)
+            genview.say(f"{protocol} top-1 {top1:.1f}%")
 
 
 if __name__ == "__main__":

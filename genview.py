@@ -613,6 +613,12 @@ def load_checkpoint(path):
                       f"name a last.pt or backbone.pt by its path") from None
 
 
+def say(text):
+    """Prints, flushed, in the first process only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, flush=True)
+
+
 def progress(items, text, unit, **options):
     """A progress bar with rate and time left; in a log file a line every half minute instead."""
     from tqdm import tqdm

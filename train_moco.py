@@ -279,8 +279,8 @@ def load_views(args, images):
         return None
     paths = genview.find_views(images, args.views_dir, args.dataset)
     missing = sum(path is None for path in paths)
-    print(f"generated views of {len(paths) - missing} of {len(paths)} images from {args.views_dir}"
-          + (f"; the other {missing} use themselves" if missing else ""))
+    genview.say(f"generated views of {len(paths) - missing} of {len(paths)} images from {args.views_dir}"
+                + (f"; the other {missing} use themselves" if missing else ""))
     return paths if images.pixels is None else genview.load_views(images, paths)
 
 
@@ -354,8 +354,8 @@ def train(args, world, make_method=METHODS.get):
         run.save(method, optimizer, epoch + 1)
     if accuracy is None:
         accuracy = evaluate(method, images, test, args, world)
-    run.say(f"{run.folder}: last.pt, backbone.pt, log.jsonl, args.json, pairs.png")
-    run.say(f"kNN top-1 {accuracy:.1f}% ({label(args)})")
+    genview.say(f"{run.folder}: last.pt, backbone.pt, log.jsonl, args.json, pairs.png")
+    genview.say(f"kNN top-1 {accuracy:.1f}% ({label(args)})")
 
 
 def train_epoch(args, world, epoch, loader, method, optimizer, quality_of, run):
@@ -377,7 +377,7 @@ def train_epoch(args, world, epoch, loader, method, optimizer, quality_of, run):
             run.log(epoch=done + 1 / loader.steps, **means, chance=chance, lr=learning_rate(args, done), images_per_s=speed)
             bar.set_postfix_str(f"loss {means['loss']:.3f} (chance {chance:.2f}), {speed:.0f} images/s", refresh=False)
             pending.clear()
-    run.say(f"epoch {epoch + 1}/{args.epochs}  loss {means.pop('loss'):.3f} (chance {chance:.2f})  "
+    genview.say(f"epoch {epoch + 1}/{args.epochs}  loss {means.pop('loss'):.3f} (chance {chance:.2f})  "
             + "".join(f"{name} {value:.3f}  " for name, value in means.items())
             + f"{speed:.0f} images/s  {duration(left)} left")
 
@@ -421,18 +421,14 @@ class Run:
         if self.first:
             settings = vars(args) | {"label": label(args)}
             genview.write_whole(self.folder / "args.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
-            print(f"{label(args)} on {args.dataset}, {steps} steps an epoch, {world.size} x {world.device.type}, "
-                  f"{str(world.dtype).removeprefix('torch.')}")
-            print(textwrap.fill("  ".join(f"{key}={value}" for key, value in vars(args).items()), 120))
-
-    def say(self, text):
-        if self.first:
-            print(text, flush=True)
+            genview.say(f"{label(args)} on {args.dataset}, {steps} steps an epoch, {world.size} x {world.device.type}, "
+                        f"{str(world.dtype).removeprefix('torch.')}")
+            genview.say(textwrap.fill("  ".join(f"{key}={value}" for key, value in vars(args).items()), 120))
 
     def log(self, **values):
         if self.first:
             if "knn" in values:
-                self.say(f"epoch {values['epoch']}/{self.args.epochs}  kNN top-1 {values['knn']:.1f}%")
+                genview.say(f"epoch {values['epoch']}/{self.args.epochs}  kNN top-1 {values['knn']:.1f}%")
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(values) + "\n")
 
@@ -534,9 +530,8 @@ def resolve(args):
     if args.views_dir is None:
         args.views_dir = genview.default_views_dir(args.dataset, args.data_dir)
         if args.dataset != "shapes" and not (Path(args.views_dir) / "manifest.jsonl").exists():
-            if int(os.environ.get("RANK", 0)) == 0:
-                print(f"*** No generated views in {args.views_dir}: this is plain MoCo, not GenView. They are made by\n"
-                      f"***   python generate_views.py --dataset {args.dataset} --data-dir {args.data_dir}")
+            genview.say(f"*** No generated views in {args.views_dir}: this is plain MoCo, not GenView. They are made by\n"
+                        f"***   python generate_views.py --dataset {args.dataset} --data-dir {args.data_dir}")
             args.views_dir = "none"
     args.quality = args.quality or ("off" if args.views_dir == "none" else "exact")
     if args.noise != "adaptive" and not (args.noise.isdecimal() and int(args.noise) < 1000):
