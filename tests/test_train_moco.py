@@ -23,7 +23,7 @@ CPU = genview.World(0, 1, torch.device("cpu"), torch.float32)
 
 
 def settings(method="mocov2", **changes):
-    args = dict(method=method, arch="resnet18", image_size=32, dim=16, queue=16, hidden=32, temperature=0.2, momentum=0.9,
+    args = dict(method=method, arch="resnet10_narrow", image_size=32, dim=16, queue=16, hidden=32, temperature=0.2, momentum=0.9,
                 batch_size=8, optimizer="sgd", lr=0.05 * 32, weight_decay=1e-4, warmup_epochs=0, epochs=1)
     return types.SimpleNamespace(**args | changes)
 
@@ -186,11 +186,11 @@ def test_momentum_update():
     with torch.no_grad():
         for p in method.query.parameters():
             p.add_(1.0)
-        method.query.backbone.bn1.running_mean.add_(1.0)
-    before = method.key.backbone.conv1.weight.clone()
+        method.query.backbone[1].running_mean.add_(1.0)
+    before = method.key.backbone[0].weight.clone()
     method.update_key(0.5)
-    torch.testing.assert_close(method.key.backbone.conv1.weight, before + 0.1)    # m = 0.9
-    torch.testing.assert_close(method.key.backbone.bn1.running_mean, torch.full((64,), 0.1))
+    torch.testing.assert_close(method.key.backbone[0].weight, before + 0.1)       # m = 0.9
+    torch.testing.assert_close(method.key.backbone[1].running_mean, torch.full((16,), 0.1))
     v3 = train_moco.MoCoV3(settings("mocov3", momentum=0.99))
     assert [round(v3.momentum_at(p), 6) for p in (0, 0.5, 1)] == [0.99, 0.995, 1.0]
 
@@ -224,7 +224,7 @@ def in_process(*flags):
 
 
 def small(image_folder, output, *more):
-    return ["--dataset", "folder", "--data-dir", image_folder, "--image-size", 32, "--arch", "resnet18", "--batch-size", 8,
+    return ["--dataset", "folder", "--data-dir", image_folder, "--image-size", 32, "--arch", "resnet10_narrow", "--batch-size", 8,
             "--queue", 16, "--epochs", 2, "--views-dir", "none", "--output-dir", output, *more]
 
 
@@ -254,7 +254,7 @@ def test_shapes_as_a_user(tmp_path):
 def test_genview_on_a_folder(method, image_folder, views, encoder_folder, tmp_path, capsys):
     """Images, views and the frozen encoder from files; what is written loads into torchvision as it is."""
     in_process(*small(image_folder, tmp_path / "run", "--method", method, "--views-dir", views, "--encoder", encoder_folder,
-                      "--hidden", 32, "--lr", 0.01))
+                      "--arch", "resnet18", "--hidden", 32, "--lr", 0.01))
     said = capsys.readouterr().out
     assert "generated views of 20 of 24 images" in said and "the other 4 use themselves" in said
     state = torch.load(tmp_path / "run/backbone.pt", weights_only=True)
@@ -388,7 +388,7 @@ def test_resume_of_another_run(image_folder, tmp_path, capsys):
     before = (tmp_path / "run/last.pt").read_bytes()
     assert "holds a run already" in trouble(capsys, *small(image_folder, tmp_path / "run", "--epochs", 1))
     line = trouble(capsys, *small(image_folder, tmp_path / "run", "--epochs", 1, "--arch", "resnet34", "--resume"))
-    assert "another --arch (resnet18, now resnet34)" in line and (tmp_path / "run/last.pt").read_bytes() == before
+    assert "another --arch (resnet10_narrow, now resnet34)" in line and (tmp_path / "run/last.pt").read_bytes() == before
 
 
 def test_no_network(tmp_path):
