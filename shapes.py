@@ -130,7 +130,7 @@ def perturb(scene: Scene, noise_level, generator: torch.Generator) -> Scene:
     fresh = sample_scenes(n, generator)
     lost = torch.rand(n, generator=generator) < loss_of_identity(level, foreground(scene).mean(dim=(1, 2)))
     other = (scene.shape + torch.randint(1, len(CLASSES), (n,), generator=generator)) % len(CLASSES)
-    strength = 0.7 + 0.3 * torch.sin(math.pi / 2 * (level / 400).clamp(max=1))  # 0.7 at level 0, 0.81 at 100, 1 from 400
+    strength = 0.5 + 0.5 * torch.sin(math.pi / 2 * (level / 400).clamp(max=1))  # 0.5 at level 0, 0.69 at 100, 1 from 400
 
     def mix(old, new, middle=0.0, share=1.0):
         s = (share * strength).view(-1, *[1] * (old.dim() - 1))
