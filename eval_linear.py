@@ -205,7 +205,7 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, num_c
 def balanced_subset(labels, fraction, generator):
     """A random share of the images of each class, at least one: sorted indices into labels (N,)."""
     chosen = []
-    for label in labels[labels >= 0].unique():
+    for label in labels.unique():
         members = (labels == label).nonzero().flatten()
         count = max(1, round(fraction * len(members)))
         chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
@@ -241,6 +241,8 @@ def augmented(images, settings, world):
     n = len(images.names)
     batch_size = max(1, min(settings.batch_size, n) // world.size)                  # of one process
     steps = n // (batch_size * world.size)
+    if steps == 0:
+        raise Trouble(f"{n} labelled images are too few for {world.size} processes")
 
     def batches(epoch):
         order = torch.randperm(n, generator=genview.step_generator(settings.seed, epoch))
@@ -328,25 +330,25 @@ def parse(argv=None):
     add("--arch", help="torchvision's name of the network, e.g. resnet50")
     add("--dataset", choices=list(PRESETS["linear"]))
     add("--data-dir", help="CIFAR's files, or a folder with train/ and val/ or test/ below it")
-    add("--image-size", type=int, help="side of the pictures in pixels")
-    add("--limit", type=int, help="use so many images of either split")
+    add("--image-size", type=genview.at_least(1), help="side of the pictures in pixels")
+    add("--limit", type=genview.at_least(1), help="use so many images of either split")
     add("--skip-bad", action="store_true", help="go on where an image cannot be read (above 64 pixels it counts, as grey)")
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", choices=["linear", "knn", "finetune"], default="linear", help="linear gives kNN as well")
     add("--labels", type=float, default=0.01, help="finetune: share of the labels, such as 0.01, 0.1, 1.0")
-    add("--k", type=int, default=200, help="neighbours of kNN")
+    add("--k", type=genview.at_least(1), default=200, help="neighbours of kNN")
     add("--knn-temperature", type=float, default=0.1)
     add = parser.add_argument_group("optimisation (default: the preset of the data set)").add_argument
-    add("--epochs", type=int)
-    add("--batch-size", type=int, help="of all processes together")
+    add("--epochs", type=genview.at_least(1))
+    add("--batch-size", type=genview.at_least(1), help="of all processes together")
     add("--lr", type=float, help="of the classifier")
     add("--backbone-lr", type=float, help="finetune: of the backbone")
     add("--augment", action=argparse.BooleanOptionalAction,
         help="linear: crops and flips in every epoch, features as they are (then --lr too)")
     add = parser.add_argument_group("runtime").add_argument
     add("--device", help="cuda, mps or cpu")
-    add("--workers", type=int, default=4, help="processes that read image files")
-    add("--seed", type=int, default=0)
+    add("--workers", type=genview.at_least(0), default=4, help="processes that read image files")
+    add("--seed", type=genview.at_least(0), default=0)
     return parser.parse_args(argv)
 
 
@@ -358,7 +360,7 @@ def resolve(settings, trained_with):
     if not 0 < settings.labels <= 1:
         raise Trouble(f"--labels {settings.labels:g} is no share of the labels: it must be above 0 and at most 1")
     same = settings.dataset == trained_with.get("dataset")
-    settings.data_dir = settings.data_dir or (same and trained_with.get("data_dir")) or "data"
+    settings.data_dir = settings.data_dir or (same and trained_with.get("data_dir")) or genview.default_data_dir(settings.dataset)
     usual = 32 if settings.dataset in ("shapes", "cifar10", "cifar100") else 224
     settings.image_size = settings.image_size or (same and trained_with.get("image_size")) or usual
     preset = PRESETS["finetune" if settings.protocol == "finetune" else "linear"][settings.dataset]

@@ -10,6 +10,7 @@ from which a frozen diffusion model (Stable unCLIP) draws a variation of it. Rea
 Legend of the shapes: N images, T patch tokens of an image, K features of a token, D size of an image embedding.
 """
 import argparse
+import datetime
 import hashlib
 import json
 import math
@@ -30,7 +31,6 @@ from genview import Trouble
 LEVELS = (0, 100, 200, 300, 400)  # of the 1,000 noising steps (release)
 FRACTION = 0.4                    # share of all tokens that is foreground; sets the threshold alpha, Eq. 7 (release)
 ENCODER_BATCH = 8                 # always: the shape of a batch decides about rounding, and rounding can decide on a level
-DATA_DIRS = {"cifar10": "data", "cifar100": "data", "imagenet": "data/imagenet"}
 
 
 # -------------------------------------------------------------------------------------------------------- the two formulas
@@ -167,13 +167,17 @@ def find_foreground(args, pipe, images):
     v1, alpha = genview.load_component(args.component, config.hidden_size) if args.component else (None, None)
     if alpha is not None and not args.flip_foreground:
         return v1, alpha
-    indices = spaced(len(images.names), args.fit_images)       # of all images, whatever --limit
-    batches = genview.progress(encode_all(pipe, images, indices), "fitting the foreground", "batch",
-                               total=math.ceil(len(indices) / ENCODER_BATCH))
-    tokens = [tokens.half().cpu() for _, tokens, _ in batches]                  # 6.5 GB for 10,000 images and ViT-H/14
-    if not tokens:
+    indices = genview.spaced(len(images.names), args.fit_images).tolist()      # of all images, whatever --limit
+    kept, count = None, 0
+    for _, tokens, _ in genview.progress(encode_all(pipe, images, indices), "fitting the foreground", "batch",
+                                         total=math.ceil(len(indices) / ENCODER_BATCH)):
+        if kept is None:                           # 6.5 GB for 10,000 images and ViT-H/14
+            kept = torch.empty(len(indices), *tokens.shape[1:], dtype=torch.half)
+        kept[count:count + len(tokens)] = tokens
+        count += len(tokens)
+    if not count:
         raise Trouble(f"none of the {len(indices)} images looked at in {args.data_dir} can be read")
-    tokens = torch.cat(tokens)
+    tokens = kept[:count]
     grid = (math.isqrt(tokens.shape[1]),) * 2
     if v1 is None:
         v1, alpha = genview.fit_foreground(tokens, grid, FRACTION)
@@ -205,9 +209,9 @@ def _save_npz(path, content):
 
 def make_view_set(args, pipe, images, world):
     """The method: encode, count the foreground, choose the noise level, generate; a batch holds images of one level."""
-    prepare_folder(args, world)
+    prepare_folder(args, images, world)
     v1, alpha = (torch.as_tensor(x, device=pipe.device) for x in shared_foreground(args, pipe, images, world))
-    mine = spaced(len(images.names), args.limit)[world.rank::world.size]
+    mine = genview.spaced(len(images.names), args.limit).tolist()[world.rank::world.size]
     manifest = read_manifest(args.views_dir)
     todo = [i for i in mine if images.names[i] not in manifest or not view_path(args, images.names[i]).exists()]
     levels = [manifest[images.names[i]]["noise_level"] for i in set(mine) - set(todo)]
@@ -263,11 +267,6 @@ def report(world, made, there, skipped, levels, seconds):
 
 # ------------------------------------------------------------------------------------------------------ names and records
 
-def spaced(n, count=None):
-    """count places spread evenly over n (as genview.load_images takes them for --limit), or all."""
-    return list(range(n)) if count is None or count >= n else genview.spaced(n, count).tolist()
-
-
 def image_seed(seed, name):
     """A seed from the run's seed and the image's name alone: no batch, order, process, limit or restart changes a view."""
     return int.from_bytes(hashlib.sha256(f"{seed} ".encode() + os.fsencode(name)).digest()[:6], "little")
@@ -286,14 +285,14 @@ def check_names(names):
             raise Trouble(f"{other} and {name} would have the same view: rename one of them")
 
 
-def settings_of(args):
+def settings_of(args, images):
     names = "dataset model noise steps guidance size save_size seed dtype flip_foreground component fit_images".split()
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in names} | {"images": len(images.names), "classes": images.num_classes}
 
 
-def prepare_folder(args, world):
+def prepare_folder(args, images, world):
     """Writes settings.json into a new folder; Trouble where the folder holds views of other settings, or anything else."""
-    path, settings = args.views_dir / "settings.json", settings_of(args)
+    path, settings = args.views_dir / "settings.json", settings_of(args, images)
     advice = "name another --views-dir or remove the folder"
     if path.exists():
         before = json.loads(path.read_text())
@@ -345,7 +344,7 @@ def preview(args, pipe, images):
     v1, alpha = (torch.as_tensor(x, device=pipe.device) for x in find_foreground(args, pipe, images))
     cell = 128 if args.save_size <= 128 else 224
     columns = []
-    for indices, tokens, c in encode_all(pipe, images, spaced(len(images.names), args.preview)):
+    for indices, tokens, c in encode_all(pipe, images, genview.spaced(len(images.names), args.preview).tolist()):
         p = foreground_proportion(tokens, v1, alpha)
         seeds = [image_seed(args.seed, images.names[i]) for i in indices]
         views = [[view for k in range(0, len(seeds), args.batch_size)
@@ -393,12 +392,6 @@ def draw_preview(columns, cell):
 
 # ------------------------------------------------------------------------------------------------------------ command line
 
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return int(text)
-
-
 def noise_argument(text):
     if text != "adaptive" and not (text.isdecimal() and int(text) < 1000):
         raise argparse.ArgumentTypeError(f"{text} is neither adaptive nor a whole number from 0 to 999")
@@ -411,30 +404,28 @@ def parse_args():
     data.add_argument("--dataset", choices=["cifar10", "cifar100", "imagenet", "folder"], required=True)
     data.add_argument("--data-dir", help="where the data lies (default: data, data/imagenet); CIFAR is downloaded there")
     data.add_argument("--views-dir", help="where the views go (default: views/<dataset>)")
-    data.add_argument("--limit", type=positive, help="make views of so many images only, evenly spaced")
-    data.add_argument("--save-size", type=positive, help="side of the saved views (default: 32 for CIFAR, else up to 512)")
+    data.add_argument("--limit", type=genview.at_least(1), help="make views of so many images only, evenly spaced")
+    data.add_argument("--save-size", type=genview.at_least(1), help="side of the saved views (default: 32 for CIFAR, else up to 512)")
     method = parser.add_argument_group("GenView")
     method.add_argument("--model", default="sd2-community/stable-diffusion-2-1-unclip",
                         help="hub id or local folder of a StableUnCLIPImg2ImgPipeline")
     method.add_argument("--noise", type=noise_argument, default="adaptive", help="adaptive, or one level, 0 to 999")
-    method.add_argument("--steps", type=positive, default=20, help="denoising steps (release: 20)")
+    method.add_argument("--steps", type=genview.at_least(1), default=20, help="denoising steps (release: 20)")
     method.add_argument("--guidance", type=float, default=10.0, help="classifier-free guidance scale (release: 10)")
-    method.add_argument("--size", type=positive, help="side of the generated image, a multiple of 8 (default: the model's)")
-    method.add_argument("--seed", type=int, default=0)
+    method.add_argument("--size", type=genview.at_least(1), help="side of the generated image, a multiple of 8 (default: the model's)")
+    method.add_argument("--seed", type=genview.at_least(0), default=0)
     method.add_argument("--component", help="foreground.npz or the release's pca_vectors.npy; default: fit one")
     method.add_argument("--flip-foreground", action="store_true", help="take the other side of the component as foreground")
-    method.add_argument("--fit-images", type=positive, default=genview.FIT_IMAGES,
+    method.add_argument("--fit-images", type=genview.at_least(1), default=genview.FIT_IMAGES,
                         help="images the component is fitted on (release: 10,000)")
     runtime = parser.add_argument_group("runtime")
-    runtime.add_argument("--preview", type=positive, metavar="N", help="draw <views-dir>/preview.png of N images, no more")
-    runtime.add_argument("--batch-size", type=positive, default=8)
+    runtime.add_argument("--preview", type=genview.at_least(1), metavar="N", help="draw <views-dir>/preview.png of N images, no more")
+    runtime.add_argument("--batch-size", type=genview.at_least(1), default=8)
     runtime.add_argument("--device", help="default: cuda, else mps, else cpu")
     runtime.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
                          help="auto: bfloat16 or float16 on a GPU, else float32")
     args = parser.parse_args()
-    args.data_dir = args.data_dir or DATA_DIRS.get(args.dataset)
-    if args.data_dir is None:
-        raise Trouble("--dataset folder needs --data-dir, a folder with train/<class>/ below it")
+    args.data_dir = args.data_dir or genview.default_data_dir(args.dataset)
     args.views_dir = Path(args.views_dir or genview.default_views_dir(args.dataset, args.data_dir))
     if args.size and args.size % 8:
         raise Trouble(f"--size {args.size} is no multiple of 8")
@@ -443,7 +434,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    world = genview.setup(args.device)
+    world = genview.setup(args.device, datetime.timedelta(days=7))         # processes may end days apart
     if args.dtype == "auto":
         gpu = world.device.type == "cuda"
         args.dtype = "float32" if not gpu else "bfloat16" if world.dtype == torch.bfloat16 else "float16"

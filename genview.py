@@ -3,6 +3,8 @@ the foreground component, and helpers for devices, processes and checkpoints.
 
 Legend of the shapes: N images, S side of a view in pixels, T tokens (positions of a feature map), K features of a token.
 """
+import argparse
+import datetime
 import json
 import os
 import sys
@@ -43,7 +45,8 @@ def run(main):
 
 
 def _report(message, status):
-    print(f"error: {message}", file=sys.stderr)
+    if dist.is_initialized() or int(os.environ.get("RANK", 0)) == 0:       # before, all processes have the same trouble
+        print(f"error: {message}", file=sys.stderr)
     return status
 
 
@@ -52,7 +55,7 @@ def _report(message, status):
 class Images(NamedTuple):
     """A labelled set of N pictures: small ones in memory, large ones as files."""
     names: list          # relative to the data folder: "train/cat/0001.jpg"; CIFAR's own files: "train/00001"
-    labels: torch.Tensor                           # (N,), -1 where unknown
+    labels: torch.Tensor                           # (N,)
     num_classes: int
     pixels: torch.Tensor = None                    # (N, 3, S, S) uint8, or None: read the files below root
     root: Path = None
@@ -112,19 +115,24 @@ def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=False
     return _into_memory(images, image_size, skip_bad) if images.pixels is None and image_size <= IN_MEMORY_SIZE else images
 
 
-def spaced(n, count):
-    """count places spread evenly over n, (count,)."""
-    return torch.linspace(0, n - 1, count).round().long()
+def spaced(n, count=None):
+    """count places spread evenly over n, or all n, (count,)."""
+    return torch.linspace(0, n - 1, min(n, count or n)).round().long()
 
 
 def _read_cifar(dataset, data_dir, split):
     reader = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[dataset]
+    downloads = int(os.environ.get("LOCAL_RANK", 0)) == 0                  # one process of each machine, then the others
+    if dist.is_initialized() and not downloads:
+        dist.barrier()
     try:
         data = reader(data_dir, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
         raise Trouble(f"{dataset} is not in {data_dir} and could not be downloaded ({type(error).__name__}): put its "
                       f"{reader.filename} there, or name an image folder with train/ and test/ by --data-dir; "
                       f"--dataset shapes needs no download") from None
+    if dist.is_initialized() and downloads:
+        dist.barrier()
     return Images([f"{split}/{i:05d}" for i in range(len(data))], torch.tensor(data.targets), len(data.classes),
                   torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous())
 
@@ -155,7 +163,16 @@ def _into_memory(images, image_size, skip_bad):
             if not skip_bad:
                 raise
             print(f"left out: {trouble}", file=sys.stderr)
+    if not good:
+        raise Trouble(f"none of the {len(images.names)} images below {images.root} can be read")
     return images._replace(names=[images.names[i] for i in good], labels=images.labels[good], pixels=torch.stack(pixels))
+
+
+def default_data_dir(dataset):
+    """Where a data set is looked for without --data-dir."""
+    if dataset == "folder":
+        raise Trouble("--dataset folder needs --data-dir, a folder with train/ and val/ or test/ below it")
+    return "data/imagenet" if dataset == "imagenet" else "data"
 
 
 def default_views_dir(dataset, data_dir):
@@ -176,8 +193,9 @@ def find_views(images, views_dir, dataset):
     if not views_dir.is_dir():
         raise Trouble(f"there are no generated views: {views_dir} is no folder; generate_views.py makes them, "
                       f"--views-dir none trains without")
-    settings = views_dir / "settings.json"
-    made_for = json.loads(settings.read_text())["dataset"] if settings.exists() else dataset
+    settings = views_dir / "settings.json"         # not in a folder of the release
+    made_for = json.loads(settings.read_text()) if settings.exists() else {}
+    same = made_for.get("dataset", dataset) == dataset and made_for.get("classes", images.num_classes) == images.num_classes
     files = {}
     for base, _, found in os.walk(views_dir):
         for file in found:
@@ -185,18 +203,23 @@ def find_views(images, views_dir, dataset):
                 files[str((Path(base) / file).relative_to(views_dir).with_suffix(""))] = Path(base, file)
     keys = [str(Path(name).with_suffix("")) for name in images.names]
     paths = [files.get(key) or files.get(key.removeprefix("train/")) for key in keys]
-    if made_for != dataset or not any(paths):
-        raise Trouble(f"{views_dir} holds no views of these images (it was made for {made_for}, with {len(files)} files; "
-                      f"the data set is {dataset})")
+    if not same or not any(paths):
+        raise Trouble(f"{views_dir} holds no views of these images: the data set is {dataset} with {images.num_classes} "
+                      f"classes, the folder has {len(files)} pictures, made for {made_for.get('dataset', 'what is not known')} "
+                      f"with {made_for.get('classes', 'unknown')} classes")
     return paths
 
 
-def load_views(images, paths):
+def load_views(images, paths, skip_bad=False):
     """The generated views of small images as a tensor like images.pixels; an image without one is its own view."""
     views = images.pixels.clone()
     for i, path in enumerate(progress(paths, "reading views", "view")):
-        if path is not None:
-            views[i] = to_tensor(square(open_image(path), views.shape[-1]))
+        try:
+            if path is not None:
+                views[i] = to_tensor(square(open_image(path), views.shape[-1]))
+        except Trouble:
+            if not skip_bad:
+                raise
     return views                                                                    # (N, 3, S, S) uint8
 
 
@@ -312,7 +335,7 @@ class PairLoader:
     """The positive pairs P_i1 = t1(X_i), P_i2 = t2(X_i^+) of the paper (section "framework"), in batches.
 
     Which of the two views is the generated one is drawn for each sample. Every random number depends on seed, epoch, step
-    and place in the batch alone: not on the number of processes or on interruptions.
+    and place in the batch alone (for files: crops on the image instead): not on processes or interruptions.
     """
 
     def __init__(self, images, views, augmentations, image_size, batch_size, seed, world, workers=4, skip_bad=False):
@@ -413,10 +436,10 @@ class FrozenEncoder(torch.nn.Module):
             config = AutoConfig.from_pretrained(name)
             is_clip = config.model_type in ("clip", "clip_vision_model")
             self.model = (CLIPVisionModel if is_clip else AutoModel).from_pretrained(name)
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:                 # of several libraries, as in generate_views.load_pipeline
             raise Trouble(f"the encoder {name} could not be loaded ({type(error).__name__}): download it where there is a "
-                          f"network and name its folder by --encoder, or train with --quality off; --dataset shapes needs "
-                          f"no download") from None
+                          f"network and name its folder by --encoder (timm's models need timm), or train with --quality off; "
+                          f"--dataset shapes needs no download") from None
         self.size = getattr(config, "vision_config", config).image_size if is_clip else 224
         self.is_clip = is_clip
         self.eval().requires_grad_(False)
@@ -446,11 +469,13 @@ def fit_foreground(tokens, grid, fraction=0.4):
     """
     if tokens.ndim != 3 or grid[0] * grid[1] != tokens.shape[1]:
         raise ValueError(f"tokens must be (N, {grid[0] * grid[1]}, K) for the grid {tuple(grid)}, got {tuple(tokens.shape)}")
-    mean = tokens.flatten(0, 1).mean(0, dtype=torch.float64)                        # (K,)
-    cov = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=tokens.device)
-    for part in tokens.split(256):                 # in parts: the tokens may be half precision and large
-        centred = part.flatten(0, 1).double() - mean
-        cov += centred.T @ centred
+    shift = tokens[:256].float().mean((0, 1))      # near enough to the mean to keep the sums below precise
+    first, second = 0.0, 0.0
+    for part in tokens.split(256):                 # in parts: the tokens may be half precision, and large
+        x = part.float().flatten(0, 1) - shift                                      # (n T, K)
+        first, second = first + x.double().sum(0), second + (x.T @ x).double()
+    count = tokens.shape[0] * tokens.shape[1]
+    cov = second / count - torch.outer(first, first) / count ** 2                   # (K, K)
     v1 = torch.linalg.eigh(cov)[1][:, -1].float()  # eigh sorts upwards: the last has the largest eigenvalue
     return orient_foreground(v1, tokens, grid, fraction)
 
@@ -564,8 +589,9 @@ class World(NamedTuple):
             dist.barrier()
 
 
-def setup(device=None):
-    """Picks the device (cuda, else mps, else cpu), starts the process group under torchrun. Returns World."""
+def setup(device=None, patience=datetime.timedelta(minutes=30)):
+    """Picks the device (cuda, else mps, else cpu), starts the process group under torchrun. Returns World.
+    patience: how long processes wait for each other before they give up."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     kind = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
@@ -578,7 +604,7 @@ def setup(device=None):
         torch.backends.cudnn.benchmark = True
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=patience)
     return World(int(os.environ.get("RANK", 0)), size, chosen, fast_dtype(chosen))
 
 
@@ -611,6 +637,15 @@ def load_checkpoint(path):
     except Exception as error:                     # torch raises OSError, UnpicklingError, RuntimeError, EOFError, KeyError
         raise Trouble(f"{path} cannot be loaded as a checkpoint ({str(error).splitlines()[0] if str(error) else 'empty'}); "
                       f"name a last.pt or backbone.pt by its path") from None
+
+
+def at_least(least):
+    """A type for argparse: whole numbers from least on."""
+    def number(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+    return number
 
 
 def say(text):

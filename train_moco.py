@@ -63,13 +63,10 @@ for method in ("mocov2", "mocov3"):
 
 # --------------------------------------------------------------------------------------------------------------- models
 
-def mlp(*sizes, norm=False):
-    """Linear layers with ReLU between them; with norm, batch norm after each (after the last without scale and shift)."""
-    layers = []
-    for i, (a, b) in enumerate(zip(sizes, sizes[1:])):
-        last = i == len(sizes) - 2
-        layers += [nn.Linear(a, b, bias=not norm)] + [nn.BatchNorm1d(b, affine=not last)] * norm + [nn.ReLU()] * (not last)
-    return nn.Sequential(*layers)
+def mlp(a, hidden, b, norm=False, last_norm=False):
+    """Two linear layers with a ReLU between; norm: batch norm before it; last_norm: one without scale and shift at the end."""
+    return nn.Sequential(nn.Linear(a, hidden, bias=not norm), *[nn.BatchNorm1d(hidden)] * norm, nn.ReLU(),
+                         nn.Linear(hidden, b, bias=not norm), *[nn.BatchNorm1d(b, affine=False)] * last_norm)
 
 
 class Encoder(nn.Module):
@@ -147,7 +144,7 @@ class MoCoV3(Momentum):
     """MoCo v3 (Chen et al. 2021): negatives from the batch, a predictor on the query, both directions."""
 
     def __init__(self, args):
-        super().__init__(args, lambda features: mlp(features, args.hidden, args.dim, norm=True))
+        super().__init__(args, lambda features: mlp(features, args.hidden, args.dim, norm=True, last_norm=True))
         self.predictor = mlp(args.dim, args.hidden, args.dim, norm=True)
         self.chance = 4 * args.temperature * math.log(args.batch_size)            # two directions, each times 2t
 
@@ -162,16 +159,18 @@ class MoCoV3(Momentum):
         # Both directions carry the same w. The factor 2t keeps the size of the gradient when the temperature changes.
         loss = 2 * self.temperature * (info_nce_in_batch(q1, k2, self.temperature, weights, offset)
                                        + info_nce_in_batch(q2, k1, self.temperature, weights, offset))
-        return loss, similarities(q1, k2[offset:][:len(q1)], k2)
+        return loss, similarities(q1, k2[offset:][:len(q1)], k2, positives=1)
 
 
 METHODS = {"mocov2": MoCoV2, "mocov3": MoCoV3}
 
 
 @torch.no_grad()
-def similarities(q, k, negatives):
-    """Health read-outs: the mean cosine of positive pairs (should rise) and of others (should stay near 0)."""
-    return {"pos": (q * k).sum(1).mean(), "neg": q.mean(0) @ negatives.mean(0)}
+def similarities(q, k, negatives, positives=0):
+    """Health read-outs: the mean cosine of positive pairs (should rise) and of others (should stay near 0).
+    positives: how many of the negatives of each query are its own positive, to be taken out of the mean."""
+    pos, all_pairs = (q * k).sum(1).mean(), (q.mean(0) * negatives.mean(0)).sum()
+    return {"pos": pos, "neg": (len(negatives) * all_pairs - positives * pos) / (len(negatives) - positives)}
 
 
 # ------------------------------------------------------------------------------------------------------------- the step
@@ -281,46 +280,53 @@ def load_views(args, images):
     missing = sum(path is None for path in paths)
     genview.say(f"generated views of {len(paths) - missing} of {len(paths)} images from {args.views_dir}"
                 + (f"; the other {missing} use themselves" if missing else ""))
-    return paths if images.pixels is None else genview.load_views(images, paths)
+    return paths if images.pixels is None else genview.load_views(images, paths, args.skip_bad)
 
 
 @torch.no_grad()
-def fit_component(encoder, images, image_size, world):
-    """v1 of the frozen encoder's features, from up to 10,000 images (the release's number)."""
-    count = min(len(images.names), genview.FIT_IMAGES)
+def find_component(encoder, images, args, world):
+    """v1 of the frozen encoder's features, from up to 10,000 images (the release's number), or that of --component, whose
+    sign these images decide where the file is the release's."""
+    given, threshold = None, None
+    if args.component:
+        size = encoder(torch.zeros(1, 3, args.image_size, args.image_size, device=world.device)).shape[2]
+        given, threshold = genview.load_component(args.component, size)
+    if threshold is not None:                      # a foreground.npz knows its side
+        return given
     tokens = []
-    for part in genview.progress(genview.spaced(len(images.names), count).split(64), "foreground", "batch"):
-        views = torch.stack([genview.to_tensor(genview.square(images.pil(i), image_size)) for i in part.tolist()])
+    for part in genview.progress(genview.spaced(len(images.names), genview.FIT_IMAGES).split(64), "foreground", "batch"):
+        views = []
+        for i in part.tolist():
+            try:
+                views.append(genview.to_tensor(genview.square(images.pil(i), args.image_size)))
+            except Trouble:
+                if not args.skip_bad:
+                    raise
         with world.autocast():
-            tokens.append(encoder(genview.normalise(views.to(world.device) / 255)).half().cpu())
+            tokens.append(encoder(genview.normalise(torch.stack(views).to(world.device) / 255)).half().cpu())
     tokens = torch.cat(tokens)
-    side = math.isqrt(tokens.shape[1])
-    return genview.fit_foreground(tokens, (side, side))[0]
+    grid = (math.isqrt(tokens.shape[1]),) * 2
+    return (genview.fit_foreground(tokens, grid) if given is None else genview.orient_foreground(given, tokens, grid))[0]
 
 
-def prepare(args, world):
-    """Returns the training images, their generated views (or None), and quality_of (or None), see train_step."""
-    images = genview.load_images(args.dataset, args.data_dir, "train", args.image_size, args.limit, args.skip_bad)
+def prepare(args, images, world):
+    """Returns the generated views of the images (or None), and quality_of (or None), see train_step."""
     views = encoder = component = None
     if args.dataset != "shapes":
         views = load_views(args, images)
         encoder = genview.FrozenEncoder(args.encoder) if args.quality != "off" else None
     elif args.views_dir != "none" or args.quality != "off":
-        import shapes
-        encoder = shapes.train_encoder(amp=world.dtype == torch.bfloat16)    # stands in for CLIP; its pictures stand in for Stable unCLIP's
+        import shapes                              # its encoder stands in for CLIP, its pictures for Stable unCLIP's
+        encoder = shapes.train_encoder(amp=genview.fast_dtype(torch.device("cpu")) == torch.bfloat16)
         views, component = shapes_views(encoder, args, len(images.names))
         views = None if args.views_dir == "none" else views
     if args.quality == "off":
-        return images, views, None
+        return views, None
     encoder = encoder.to(world.device, memory_format=torch.channels_last)
-    if args.component:
-        with torch.no_grad():
-            features = encoder(torch.zeros(1, 3, args.image_size, args.image_size, device=world.device)).shape[2]
-        component = genview.load_component(args.component, features)[0]
-    elif component is None:
-        component = fit_component(encoder, images, args.image_size, world)
+    if component is None:
+        component = find_component(encoder, images, args, world)
     component = component.to(world.device)
-    return images, views, PairQuality(encoder, -component if args.flip_foreground else component)
+    return views, PairQuality(encoder, -component if args.flip_foreground else component)
 
 
 # ----------------------------------------------------------------------------------------------------------- the run
@@ -328,31 +334,32 @@ def prepare(args, world):
 def train(args, world, make_method=METHODS.get):
     """Trains, evaluates, writes the run's folder. make_method: name of a method -> its class (args -> module with .query,
     .chance, update_key and a forward as MoCo's)."""
-    torch.manual_seed(args.seed)
-    images, views, quality_of = prepare(args, world)
-    loader = PairLoader(images, views, augmentations(args), args.image_size, args.batch_size, args.seed, world, args.workers,
-                        args.skip_bad)
-    if loader.steps == 0:
+    images, test = (genview.load_images(args.dataset, args.data_dir, split, args.image_size, args.limit, args.skip_bad)
+                    for split in ("train", "test"))
+    if len(images.names) < args.batch_size:
         raise Trouble(f"{len(images.names)} images do not fill one batch of {args.batch_size}: lower --batch-size")
-    test = genview.load_images(args.dataset, args.data_dir, "test", args.image_size, args.limit, args.skip_bad)
+    torch.manual_seed(args.seed)
     method = make_method(args.method)(args).to(world.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args, method)
     start = resume(args, method, optimizer) if args.resume else 0
+    views, quality_of = prepare(args, images, world)
+    loader = PairLoader(images, views, augmentations(args), args.image_size, args.batch_size, args.seed, world, args.workers,
+                        args.skip_bad)
     wrapped = method
     if world.size > 1:
         if world.device.type == "cuda":            # PyTorch has no synchronised batch norm for CPUs
             method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")    # its successor is only in newer versions
         wrapped = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
-    run = Run(args, world, len(images.names) // args.batch_size)
+    run = Run(args, world, loader.steps, start)
     accuracy = None
     for epoch in range(start, args.epochs):
         train_epoch(args, world, epoch, loader, wrapped, optimizer, quality_of, run)
         if epoch + 1 in (1, args.epochs) or (epoch + 1) % args.knn_every == 0:
             accuracy = evaluate(method, images, test, args, world)
-            run.log(epoch=epoch + 1, knn=accuracy)
+            run.log(epoch=epoch + 1, knn=accuracy, label=label(args))
         run.save(method, optimizer, epoch + 1)
-    if accuracy is None:
+    if accuracy is None:                           # resumed after its end
         accuracy = evaluate(method, images, test, args, world)
     genview.say(f"{run.folder}: last.pt, backbone.pt, log.jsonl, args.json, pairs.png")
     genview.say(f"kNN top-1 {accuracy:.1f}% ({label(args)})")
@@ -390,8 +397,7 @@ def average(pending, step, world, run):
         table /= world.size
     bad = (~table[:, 0].isfinite()).nonzero()
     if len(bad):
-        raise Trouble(f"the loss is not finite at step {step - len(pending) + 1 + bad[0].item()}; the last good checkpoint is "
-                      f"{run.folder / 'last.pt'}: lower --lr or raise --temperature, then start anew, or --resume it")
+        raise Trouble(run.not_finite("loss", step - len(pending) + 1 + bad[0].item()))
     return dict(zip(pending[0], table.mean(0).tolist()))
 
 
@@ -415,10 +421,13 @@ def label(args):
 class Run:
     """The run's folder, runs/<dataset>-<method>-<time>, and what is said to the user. Only the first process writes."""
 
-    def __init__(self, args, world, steps):
-        self.args, self.first = args, world.rank == 0
+    def __init__(self, args, world, steps, start):
+        self.args, self.world, self.first, self.steps = args, world, world.rank == 0, steps
         self.folder = Path(args.output_dir)
         if self.first:
+            log = self.folder / "log.jsonl"        # lines after the checkpoint will be written again
+            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+            genview.write_whole(log, lambda path: path.write_text("".join(l for l in lines if json.loads(l)["epoch"] <= start)))
             settings = vars(args) | {"label": label(args)}
             genview.write_whole(self.folder / "args.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
             genview.say(f"{label(args)} on {args.dataset}, {steps} steps an epoch, {world.size} x {world.device.type}, "
@@ -432,7 +441,14 @@ class Run:
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(values) + "\n")
 
+    def not_finite(self, what, step):
+        checkpoint = self.folder / "last.pt"
+        return (f"the {what} is not finite at step {step}: lower --lr or raise --temperature"
+                + (f"; the last good checkpoint is {checkpoint}" if checkpoint.exists() else ""))
+
     def save(self, method, optimizer, epoch):
+        if not all(p.isfinite().all() for p in method.parameters()):
+            raise Trouble(self.not_finite("network", epoch * self.steps))
         if self.first:
             state = {"model": method.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "args": vars(self.args)}
             genview.write_whole(self.folder / "last.pt", lambda path: torch.save(state, path))
@@ -462,7 +478,8 @@ def draw_pairs(run, view1, view2, quality_of, columns=8, rows=3, cell=96):
     """pairs.png: pairs of the first batch from best to worst quality, scores beneath, the extremes framed (cf. Fig. 5)."""
     if not run.first:
         return
-    scores = torch.stack(quality_of(view1, view2)).T.cpu() if quality_of else None                   # (N, 3)
+    with run.world.autocast():
+        scores = torch.stack(quality_of(view1, view2)).T.cpu() if quality_of else None               # (N, 3)
     order = scores[:, 0].argsort(descending=True) if quality_of else torch.arange(len(view1))
     order = order[torch.linspace(0, len(order) - 1, min(columns * rows, len(order))).long()]
     width, height = 2 * cell + 12, cell + 24
@@ -490,7 +507,7 @@ def parse_args(presets=PRESETS, argv=None):
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", choices=sorted({d for d, _ in presets}), default="cifar10")
     data.add_argument("--data-dir", help="data, or for folders the one with train/ and val/ or test/ (default: data)")
-    data.add_argument("--limit", type=int, help="use so many images of each split")
+    data.add_argument("--limit", type=genview.at_least(1), help="use so many images of each split")
     data.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
     model = parser.add_argument_group("model")
     model.add_argument("--method", choices=sorted({m for _, m in presets}), default=next(iter(presets))[1])
@@ -505,26 +522,28 @@ def parse_args(presets=PRESETS, argv=None):
     runtime = parser.add_argument_group("runtime")
     runtime.add_argument("--output-dir", help="default: runs/<dataset>-<method>-<time>")
     runtime.add_argument("--resume", nargs="?", const="last", help="a last.pt; without PATH the one in --output-dir")
-    runtime.add_argument("--seed", type=int, default=0)
+    runtime.add_argument("--seed", type=genview.at_least(0), default=0)
     runtime.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    runtime.add_argument("--workers", type=int, default=4, help="processes that read large images")
-    runtime.add_argument("--log-every", type=int, default=10, help="steps")
+    runtime.add_argument("--workers", type=genview.at_least(0), default=4, help="processes that read large images")
+    runtime.add_argument("--log-every", type=genview.at_least(1), default=10, help="steps")
     recipe = parser.add_argument_group("recipe (default: the preset of --dataset and --method)")
-    for name, kind in {k: type(v) for preset in presets.values() for k, v in preset.items()}.items():
-        recipe.add_argument(f"--{name.replace('_', '-')}", type=kind)
+    kinds = {name: type(value) for preset in presets.values() for name, value in preset.items()}
+    for name, kind in kinds.items():
+        least = 0 if name == "warmup_epochs" else 1
+        recipe.add_argument(f"--{name.replace('_', '-')}", type=genview.at_least(least) if kind is int else kind)
     args = parser.parse_args(argv)
-    for name, value in presets[args.dataset, args.method].items():
+    preset = presets[args.dataset, args.method]
+    for name in kinds:
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, preset.get(name))
+        elif name not in preset:
+            raise Trouble(f"--{name.replace('_', '-')} is no setting of {args.method}")
     return resolve(args)
 
 
 def resolve(args):
     """Fills in what depends on other flags; Trouble where they contradict each other."""
-    if args.data_dir is None:
-        if args.dataset == "folder":
-            raise Trouble("--dataset folder needs --data-dir, a folder with train/ and val/ or test/ below it")
-        args.data_dir = "data/imagenet" if args.dataset == "imagenet" else "data"
+    args.data_dir = args.data_dir or genview.default_data_dir(args.dataset)
     if args.dataset == "shapes" and args.views_dir not in (None, "none"):
         raise Trouble("--dataset shapes makes its views itself: --views-dir can only be none")
     if args.views_dir is None:
@@ -534,8 +553,11 @@ def resolve(args):
                         f"***   python generate_views.py --dataset {args.dataset} --data-dir {args.data_dir}")
             args.views_dir = "none"
     args.quality = args.quality or ("off" if args.views_dir == "none" else "exact")
-    if args.noise != "adaptive" and not (args.noise.isdecimal() and int(args.noise) < 1000):
-        raise Trouble(f"--noise is adaptive or a level from 0 to 999, not {args.noise}")
+    if args.noise != "adaptive" and not (args.dataset == "shapes" and args.noise.isdecimal() and int(args.noise) < 1000):
+        raise Trouble(f"--noise is adaptive or a level from 0 to 999, and for --dataset shapes alone, not {args.noise}: "
+                      f"elsewhere generate_views.py decides on it")
+    if args.temperature <= 0:
+        raise Trouble(f"--temperature {args.temperature:g} must be positive")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % processes:
         raise Trouble(f"--batch-size {args.batch_size} cannot be shared by {processes} processes: give a multiple")

@@ -175,7 +175,7 @@ def test_knn_matches_the_loop(k, t):
 
 def test_balanced_subset():
     labels = torch.cat([torch.full((n,), y) for y, n in enumerate((200, 100, 10, 1))])
-    labels = torch.cat([labels, torch.full((5,), -1)])[torch.randperm(316, generator=torch.Generator().manual_seed(0))]
+    labels = labels[torch.randperm(311, generator=torch.Generator().manual_seed(0))]
     draw = lambda fraction, seed=0: ev.balanced_subset(labels, fraction, torch.Generator().manual_seed(seed))
     for fraction, counts in ((0.01, [2, 1, 1, 1]), (0.1, [20, 10, 1, 1]), (1.0, [200, 100, 10, 1])):
         index = draw(fraction)

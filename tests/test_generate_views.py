@@ -249,7 +249,7 @@ def test_flip_takes_the_other_side(world):
     v1, _ = generate_views.find_foreground(args, pipe, images)
     flipped, alpha = generate_views.find_foreground(argparse.Namespace(**vars(args) | {"flip_foreground": True}), pipe, images)
     assert torch.equal(flipped, -v1)
-    tokens = torch.cat([t for _, t, _ in generate_views.encode_all(pipe, images, generate_views.spaced(24, 10))])
+    tokens = torch.cat([t for _, t, _ in generate_views.encode_all(pipe, images, genview.spaced(24, 10).tolist())])
     assert generate_views.foreground_proportion(tokens, flipped, alpha).mean().item() == pytest.approx(0.4, abs=0.01)
 
 

@@ -224,8 +224,9 @@ def in_process(*flags):
 
 
 def small(image_folder, output, *more):
+    queue = [] if "mocov3" in more else ["--queue", 16]
     return ["--dataset", "folder", "--data-dir", image_folder, "--image-size", 32, "--arch", "resnet10_narrow", "--batch-size", 8,
-            "--queue", 16, "--epochs", 2, "--views-dir", "none", "--output-dir", output, *more]
+            *queue, "--epochs", 2, "--views-dir", "none", "--output-dir", output, *more]
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +255,7 @@ def test_shapes_as_a_user(tmp_path):
 def test_genview_on_a_folder(method, image_folder, views, encoder_folder, tmp_path, capsys):
     """Images, views and the frozen encoder from files; what is written loads into torchvision as it is."""
     in_process(*small(image_folder, tmp_path / "run", "--method", method, "--views-dir", views, "--encoder", encoder_folder,
-                      "--arch", "resnet18", "--hidden", 32, "--lr", 0.01))
+                      "--arch", "resnet18", "--lr", 0.01))
     said = capsys.readouterr().out
     assert "generated views of 20 of 24 images" in said and "the other 4 use themselves" in said
     state = torch.load(tmp_path / "run/backbone.pt", weights_only=True)
@@ -328,7 +329,9 @@ def test_troubles_with_settings(image_folder, views, encoder_folder, tmp_path, c
              ("--batch-size", 64, "--queue", 64): "24 images do not fill one batch of 64",
              ("--data-dir", tmp_path): "needs train/",
              ("--arch", "resnet99"): "resnet99",
-             ("--noise", "much"): "--noise is adaptive or a level",
+             ("--noise", "100"): "generate_views.py decides on it",
+             ("--temperature", 0): "must be positive",
+             ("--hidden", 32): "--hidden is no setting of mocov2",
              ("--resume", tmp_path / "none.pt"): "none.pt",
              ("--quality", "exact", "--encoder", tmp_path / "clip"): "--encoder",
              ("--quality", "exact", "--encoder", encoder_folder, "--component", encoder_folder + "/config.json"):
@@ -380,6 +383,20 @@ def test_loss_not_finite(image_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_moco, "train_step", broken_at_fifth)
     line = trouble(capsys, *small(image_folder, tmp_path / "run", "--epochs", 3))
     assert "not finite at step 5" in line and str(tmp_path / "run/last.pt") in line       # 3 steps an epoch
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["epoch"] == 1
+
+
+def test_network_not_finite(image_folder, tmp_path, capsys, monkeypatch):
+    """A last step that ruins the weights after a finite loss does not get into a checkpoint."""
+    epoch = train_moco.train_epoch
+
+    def ruined(args, world, number, loader, method, *rest):
+        epoch(args, world, number, loader, method, *rest)
+        if number == 1:
+            next(method.parameters()).data.fill_(float("inf"))
+    monkeypatch.setattr(train_moco, "train_epoch", ruined)
+    line = trouble(capsys, *small(image_folder, tmp_path / "run", "--knn-every", 9, "--epochs", 3))
+    assert "the network is not finite at step 6" in line
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["epoch"] == 1
 
 
