@@ -302,8 +302,11 @@ def find_component(encoder, images, args, world):
             except Trouble:
                 if not args.skip_bad:
                     raise
-        with world.autocast():
-            tokens.append(encoder(genview.normalise(torch.stack(views).to(world.device) / 255)).half().cpu())
+        if views:
+            with world.autocast():
+                tokens.append(encoder(genview.normalise(torch.stack(views).to(world.device) / 255)).half().cpu())
+    if not tokens:
+        raise Trouble("none of the images that the foreground would be fitted on can be read")
     tokens = torch.cat(tokens)
     grid = (math.isqrt(tokens.shape[1]),) * 2
     return (genview.fit_foreground(tokens, grid) if given is None else genview.orient_foreground(given, tokens, grid))[0]
@@ -381,7 +384,7 @@ def train_epoch(args, world, epoch, loader, method, optimizer, quality_of, run):
             means = average(pending, epoch * loader.steps + step + 1, world, run)
             speed = (step + 1) * args.batch_size / (time.time() - began)
             left = ((args.epochs - epoch) * loader.steps - step - 1) * args.batch_size / speed
-            run.log(epoch=done + 1 / loader.steps, **means, chance=chance, lr=learning_rate(args, done), images_per_s=speed)
+            run.log(epoch=round(done + 1 / loader.steps, 4), **means, chance=chance, lr=learning_rate(args, done), images_per_s=speed)
             bar.set_postfix_str(f"loss {means['loss']:.3f} (chance {chance:.2f}), {speed:.0f} images/s", refresh=False)
             pending.clear()
     genview.say(f"epoch {epoch + 1}/{args.epochs}  loss {means.pop('loss'):.3f} (chance {chance:.2f})  "
@@ -427,7 +430,8 @@ class Run:
         if self.first:
             log = self.folder / "log.jsonl"        # lines after the checkpoint will be written again
             lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-            genview.write_whole(log, lambda path: path.write_text("".join(l for l in lines if json.loads(l)["epoch"] <= start)))
+            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["epoch"] <= start]
+            genview.write_whole(log, lambda path: path.write_text("".join(kept)))
             settings = vars(args) | {"label": label(args)}
             genview.write_whole(self.folder / "args.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
             genview.say(f"{label(args)} on {args.dataset}, {steps} steps an epoch, {world.size} x {world.device.type}, "
