@@ -11,6 +11,7 @@ D size of an embedding, M keys in the queue.
 """
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
@@ -35,26 +36,29 @@ from quality_loss import info_nce, info_nce_in_batch, pair_quality, quality_weig
 # release, the rest is ours.
 PRESETS = {
     ("cifar10", "mocov2"): dict(
-        arch="resnet18", image_size=32, epochs=200,                               # [v2] the notebook's
-        batch_size=256, optimizer="sgd", lr=0.06, weight_decay=5e-4,              # [v2] but for the batch of 512
-        warmup_epochs=0, dim=128, queue=4096, temperature=0.1, momentum=0.99,     # [v2]
+        arch="resnet18", image_size=32, epochs=200, batch_size=256,               # [v2] the notebook's, but batches of 512 there
+        optimizer="sgd", lr=0.03, weight_decay=5e-4, warmup_epochs=1,             # [v2] but for the warm-up
+        dim=128, queue=4096, temperature=0.1, momentum=0.99, start_batches=10,    # [v2] but for the start
         crop_min=0.2, blur=0.0, knn_every=10),                                    # [v2] but crops from 0.08 there
     ("cifar10", "mocov3"): dict(
-        arch="resnet18", image_size=32, epochs=200, batch_size=256, optimizer="sgd", lr=0.06, weight_decay=5e-4,
-        warmup_epochs=5, dim=256, hidden=2048, temperature=0.2, momentum=0.99,
+        arch="resnet18", image_size=32, epochs=200, batch_size=256, optimizer="sgd", lr=0.03, weight_decay=5e-4,
+        warmup_epochs=5, dim=256, hidden=2048, temperature=0.2, momentum=0.99, start_batches=0,
         crop_min=0.2, blur=0.0, knn_every=10),
     ("imagenet", "mocov2"): dict(
         arch="resnet50", image_size=224, epochs=200, batch_size=256, optimizer="sgd", lr=0.03, weight_decay=1e-4,  # [v2] [rel]
         warmup_epochs=0, dim=128, queue=65536, temperature=0.2, momentum=0.999,   # [v2]
+        start_batches=10,
         crop_min=0.2, blur=0.5, knn_every=20),                                    # [v2] [rel]
     ("imagenet", "mocov3"): dict(
         arch="resnet50", image_size=224, epochs=100, batch_size=4096, optimizer="lars", lr=0.6, weight_decay=1e-6,  # [rel]: 9.6
         warmup_epochs=10, dim=256, hidden=4096, temperature=1.0, momentum=0.99,   # [v3] [rel]
+        start_batches=0,
         crop_min=0.2, blur=0.5, knn_every=20),                                    # [v3]
 }
 PRESETS["shapes", "mocov2"] = dict(                                               # small and quick: two minutes on a laptop
     arch="resnet10_narrow", image_size=32, epochs=30, batch_size=128, optimizer="adamw", lr=4e-3, weight_decay=1e-4,
-    warmup_epochs=1, dim=128, queue=2048, temperature=0.2, momentum=0.99, crop_min=0.3, blur=0.0, knn_every=5)
+    warmup_epochs=1, dim=128, queue=2048, temperature=0.2, momentum=0.99, start_batches=0,
+    crop_min=0.3, blur=0.0, knn_every=5)
 PRESETS["shapes", "mocov3"] = {k: v for k, v in PRESETS["shapes", "mocov2"].items() if k != "queue"} | dict(hidden=512)
 for method in ("mocov2", "mocov3"):
     PRESETS["cifar100", method] = PRESETS["cifar10", method]
@@ -102,6 +106,21 @@ class Momentum(nn.Module):
 
     def momentum_at(self, progress):
         return self.momentum
+
+    @torch.no_grad()
+    def start(self, views):
+        """Fills batch norm's running statistics from a few batches of views and copies them to the keys, which would else be
+        computed with wrong ones for the first 1 / (1 - m) steps: long enough to drive all embeddings to one side."""
+        norms = [m for m in self.query.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        usual = [m.momentum for m in norms]
+        for m in norms:
+            m.momentum = None                      # the mean over these batches
+        self.train()
+        for view in views:
+            self.query(view)
+        for m, momentum in zip(norms, usual):
+            m.momentum = momentum
+        self.key.load_state_dict(self.query.state_dict())
 
 
 class MoCoV2(Momentum):
@@ -348,10 +367,13 @@ def train(args, world, make_method=METHODS.get):
     views, quality_of = prepare(args, images, world)
     loader = PairLoader(images, views, augmentations(args), args.image_size, args.batch_size, args.seed, world, args.workers,
                         args.skip_bad)
+    if world.size > 1 and world.device.type == "cuda":                           # PyTorch's is for GPUs only
+        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    if start == 0 and args.start_batches:
+        with world.autocast():
+            method.start(view1 for _, view1, _ in itertools.islice(loader.epoch(0), args.start_batches))
     wrapped = method
     if world.size > 1:
-        if world.device.type == "cuda":            # PyTorch has no synchronised batch norm for CPUs
-            method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")    # its successor is only in newer versions
         wrapped = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
     run = Run(args, world, loader.steps, start)
@@ -533,7 +555,7 @@ def parse_args(presets=PRESETS, argv=None):
     recipe = parser.add_argument_group("recipe (default: the preset of --dataset and --method)")
     kinds = {name: type(value) for preset in presets.values() for name, value in preset.items()}
     for name, kind in kinds.items():
-        least = 0 if name == "warmup_epochs" else 1
+        least = 0 if name in ("warmup_epochs", "start_batches") else 1
         recipe.add_argument(f"--{name.replace('_', '-')}", type=genview.at_least(least) if kind is int else kind)
     args = parser.parse_args(argv)
     preset = presets[args.dataset, args.method]
