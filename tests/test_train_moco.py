@@ -195,6 +195,19 @@ def test_momentum_update():
     assert [round(v3.momentum_at(p), 6) for p in (0, 0.5, 1)] == [0.99, 0.995, 1.0]
 
 
+def test_start_gives_the_keys_true_statistics():
+    torch.manual_seed(0)
+    method = train_moco.MoCoV2(settings())
+    batches = list(3 + 2 * torch.randn(3, 8, 3, 32, 32))
+    method.start(batches)
+    first = [method.query.backbone[0](views).detach() for views in batches]       # what the first batch norm sees
+    expected = torch.stack([x.mean((0, 2, 3)) for x in first]).mean(0)
+    torch.testing.assert_close(method.key.backbone[1].running_mean, expected, atol=1e-5, rtol=1e-4)
+    for a, b in zip(method.key.state_dict().values(), method.query.state_dict().values()):
+        assert torch.equal(a, b)
+    assert method.query.backbone[1].momentum == 0.1 and not method.key.training
+
+
 def test_learning_rate_and_lars():
     args = settings(lr=0.3, batch_size=512, warmup_epochs=2, epochs=10)
     assert [round(train_moco.learning_rate(args, e), 6) for e in (0, 1, 2, 6, 10)] == [0, 0.3, 0.6, 0.3, 0]
