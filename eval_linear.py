@@ -360,7 +360,8 @@ def resolve(settings, trained_with):
     if not 0 < settings.labels <= 1:
         raise Trouble(f"--labels {settings.labels:g} is no share of the labels: it must be above 0 and at most 1")
     same = settings.dataset == trained_with.get("dataset")
-    settings.data_dir = settings.data_dir or (same and trained_with.get("data_dir")) or genview.default_data_dir(settings.dataset)
+    known = same and trained_with.get("data_dir")
+    settings.data_dir = settings.data_dir or known or genview.default_data_dir(settings.dataset)
     usual = 32 if settings.dataset in ("shapes", "cifar10", "cifar100") else 224
     settings.image_size = settings.image_size or (same and trained_with.get("image_size")) or usual
     preset = PRESETS["finetune" if settings.protocol == "finetune" else "linear"][settings.dataset]

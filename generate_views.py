@@ -405,21 +405,24 @@ def parse_args():
     data.add_argument("--data-dir", help="where the data lies (default: data, data/imagenet); CIFAR is downloaded there")
     data.add_argument("--views-dir", help="where the views go (default: views/<dataset>)")
     data.add_argument("--limit", type=genview.at_least(1), help="make views of so many images only, evenly spaced")
-    data.add_argument("--save-size", type=genview.at_least(1), help="side of the saved views (default: 32 for CIFAR, else up to 512)")
+    data.add_argument("--save-size", type=genview.at_least(1),
+                      help="side of the saved views (default: 32 for CIFAR, else up to 512)")
     method = parser.add_argument_group("GenView")
     method.add_argument("--model", default="sd2-community/stable-diffusion-2-1-unclip",
                         help="hub id or local folder of a StableUnCLIPImg2ImgPipeline")
     method.add_argument("--noise", type=noise_argument, default="adaptive", help="adaptive, or one level, 0 to 999")
     method.add_argument("--steps", type=genview.at_least(1), default=20, help="denoising steps (release: 20)")
     method.add_argument("--guidance", type=float, default=10.0, help="classifier-free guidance scale (release: 10)")
-    method.add_argument("--size", type=genview.at_least(1), help="side of the generated image, a multiple of 8 (default: the model's)")
+    method.add_argument("--size", type=genview.at_least(1),
+                        help="side of the generated image, a multiple of 8 (default: the model's)")
     method.add_argument("--seed", type=genview.at_least(0), default=0)
     method.add_argument("--component", help="foreground.npz or the release's pca_vectors.npy; default: fit one")
     method.add_argument("--flip-foreground", action="store_true", help="take the other side of the component as foreground")
     method.add_argument("--fit-images", type=genview.at_least(1), default=genview.FIT_IMAGES,
                         help="images the component is fitted on (release: 10,000)")
     runtime = parser.add_argument_group("runtime")
-    runtime.add_argument("--preview", type=genview.at_least(1), metavar="N", help="draw <views-dir>/preview.png of N images, no more")
+    runtime.add_argument("--preview", type=genview.at_least(1), metavar="N",
+                         help="draw <views-dir>/preview.png of N images, no more")
     runtime.add_argument("--batch-size", type=genview.at_least(1), default=8)
     runtime.add_argument("--device", help="default: cuda, else mps, else cpu")
     runtime.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",

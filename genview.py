@@ -658,5 +658,6 @@ def progress(items, text, unit, **options):
     """A progress bar with rate and time left; in a log file a line every half minute instead."""
     from tqdm import tqdm
     if not sys.stderr.isatty():
-        options |= dict(mininterval=30, maxinterval=30, delay=30, bar_format="{desc}: {n_fmt}/{total_fmt} {rate_fmt} {remaining} left\n")
+        options |= dict(mininterval=30, maxinterval=30, delay=30,
+                        bar_format="{desc}: {n_fmt}/{total_fmt} {rate_fmt} {remaining} left\n")
     return tqdm(items, desc=text, unit=unit, leave=False, disable=int(os.environ.get("RANK", 0)) > 0, **options)

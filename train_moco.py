@@ -36,7 +36,7 @@ from quality_loss import info_nce, info_nce_in_batch, pair_quality, quality_weig
 # release, the rest is ours.
 PRESETS = {
     ("cifar10", "mocov2"): dict(
-        arch="resnet18", image_size=32, epochs=200, batch_size=256,               # [v2] the notebook's, but batches of 512 there
+        arch="resnet18", image_size=32, epochs=200, batch_size=256,               # [v2] the notebook's (batches of 512)
         optimizer="sgd", lr=0.03, weight_decay=5e-4, warmup_epochs=1,             # [v2] but for the warm-up
         dim=128, queue=4096, temperature=0.1, momentum=0.99, start_batches=10,    # [v2] but for the start
         crop_min=0.2, blur=0.0, knn_every=10),                                    # [v2] but crops from 0.08 there
@@ -406,7 +406,8 @@ def train_epoch(args, world, epoch, loader, method, optimizer, quality_of, run):
             means = average(pending, epoch * loader.steps + step + 1, world, run)
             speed = (step + 1) * args.batch_size / (time.time() - began)
             left = ((args.epochs - epoch) * loader.steps - step - 1) * args.batch_size / speed
-            run.log(epoch=round(done + 1 / loader.steps, 4), **means, chance=chance, lr=learning_rate(args, done), images_per_s=speed)
+            run.log(epoch=round(done + 1 / loader.steps, 4), **means, chance=chance, lr=learning_rate(args, done),
+                    images_per_s=speed)
             bar.set_postfix_str(f"loss {means['loss']:.3f} (chance {chance:.2f}), {speed:.0f} images/s", refresh=False)
             pending.clear()
     genview.say(f"epoch {epoch + 1}/{args.epochs}  loss {means.pop('loss'):.3f} (chance {chance:.2f})  "
@@ -489,8 +490,8 @@ def resume(args, method, optimizer):
     now, then = vars(args), state.get("args", {}) if isinstance(state, dict) else {}
     for key in now.keys() - free:
         if key not in then or then[key] != now[key]:
-            raise Trouble(f"{args.resume} is of a run with another --{key.replace('_', '-')} ({then.get(key)}, now {now[key]}): "
-                          f"resume with the flags of that run")
+            raise Trouble(f"{args.resume} is of a run with another --{key.replace('_', '-')} ({then.get(key)}, now "
+                          f"{now[key]}): resume with the flags of that run")
     method.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["epoch"]
@@ -514,7 +515,8 @@ def draw_pairs(run, view1, view2, quality_of, columns=8, rows=3, cell=96):
     for place, i in enumerate(order.tolist()):
         left, top = place % columns * width, place // columns * height
         for v, view in enumerate((view1, view2)):
-            x = view[i].float().cpu() * torch.tensor(genview.CLIP_STD).view(3, 1, 1) + torch.tensor(genview.CLIP_MEAN).view(3, 1, 1)
+            mean, std = (torch.tensor(values).view(3, 1, 1) for values in (genview.CLIP_MEAN, genview.CLIP_STD))
+            x = view[i].float().cpu() * std + mean
             picture = Image.fromarray((x * 255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy())
             canvas.paste(picture.resize((cell, cell), Image.Resampling.NEAREST), (left + 4 + v * cell, top + 4))
         if quality_of:

@@ -1,7 +1,6 @@
 """eval_linear.py: checkpoints of every format, kNN against a loop, the probes on data where the answer is known."""
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
