@@ -29,6 +29,8 @@ import genview
 from genview import Trouble
 
 LEVELS = (0, 100, 200, 300, 400)  # of the 1,000 noising steps (release)
+MINI = dict(model="weights/mini-unclip", steps=10, guidance=1.0)      # of train_generator.py: 32 x 32, in this repository
+STABLE = dict(model="sd2-community/stable-diffusion-2-1-unclip", steps=20, guidance=10.0)      # (release)
 FRACTION = 0.4                    # share of all tokens that is foreground; sets the threshold alpha, Eq. 7 (release)
 ENCODER_BATCH = 8                 # always: the shape of a batch decides about rounding, and rounding can decide on a level
 
@@ -96,6 +98,7 @@ def load_pipeline(model, dtype, device):
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    model = Path(__file__).with_name("weights") / "mini-unclip" if model == "mini" else model
     new = tuple(int(part) for part in diffusers.__version__.split(".")[:2]) >= (0, 42)
     try:
         pipe = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(
@@ -408,11 +411,11 @@ def parse_args():
     data.add_argument("--save-size", type=genview.at_least(1),
                       help="side of the saved views (default: 32 for CIFAR, else up to 512)")
     method = parser.add_argument_group("GenView")
-    method.add_argument("--model", default="sd2-community/stable-diffusion-2-1-unclip",
-                        help="hub id or local folder of a StableUnCLIPImg2ImgPipeline")
+    method.add_argument("--model", help="hub id or local folder of a StableUnCLIPImg2ImgPipeline, or mini, the one in "
+                        f"weights (default: mini for CIFAR, else {STABLE['model']})")
     method.add_argument("--noise", type=noise_argument, default="adaptive", help="adaptive, or one level, 0 to 999")
-    method.add_argument("--steps", type=genview.at_least(1), default=20, help="denoising steps (release: 20)")
-    method.add_argument("--guidance", type=float, default=10.0, help="classifier-free guidance scale (release: 10)")
+    method.add_argument("--steps", type=genview.at_least(1), help="denoising steps (default: 20 as the release, mini: 10)")
+    method.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: 10 as the release, mini: 1)")
     method.add_argument("--size", type=genview.at_least(1),
                         help="side of the generated image, a multiple of 8 (default: the model's)")
     method.add_argument("--seed", type=genview.at_least(0), default=0)
@@ -430,6 +433,9 @@ def parse_args():
     args = parser.parse_args()
     args.data_dir = args.data_dir or genview.default_data_dir(args.dataset)
     args.views_dir = Path(args.views_dir or genview.default_views_dir(args.dataset, args.data_dir))
+    args.model = args.model or ("mini" if args.dataset.startswith("cifar") else STABLE["model"])
+    usual = MINI if args.model == "mini" else STABLE
+    args.steps, args.guidance = args.steps or usual["steps"], usual["guidance"] if args.guidance is None else args.guidance
     if args.size and args.size % 8:
         raise Trouble(f"--size {args.size} is no multiple of 8")
     return args

@@ -278,7 +278,7 @@ def assemble(vae, encoder, generator):
 
 
 @torch.inference_mode()
-def draw_samples(pipe, data, path, columns=16):
+def draw_samples(pipe, data, path, steps=10, guidance=1.0, columns=16):
     """Rows: pictures, what the autoencoder keeps of them, a view at each noise level."""
     x = data.pictures(genview.spaced(len(data.pixels), columns).to(data.pixels.device))
     kept = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample
@@ -287,7 +287,7 @@ def draw_samples(pipe, data, path, columns=16):
     pipe.set_progress_bar_config(disable=True)
     views = [pipe(image_embeds=c, noise_level=level, prompt_embeds=prompt,
                   negative_prompt_embeds=prompt, generator=[torch.Generator().manual_seed(i) for i in range(len(x))],
-                  num_inference_steps=10, guidance_scale=1.0, height=SIZE, width=SIZE, output_type="pt").images
+                  num_inference_steps=steps, guidance_scale=guidance, height=SIZE, width=SIZE, output_type="pt").images
              for level in LEVELS]
     grid = torchvision.utils.make_grid(torch.cat([x / 2 + 0.5, (kept / 2 + 0.5).clamp(0, 1), *views]), columns)
     genview.write_whole(path, lambda temporary: torchvision.utils.save_image(grid, temporary, format="png"))

@@ -351,6 +351,15 @@ def prepare(args, images, world):
     return views, PairQuality(encoder, -component if args.flip_foreground else component)
 
 
+def expand(images, views):
+    """The paper's comparison, naive expansion: the generated images as further training samples instead of views."""
+    if images.pixels is not None:
+        return images._replace(names=images.names * 2, labels=images.labels.repeat(2), pixels=torch.cat([images.pixels, views]))
+    extra = [i for i, path in enumerate(views) if path is not None]
+    return images._replace(names=images.names + [str(Path(views[i]).resolve()) for i in extra],
+                           labels=torch.cat([images.labels, images.labels[extra]]))
+
+
 # ----------------------------------------------------------------------------------------------------------- the run
 
 def train(args, world, make_method=METHODS.get):
@@ -365,8 +374,10 @@ def train(args, world, make_method=METHODS.get):
     optimizer = make_optimizer(args, method)
     start = resume(args, method, optimizer) if args.resume else 0
     views, quality_of = prepare(args, images, world)
-    loader = PairLoader(images, views, augmentations(args), args.image_size, args.batch_size, args.seed, world, args.workers,
+    pool, views = (expand(images, views), None) if args.views == "extra" else (images, views)
+    loader = PairLoader(pool, views, augmentations(args), args.image_size, args.batch_size, args.seed, world, args.workers,
                         args.skip_bad)
+    loader.steps = len(images.names) // args.batch_size                # as many with extra samples: the same work
     if world.size > 1 and world.device.type == "cuda":                           # PyTorch's is for GPUs only
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     if start == 0 and args.start_batches:
@@ -440,7 +451,7 @@ def label(args):
     if args.views_dir == "none":
         name = f"plain {name}, no generated views"
     else:
-        name += " + GenView's views"
+        name += " + GenView's views" if args.views == "pair" else ", generated images as extra samples"
     return name + (" + quality weights" if args.quality != "off" else "")
 
 
@@ -541,6 +552,8 @@ def parse_args(presets=PRESETS, argv=None):
     model.add_argument("--method", choices=sorted({m for _, m in presets}), default=next(iter(presets))[1])
     view = parser.add_argument_group("GenView")
     view.add_argument("--views-dir", help="folder of generated views, or none (default: where generate_views.py puts them)")
+    view.add_argument("--views", choices=["pair", "extra"], default="pair",
+                      help="pair: a generated view in each pair; extra: the paper's comparison, as further training samples")
     view.add_argument("--quality", choices=["exact", "off"], help="weights by quality (default: exact with views, else off)")
     view.add_argument("--gamma", type=float, default=1.0, help="how strongly quality counts (release: 1)")
     view.add_argument("--encoder", default="openai/clip-vit-base-patch32", help="frozen encoder E, hub id or folder")
@@ -580,7 +593,9 @@ def resolve(args):
             genview.say(f"*** No generated views in {args.views_dir}: this is plain MoCo, not GenView. They are made by\n"
                         f"***   python generate_views.py --dataset {args.dataset} --data-dir {args.data_dir}")
             args.views_dir = "none"
-    args.quality = args.quality or ("off" if args.views_dir == "none" else "exact")
+    if args.views == "extra" and args.views_dir == "none":
+        raise Trouble("--views extra needs generated views: make them with generate_views.py, or name their --views-dir")
+    args.quality = args.quality or ("off" if args.views_dir == "none" or args.views == "extra" else "exact")
     if args.noise != "adaptive" and not (args.dataset == "shapes" and args.noise.isdecimal() and int(args.noise) < 1000):
         raise Trouble(f"--noise is adaptive or a level from 0 to 999, and for --dataset shapes alone, not {args.noise}: "
                       f"elsewhere generate_views.py decides on it")

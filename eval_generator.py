@@ -1,0 +1,145 @@
+"""Judges a generator by figures: do its views keep the label, and do they differ from each other, as the noise level rises?
+
+    python eval_generator.py --data-dir data/cifar10-jpeg                  # the miniature; writes runs/eval-generator
+
+The paper's Fig. 3 in numbers. The judge is a small classifier trained with the labels of the training images; the generator
+is judged on test images.
+
+Legend of the shapes: n images judged, L noise levels, D features of the judge.
+"""
+import argparse
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+import eval_linear
+import generate_views
+import genview
+from generate_views import LEVELS
+from genview import say
+
+
+def train_judge(args, world):
+    """A classifier (backbone, head) trained with all labels, kept in judge.pt."""
+    images = genview.load_images(args.dataset, args.data_dir, "train", 32)
+    backbone, dim = genview.make_backbone("resnet10_narrow", small_stem=True)
+    backbone.to(world.device, memory_format=torch.channels_last)
+    path = args.output_dir / "judge.pt"
+    if path.exists():
+        state = genview.load_checkpoint(path)
+        head = eval_linear.zero_linear(dim, images.num_classes).to(world.device)
+        backbone.load_state_dict(state["backbone"])
+        head.load_state_dict(state["head"])
+    else:
+        settings = SimpleNamespace(labels=1.0, seed=args.seed, lr=0.1, backbone_lr=0.1, batch_size=128, epochs=args.epochs,
+                                   image_size=32, workers=0, skip_bad=False)
+        head = eval_linear.finetune(backbone, dim, images, settings, world)
+        genview.write_whole(path, lambda temporary: torch.save(
+            {"backbone": backbone.state_dict(), "head": head.state_dict()}, temporary))
+    return backbone.eval(), head
+
+
+@torch.inference_mode()
+def look(judge, pixels, world):
+    """Features (n, D) of unit length and labels (n,) that the judge gives pixels (n, 3, 32, 32) uint8."""
+    images = genview.Images([""] * len(pixels), torch.zeros(len(pixels)), 0, pixels)
+    features = eval_linear.extract_features(judge[0], images, 32, world)
+    return F.normalize(features, dim=1), judge[1](features).argmax(1).cpu()
+
+
+@torch.inference_mode()
+def views_of(pipe, args, c, names):
+    """{level: (2, n, 3, 32, 32) uint8}, two views of each image and level, of different seeds."""
+    settings = SimpleNamespace(steps=args.steps, guidance=args.guidance, size=32, save_size=32, dtype="float32")
+    views = {}
+    for level in genview.progress(LEVELS, "views", "level"):
+        both = []
+        for seed in (args.seed, args.seed + 1):
+            seeds = [generate_views.image_seed(seed, name) for name in names]
+            both.append(torch.stack([genview.to_tensor(view) for k in range(0, len(c), 100) for view in
+                                     generate_views.generate(pipe, settings, level, c[k:k + 100], seeds[k:k + 100])]))
+        views[level] = torch.stack(both)
+    return views
+
+
+@torch.inference_mode()
+def reconstruct(pipe, pixels):
+    """What the autoencoder keeps of pixels (n, 3, 32, 32) uint8."""
+    x = pixels.float() / 127.5 - 1
+    kept = torch.cat([pipe.vae.decode(pipe.vae.encode(part).latent_dist.mean).sample for part in x.split(100)])
+    return ((kept.clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
+def tables(truth, original, kept, pixels_kept, pixels, by_level, proportion):
+    """Two tables in Markdown. original, kept: (features, labels) that the judge gives; by_level: {level: (two views'
+    (features, labels), pixels (2, n, ...))}; proportion: of foreground, (n,)."""
+    percent = lambda hits: f"{100 * hits.float().mean():.1f}"
+    error = ((pixels_kept.float() - pixels.float()) / 127.5).square().mean()
+    lines = ["| pictures | judge's label as on the original | judge's label true | two views of one image: 1 - cosine | "
+             "root mean square difference (of 255) |", "| --- | --- | --- | --- | --- |",
+             f"| originals | 100 | {percent(original[1] == truth)} | | |",
+             f"| the autoencoder's (mean squared error {error:.4f} on [-1, 1]) | {percent(kept[1] == original[1])} | "
+             f"{percent(kept[1] == truth)} | | |"]
+    for level, (looks, views) in by_level.items():
+        labels = torch.stack([labels for _, labels in looks])
+        distance = 1 - (looks[0][0] * looks[1][0]).sum(1).mean()
+        pixel = (views[0].float() - views[1].float()).square().mean().sqrt()
+        lines.append(f"| views, noise level {level} | {percent(labels == original[1])} | {percent(labels == truth)} | "
+                     f"{distance:.3f} | {pixel:.1f} |")
+    borders = [0, 0.2, 0.4, 0.6, 0.8, 1.01]
+    lines += ["", "| foreground proportion | images | " + " | ".join(f"level {level}" for level in LEVELS) + " |",
+              "| --- | --- |" + " --- |" * len(LEVELS)]
+    for low, high in zip(borders, borders[1:]):
+        inside = (proportion > low) & (proportion <= high) if low else proportion <= high
+        same = [percent((torch.stack([l for _, l in looks]) == original[1])[:, inside]) if inside.any() else "-"
+                for looks, _ in by_level.values()]
+        lines.append(f"| {low:g} to {min(high, 1):g} | {int(inside.sum())} | " + " | ".join(same) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Measures what a 32 x 32 generator's views keep, by noise level.")
+    parser.add_argument("--dataset", choices=["cifar10", "cifar100", "folder"], default="cifar10")
+    parser.add_argument("--data-dir")
+    parser.add_argument("--model", default="mini", help="mini, or a folder of a StableUnCLIPImg2ImgPipeline")
+    parser.add_argument("--images", type=genview.at_least(2), default=1000, help="test images that are judged")
+    parser.add_argument("--epochs", type=genview.at_least(1), default=4, help="of the judge")
+    parser.add_argument("--steps", type=genview.at_least(1), default=generate_views.MINI["steps"])
+    parser.add_argument("--guidance", type=float, default=generate_views.MINI["guidance"])
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/eval-generator"))
+    parser.add_argument("--seed", type=genview.at_least(0), default=0)
+    parser.add_argument("--device")
+    args = parser.parse_args()
+    args.data_dir = args.data_dir or genview.default_data_dir(args.dataset)
+    return args
+
+
+def main():
+    from train_generator import Data, draw_samples
+    args = parse_args()
+    world = genview.setup(args.device)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    pipe = generate_views.load_pipeline(args.model, torch.float32, world.device)
+    images = genview.load_images(args.dataset, args.data_dir, "test", 32, args.images)
+    draw_samples(pipe, Data(images.pixels.to(world.device), images.labels, False), args.output_dir / "samples.png",
+                 args.steps, args.guidance)
+    judge = train_judge(args, world)
+    encoded = list(generate_views.encode_all(pipe, images, range(len(images.names))))
+    tokens, c = (torch.cat([part[k] for part in encoded]) for k in (1, 2))
+    v1, alpha = genview.fit_foreground(tokens.cpu(), (8, 8), generate_views.FRACTION)
+    proportion = generate_views.foreground_proportion(tokens.cpu(), v1, alpha)
+    views = views_of(pipe, args, c, images.names)
+    kept = reconstruct(pipe, images.pixels.to(world.device)).cpu()
+    by_level = {level: ([look(judge, part, world) for part in both], both) for level, both in views.items()}
+    text = tables(images.labels, look(judge, images.pixels, world), look(judge, kept, world), kept, images.pixels, by_level,
+                  proportion)
+    genview.write_whole(args.output_dir / "tables.md", lambda temporary: temporary.write_text(text))
+    say(f"{text}\n{json.dumps(vars(args), default=str)}\n{args.output_dir}: tables.md, samples.png, judge.pt")
+
+
+if __name__ == "__main__":
+    genview.run(main)
