@@ -1,0 +1,131 @@
+"""The ablation on CIFAR-10: what do views, adaptive noise and quality weights each add to MoCo v2?
+
+    python ablation.py --data-dir data/cifar10-jpeg --jobs 2              # 2 CPU cores; writes runs/ablation/table.md
+    python ablation.py --arch resnet18 --limit 50000 --epochs 200         # a GPU
+
+Every row is one command line of generate_views.py, train_moco.py and eval_linear.py, run as a user would; what is finished
+stays finished, so the same command goes on after an interruption. Equal images, epochs, steps and seeds in all rows.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import genview
+from genview import Trouble, say
+
+# row: (name in the table, noise of its views, further flags of train_moco.py)
+ROWS = {
+    "plain": ("plain MoCo v2", None, ["--quality", "off"]),
+    "noise0": ("+ views, constant noise 0", 0, ["--quality", "off"]),
+    "noise200": ("+ views, constant noise 200", 200, ["--quality", "off"]),
+    "noise400": ("+ views, constant noise 400", 400, ["--quality", "off"]),
+    "adaptive": ("+ views, adaptive noise", "adaptive", ["--quality", "off"]),
+    "quality": ("+ views, adaptive noise, quality weights", "adaptive", ["--quality", "exact"]),
+    "extra": ("the same images as extra samples", "adaptive", ["--views", "extra", "--quality", "off"]),
+}
+
+
+def call(args, script, *flags):
+    """Runs a script of this repository with its share of the cores; Trouble with its last line where it fails."""
+    threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
+    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": threads})
+    if done.returncode:
+        raise Trouble(f"{' '.join(command[1:])}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return done.stdout
+
+
+def views_dir(args, noise):
+    return args.output_dir / f"views-{noise}"
+
+
+def make_views(args, noise):
+    start = time.time()
+    text = call(args, "generate_views.py", "--dataset", "cifar10", "--data-dir", args.data_dir, "--model", args.model,
+                "--noise", noise, "--views-dir", views_dir(args, noise), "--limit", args.limit, "--batch-size", 100,
+                "--seed", 0)
+    say(f"views, noise {noise}: {text.strip().splitlines()[-1]} ({time.time() - start:.0f} s)")
+
+
+def run_one(args, row, seed):
+    """Trains and evaluates one row with one seed; its folder keeps the result."""
+    _, noise, more = ROWS[row]
+    folder, start = args.output_dir / f"{row}-{seed}", time.time()
+    if not (folder / "eval.jsonl").exists():
+        flags = ["--views-dir", "none" if noise is None else views_dir(args, noise), *more]
+        if row == "quality":                       # E is the generator's own image encoder; its component is fitted already
+            model = Path(__file__).with_name("weights") / "mini-unclip" if args.model == "mini" else Path(args.model)
+            flags += ["--encoder", model / "image_encoder", "--component", views_dir(args, noise) / "foreground.npz"]
+        resume = ["--resume"] if (folder / "last.pt").exists() else []
+        call(args, "train_moco.py", "--dataset", "cifar10", "--data-dir", args.data_dir, "--limit", args.limit, "--arch",
+             args.arch, "--epochs", args.epochs, "--knn-every", args.epochs, "--seed", seed, "--output-dir", folder, *flags,
+             *resume)
+        call(args, "eval_linear.py", "--checkpoint", folder / "last.pt", "--seed", seed)
+    top1 = result(args, row, seed)
+    say(f"{row}, seed {seed}: kNN {top1['kNN']:.1f}%, linear {top1['linear']:.1f}% ({time.time() - start:.0f} s)")
+
+
+def result(args, row, seed):
+    """{protocol: top-1} of a finished run."""
+    lines = (args.output_dir / f"{row}-{seed}" / "eval.jsonl").read_text().splitlines()
+    return {entry["protocol"]: entry["top1"] for entry in map(json.loads, lines)}
+
+
+def table(args):
+    """Mean and standard deviation over the seeds, in Markdown."""
+    lines = ["| MoCo v2 | kNN | linear | kNN, each seed |", "| --- | --- | --- | --- |"]
+    for row, (name, _, _) in ROWS.items():
+        runs = [result(args, row, seed) for seed in args.seeds]
+        cells = []
+        for protocol in ("kNN", "linear"):
+            values = [run[protocol] for run in runs]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        each = ", ".join(f"{run['kNN']:.1f}" for run in runs)
+        lines.append(f"| {name} | {' | '.join(cells)} | {each} |")
+    return "\n".join(lines) + "\n"
+
+
+def check_settings(args):
+    """Results of different settings must not share a folder."""
+    path = args.output_dir / "settings.json"
+    settings = {name: getattr(args, name) for name in ("data_dir", "model", "arch", "limit", "epochs")}
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise Trouble(f"{args.output_dir} holds runs of other settings ({path.read_text().strip()}): name another --output-dir")
+    genview.write_whole(path, lambda temporary: temporary.write_text(json.dumps(settings) + "\n"))
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="MoCo v2 on CIFAR-10 with and without each part of GenView.")
+    parser.add_argument("--data-dir", default="data", help="CIFAR-10 (default: data)")
+    parser.add_argument("--model", default="mini", help="the generator: mini, or a folder (default: mini)")
+    parser.add_argument("--arch", default="resnet10_narrow", help="default: resnet10_narrow, for CPUs")
+    parser.add_argument("--limit", type=genview.at_least(256), default=10_000, help="training images (default: 10000)")
+    parser.add_argument("--epochs", type=genview.at_least(1), default=20, help="default: 20")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--jobs", type=genview.at_least(1), default=1, help="runs side by side (default: 1)")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/ablation"))
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    check_settings(args)
+    for noise in dict.fromkeys(noise for _, noise, _ in ROWS.values() if noise is not None):
+        make_views(args, noise)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for job in [pool.submit(run_one, args, row, seed) for seed in args.seeds for row in ROWS]:
+            job.result()
+    text = table(args)
+    genview.write_whole(args.output_dir / "table.md", lambda temporary: temporary.write_text(text))
+    say(text)
+
+
+if __name__ == "__main__":
+    genview.run(main)
