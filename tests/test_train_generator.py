@@ -1,0 +1,247 @@
+"""train_generator.py, its judge and the ablation: formulas, a run to the end, resume, troubles."""
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ablation
+import eval_generator
+import generate_views
+import genview
+import train_generator
+import train_moco
+from genview import Trouble
+
+FLAGS = ["--limit", "16", "--batch-size", "4", "--steps", "4", "--log-every", "1", "--device", "cpu"]
+
+
+def call(module, *flags):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__name__, *map(str, flags)])
+        module.main()
+
+
+@pytest.fixture(scope="module")
+def trained(image_folder, tmp_path_factory):
+    """A generator trained for four steps, never interrupted."""
+    folder = tmp_path_factory.mktemp("generator")
+    call(train_generator, "--data-dir", image_folder, "--output-dir", folder, *FLAGS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(trained):
+    return generate_views.load_pipeline(str(trained), torch.float32, "cpu")
+
+
+# ------------------------------------------------------------------------------------------------------------- formulas
+
+def test_noised_is_what_the_pipeline_tells_the_unet(pipe):
+    c, noise = torch.randn(5, train_generator.EMBEDDING), torch.randn(5, train_generator.EMBEDDING)
+    level = torch.tensor([0, 100, 200, 300, 400])
+    ours = train_generator.noised(c, level, noise, pipe.image_normalizer, pipe.image_noising_scheduler)
+    for i in range(5):
+        theirs = pipe.noise_image_embeddings(c[i:i + 1], noise_level=level[i].item(), noise=noise[i:i + 1])
+        torch.testing.assert_close(ours[i:i + 1], theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_noised_matches_a_plain_loop(pipe):
+    """abar_l = product over i <= l of (1 - beta_i) of the squared-cosine schedule (Nichol and Dhariwal 2021)."""
+    f = lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+    c, noise = torch.randn(train_generator.EMBEDDING), torch.randn(train_generator.EMBEDDING)
+    mean, std = (x[0].tolist() for x in (pipe.image_normalizer.mean, pipe.image_normalizer.std))
+    for level in (0, 100, 400):
+        abar = 1.0
+        for i in range(level + 1):
+            abar *= 1 - min(1 - f((i + 1) / 1000) / f(i / 1000), 0.999)
+        got = train_generator.noised(c[None], torch.tensor([level]), noise[None], pipe.image_normalizer,
+                                     pipe.image_noising_scheduler)[0]
+        for k in range(train_generator.EMBEDDING):
+            z = math.sqrt(abar) * (c[k].item() - mean[k]) / std[k] + math.sqrt(1 - abar) * noise[k].item()
+            assert got[k].item() == pytest.approx(z * std[k] + mean[k], abs=1e-4)
+
+
+def test_pictures_and_mirror_images():
+    pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    data = train_generator.Data(pixels, torch.arange(3), mirrored=True)
+    x = data.pictures(torch.tensor([1, 4]))
+    assert data.size == 6 and x.min() >= -1 and x.max() <= 1
+    assert torch.equal(x[0], x[1].flip(2)) and not torch.equal(x[0], x[1])
+    assert x[0, 0, 0, 0].item() == pytest.approx(pixels[1, 0, 0, 0].item() / 127.5 - 1)
+
+
+# ------------------------------------------------------------------------------------------------------------------ runs
+
+def test_the_folder_is_a_pipeline_that_generate_views_uses(trained, image_folder, tmp_path, capsys):
+    call(generate_views, "--dataset", "folder", "--data-dir", image_folder, "--model", trained, "--steps", 2, "--guidance", 1,
+         "--views-dir", tmp_path, "--fit-images", 24, "--device", "cpu")
+    assert "24 views made" in capsys.readouterr().out
+    assert len(list(tmp_path.rglob("*.png"))) == 24
+    assert (trained / "samples.png").stat().st_size > 1000
+    lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert [line["part"] for line in lines if line["step"] == 1] == list(train_generator.PARTS)
+
+
+def test_half_precision_on_disk_and_small(trained):
+    from safetensors import safe_open
+    files = list(trained.rglob("*.safetensors"))
+    assert sum(file.stat().st_size for file in files) < 25e6
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            assert all(tensors.get_tensor(key).dtype in (torch.float16, torch.int64) for key in tensors.keys())
+
+
+def test_latents_and_normaliser(trained, pipe, image_folder):
+    """Scaled latents have variance 1, scaled embeddings mean 0 and variance 1 in each number."""
+    pixels = genview.load_images("folder", image_folder, "train", 32, 16).pixels
+    x = pixels.float() / 127.5 - 1
+    with torch.no_grad():
+        latents = pipe.vae.encode(x).latent_dist.mean * pipe.vae.config.scaling_factor
+        c = pipe.image_normalizer.scale(pipe.image_encoder(genview.normalise(x / 2 + 0.5)).image_embeds)
+    assert latents.std().item() == pytest.approx(1, abs=0.03)
+    torch.testing.assert_close(c.mean(0), torch.zeros(c.shape[1]), atol=0.1, rtol=0)
+    assert (c.std(0) - 1).abs().median() < 0.1                          # half precision on the way
+
+
+@pytest.mark.parametrize("stop_at", [2, 5, 8])
+def test_interrupted_run_ends_as_an_uninterrupted_one(trained, image_folder, tmp_path, monkeypatch, stop_at):
+    """Stopped at a checkpoint in each of the three parts (2, 2 and 4 steps)."""
+    flags = ["--data-dir", image_folder, "--output-dir", tmp_path, "--save-minutes", "0", *FLAGS]
+    write, count = genview.write_whole, [0]
+
+    def stopping(path, function):
+        write(path, function)
+        count[0] += Path(path).name == "last.pt"
+        if count[0] == stop_at:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(genview, "write_whole", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        call(train_generator, *flags)
+    monkeypatch.setattr(genview, "write_whole", write)
+    call(train_generator, *flags)
+    whole, ours = (torch.load(folder / "last.pt", weights_only=True) for folder in (trained, tmp_path))
+    for part in train_generator.PARTS:
+        assert ours[part]["step"] == whole[part]["step"]
+        for key, value in whole[part]["ema"].items():
+            assert torch.equal(value, ours[part]["ema"][key]), (part, key)
+
+
+def test_other_settings_are_refused(trained, image_folder):
+    with pytest.raises(Trouble, match="other settings.*another --output-dir"):
+        call(train_generator, "--data-dir", image_folder, "--output-dir", trained, *FLAGS, "--seed", "1")
+
+
+def test_loss_not_finite_is_named(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_generator.Autoencoder, "forward",
+                        lambda self, *_: {"error": next(self.parameters()).sum() * float("nan")})
+    with pytest.raises(Trouble, match="autoencoder is not finite at step 1"):
+        call(train_generator, "--data-dir", image_folder, "--output-dir", tmp_path, *FLAGS)
+    assert not (tmp_path / "last.pt").exists()
+
+
+# ------------------------------------------------------------------------------------------------- defaults, judge, table
+
+@pytest.mark.parametrize("dataset, model, steps, guidance", [
+    ("cifar10", "mini", 10, 1.0), ("imagenet", "sd2-community/stable-diffusion-2-1-unclip", 20, 10.0)])
+def test_the_generator_of_each_data_set(monkeypatch, dataset, model, steps, guidance):
+    monkeypatch.setattr(sys, "argv", ["generate_views", "--dataset", dataset])
+    args = generate_views.parse_args()
+    assert (args.model, args.steps, args.guidance) == (model, steps, guidance)
+
+
+def test_tables_of_the_judge():
+    truth, original = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 0])
+    unit = torch.eye(4)
+    black = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    first, second = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 0, 0, 3])
+    by_level = {level: ([(unit, first), (unit.roll(1, 0), second)], torch.stack([black, black + 3]))
+                for level in generate_views.LEVELS}
+    text = eval_generator.tables(truth, (unit, original), (unit, first), black + 51, black, by_level,
+                                 torch.tensor([0.0, 0.1, 0.5, 1.0]))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line]
+    assert rows[2][1:3] == ["100", "75.0"]                              # the judge is right on three of four originals
+    assert rows[3] == ["the autoencoder's (mean squared error 0.1600 on [-1, 1])", "75.0", "100.0", "", ""]
+    assert rows[4][1:] == ["50.0", "75.0", "1.000", "3.0"]              # as on originals: 3 of 4 and 1 of 4
+    assert rows[-5][1:3] == ["2", "75.0"] and rows[-4][1:3] == ["0", "-"] and rows[-1][1:3] == ["1", "0.0"]
+
+
+def test_judge_as_a_user(trained, image_folder, tmp_path, capsys):
+    flags = ["--dataset", "folder", "--data-dir", image_folder, "--model", trained, "--images", 8, "--epochs", 1, "--steps", 2,
+             "--output-dir", tmp_path, "--device", "cpu"]
+    call(eval_generator, *flags)
+    first = (tmp_path / "tables.md").read_text()
+    assert first in capsys.readouterr().out and (tmp_path / "samples.png").exists()
+    call(eval_generator, *flags)                                        # with the judge of judge.pt
+    assert (tmp_path / "tables.md").read_text() == first
+
+
+def test_ablation_runs_each_row_once_and_writes_the_table(tmp_path, monkeypatch, capsys):
+    """Its commands are parsed by the scripts themselves; only their work is left out."""
+    calls = []
+
+    def record(args, script, *flags):
+        flags = list(map(str, flags))
+        if script == "train_moco.py":
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(train_moco, "resolve", lambda args: args)
+                parsed = train_moco.parse_args(argv=flags)
+            calls.append((Path(parsed.output_dir).name, parsed.views_dir, parsed.views, parsed.quality, parsed.seed))
+            Path(parsed.output_dir).mkdir(parents=True)
+            (Path(parsed.output_dir) / "last.pt").touch()
+        elif script == "eval_linear.py":
+            folder = Path(flags[1]).parent
+            entries = [{"protocol": "kNN", "top1": 40 + 2 * int(folder.name[-1])}, {"protocol": "linear", "top1": 50}]
+            (folder / "eval.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        return "9 views made"
+    monkeypatch.setattr(ablation, "call", record)
+    for _ in range(2):                                                  # the second time nothing is left to do
+        call(ablation, "--output-dir", tmp_path, "--jobs", 2)
+    assert len(calls) == len(set(calls)) == 21
+    views = {name.split("-")[0]: (views_dir.rsplit("-")[-1], views, quality) for name, views_dir, views, quality, _ in calls}
+    assert views == {"plain": ("none", "pair", "off"), "noise0": ("0", "pair", "off"), "noise200": ("200", "pair", "off"),
+                     "noise400": ("400", "pair", "off"), "adaptive": ("adaptive", "pair", "off"),
+                     "quality": ("adaptive", "pair", "exact"), "extra": ("adaptive", "extra", "off")}
+    assert "| plain MoCo v2 | 42.0 ± 2.0 | 50.0 ± 0.0 | 40.0, 42.0, 44.0 |" in (tmp_path / "table.md").read_text()
+    with pytest.raises(Trouble, match="other settings"):
+        call(ablation, "--output-dir", tmp_path, "--epochs", 3)
+
+
+def test_a_failing_row_is_named(tmp_path):
+    with pytest.raises(Trouble, match="generate_views.py.*error: "):
+        call(ablation, "--output-dir", tmp_path, "--data-dir", tmp_path / "nothing", "--model", tmp_path)
+
+
+def test_extra_samples_keep_the_number_of_steps(image_folder, tmp_path, monkeypatch):
+    """--views extra: originals and views in one pool, pairs of two crops of one picture, as many steps as without."""
+    images = genview.load_images("folder", image_folder, "train", 32)
+    views = 255 - images.pixels
+    pool = train_moco.expand(images, views)
+    assert len(pool.names) == 48 and torch.equal(pool.pixels[24:], views) and torch.equal(pool.labels[24:], images.labels)
+    files = genview.Images(images.names, images.labels, 2, root=Path(image_folder))
+    paths = [tmp_path / "a.png"] + [None] * 23
+    pool = train_moco.expand(files, paths)
+    assert len(pool.names) == 25 and pool.labels[24] == images.labels[0] and pool.root / pool.names[24] == tmp_path / "a.png"
+    generated = tmp_path / "views"
+    generated.mkdir()
+    for name, view in zip(images.names, views):
+        (generated / name).parent.mkdir(parents=True, exist_ok=True)
+        generate_views.Image.fromarray(view.permute(1, 2, 0).numpy()).save(generated / name)
+    seen = []
+    step = train_moco.train_step
+    monkeypatch.setattr(train_moco, "train_step", lambda *a, **k: seen.append(1) or step(*a, **k))
+    train_moco.train(train_moco.parse_args(argv=[
+        "--dataset", "folder", "--data-dir", image_folder, "--views-dir", str(generated), "--views", "extra", "--image-size", "32",
+        "--arch", "resnet10_narrow", "--batch-size", "8", "--queue", "16", "--epochs", "2", "--output-dir",
+        str(tmp_path / "run"), "--device", "cpu"]), genview.setup("cpu"))
+    assert len(seen) == 6
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["quality"] == "off"
+    assert "extra samples" in (tmp_path / "run" / "log.jsonl").read_text()
+
+
+def test_extra_samples_need_views(tmp_path):
+    with pytest.raises(Trouble, match="--views extra needs generated views"):
+        train_moco.parse_args(argv=["--dataset", "cifar10", "--views-dir", "none", "--views", "extra",
+                                    "--output-dir", str(tmp_path)])
