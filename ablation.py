@@ -60,8 +60,8 @@ def run_one(args, row, seed):
     if not (folder / "eval.jsonl").exists():
         flags = ["--views-dir", "none" if noise is None else views_dir(args, noise), *more]
         if row == "quality":                       # E is the generator's own image encoder; its component is fitted already
-            model = Path(__file__).with_name("weights") / "mini-unclip" if args.model == "mini" else Path(args.model)
-            flags += ["--encoder", model / "image_encoder", "--component", views_dir(args, noise) / "foreground.npz"]
+            encoder = "mini" if args.model == "mini" else Path(args.model) / "image_encoder"
+            flags += ["--encoder", encoder, "--component", views_dir(args, noise) / "foreground.npz"]
         resume = ["--resume"] if (folder / "last.pt").exists() else []
         call(args, "train_moco.py", "--dataset", "cifar10", "--data-dir", args.data_dir, "--limit", args.limit, "--arch",
              args.arch, "--epochs", args.epochs, "--knn-every", args.epochs, "--seed", seed, "--output-dir", folder, *flags,

@@ -29,7 +29,7 @@ import genview
 from genview import Trouble
 
 LEVELS = (0, 100, 200, 300, 400)  # of the 1,000 noising steps (release)
-MINI = dict(model="weights/mini-unclip", steps=10, guidance=1.0)      # of train_generator.py: 32 x 32, in this repository
+MINI = dict(model="mini", steps=10, guidance=1.0)      # genview.MINI, 32 x 32
 STABLE = dict(model="sd2-community/stable-diffusion-2-1-unclip", steps=20, guidance=10.0)      # (release)
 FRACTION = 0.4                    # share of all tokens that is foreground; sets the threshold alpha, Eq. 7 (release)
 ENCODER_BATCH = 8                 # always: the shape of a batch decides about rounding, and rounding can decide on a level
@@ -98,7 +98,7 @@ def load_pipeline(model, dtype, device):
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    model = Path(__file__).with_name("weights") / "mini-unclip" if model == "mini" else model
+    model = genview.MINI if model == "mini" else model
     new = tuple(int(part) for part in diffusers.__version__.split(".")[:2]) >= (0, 42)
     try:
         pipe = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(

@@ -24,6 +24,7 @@ from torchvision.ops import roi_align
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IN_MEMORY_SIZE = 64           # pictures up to this side are kept in memory as one uint8 tensor and augmented in batches
 FIT_IMAGES = 10_000           # images the foreground component is fitted on (release)
+MINI = Path(__file__).with_name("weights") / "mini-unclip"           # the miniature of Stable unCLIP, by train_generator.py
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
 
@@ -421,7 +422,7 @@ def clip_tokens(vision_model, hidden):
 
 
 class FrozenEncoder(torch.nn.Module):
-    """E: a frozen vision model of transformers, by hub id or local folder: views (N, 3, S, S) -> features (N, T, K).
+    """E: a frozen vision model of transformers, by hub id, local folder or "mini": views (N, 3, S, S) -> features (N, T, K).
 
     Views of another size than the model's are resized to it.
     """
@@ -433,6 +434,7 @@ class FrozenEncoder(torch.nn.Module):
         logging.set_verbosity_error()              # no report on the projection that is left out on purpose
         logging.disable_progress_bar()
         try:
+            name = MINI / "image_encoder" if name == "mini" else name
             config = AutoConfig.from_pretrained(name)
             is_clip = config.model_type in ("clip", "clip_vision_model")
             self.model = (CLIPVisionModel if is_clip else AutoModel).from_pretrained(name)

@@ -556,7 +556,7 @@ def parse_args(presets=PRESETS, argv=None):
                       help="pair: a generated view in each pair; extra: the paper's comparison, as further training samples")
     view.add_argument("--quality", choices=["exact", "off"], help="weights by quality (default: exact with views, else off)")
     view.add_argument("--gamma", type=float, default=1.0, help="how strongly quality counts (release: 1)")
-    view.add_argument("--encoder", default="openai/clip-vit-base-patch32", help="frozen encoder E, hub id or folder")
+    view.add_argument("--encoder", default="openai/clip-vit-base-patch32", help="frozen encoder E: hub id, folder, or mini")
     view.add_argument("--component", help="its fitted component, foreground.npz or pca_vectors.npy (default: fit one)")
     view.add_argument("--flip-foreground", action="store_true", help="turn the component to the other side")
     view.add_argument("--noise", default="adaptive", help="shapes only, whose views are made here: adaptive or 0..999")

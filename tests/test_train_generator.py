@@ -185,9 +185,7 @@ def test_ablation_runs_each_row_once_and_writes_the_table(tmp_path, monkeypatch,
     def record(args, script, *flags):
         flags = list(map(str, flags))
         if script == "train_moco.py":
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(train_moco, "resolve", lambda args: args)
-                parsed = train_moco.parse_args(argv=flags)
+            parsed = train_moco.parse_args(argv=flags)
             calls.append((Path(parsed.output_dir).name, parsed.views_dir, parsed.views, parsed.quality, parsed.seed))
             Path(parsed.output_dir).mkdir(parents=True)
             (Path(parsed.output_dir) / "last.pt").touch()
@@ -196,6 +194,7 @@ def test_ablation_runs_each_row_once_and_writes_the_table(tmp_path, monkeypatch,
             entries = [{"protocol": "kNN", "top1": 40 + 2 * int(folder.name[-1])}, {"protocol": "linear", "top1": 50}]
             (folder / "eval.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         return "9 views made"
+    monkeypatch.setattr(train_moco, "resolve", lambda args: args)
     monkeypatch.setattr(ablation, "call", record)
     for _ in range(2):                                                  # the second time nothing is left to do
         call(ablation, "--output-dir", tmp_path, "--jobs", 2)
