@@ -412,7 +412,7 @@ def parse_args():
                       help="side of the saved views (default: 32 for CIFAR, else up to 512)")
     method = parser.add_argument_group("GenView")
     method.add_argument("--model", help="hub id or local folder of a StableUnCLIPImg2ImgPipeline, or mini, the one in "
-                        f"weights (default: mini for CIFAR, else {STABLE['model']})")
+                        f"weights/ (default: mini for CIFAR if it is there, else {STABLE['model']})")
     method.add_argument("--noise", type=noise_argument, default="adaptive", help="adaptive, or one level, 0 to 999")
     method.add_argument("--steps", type=genview.at_least(1), help="denoising steps (default: 20 as the release, mini: 10)")
     method.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: 10 as the release, mini: 1)")
@@ -433,7 +433,7 @@ def parse_args():
     args = parser.parse_args()
     args.data_dir = args.data_dir or genview.default_data_dir(args.dataset)
     args.views_dir = Path(args.views_dir or genview.default_views_dir(args.dataset, args.data_dir))
-    args.model = args.model or ("mini" if args.dataset.startswith("cifar") else STABLE["model"])
+    args.model = args.model or ("mini" if args.dataset.startswith("cifar") and genview.MINI.is_dir() else STABLE["model"])
     usual = MINI if args.model == "mini" else STABLE
     args.steps, args.guidance = args.steps or usual["steps"], usual["guidance"] if args.guidance is None else args.guidance
     if args.size and args.size % 8:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-SCRIPTS = ("quality_loss", "generate_views", "train_moco", "eval_linear", "genview", "shapes")
+SCRIPTS = ("quality_loss", "generate_views", "train_moco", "eval_linear", "genview", "shapes", "train_generator",
+           "eval_generator", "ablation")
 
 
 def test_every_name_exists():

@@ -144,12 +144,25 @@ def test_loss_not_finite_is_named(image_folder, tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------- defaults, judge, table
 
-@pytest.mark.parametrize("dataset, model, steps, guidance", [
-    ("cifar10", "mini", 10, 1.0), ("imagenet", "sd2-community/stable-diffusion-2-1-unclip", 20, 10.0)])
-def test_the_generator_of_each_data_set(monkeypatch, dataset, model, steps, guidance):
+@pytest.mark.parametrize("dataset, there, model, steps, guidance", [
+    ("cifar10", True, "mini", 10, 1.0), ("cifar10", False, generate_views.STABLE["model"], 20, 10.0),
+    ("imagenet", True, generate_views.STABLE["model"], 20, 10.0)])
+def test_the_generator_of_each_data_set(monkeypatch, tmp_path, dataset, there, model, steps, guidance):
+    monkeypatch.setattr(genview, "MINI", tmp_path if there else tmp_path / "nothing")
     monkeypatch.setattr(sys, "argv", ["generate_views", "--dataset", dataset])
     args = generate_views.parse_args()
     assert (args.model, args.steps, args.guidance) == (model, steps, guidance)
+
+
+def test_mini_names_the_folder_in_the_repository(monkeypatch, trained):
+    monkeypatch.setattr(genview, "MINI", trained)
+    pipe = generate_views.load_pipeline("mini", torch.float32, "cpu")
+    encoder = genview.FrozenEncoder("mini")
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        hidden = pipe.image_encoder(x).last_hidden_state
+        torch.testing.assert_close(encoder(x), genview.clip_tokens(pipe.image_encoder.vision_model, hidden),
+                                   atol=1e-3, rtol=1e-3)
 
 
 def test_tables_of_the_judge():
