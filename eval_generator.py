@@ -106,7 +106,7 @@ def parse_args():
     parser.add_argument("--data-dir")
     parser.add_argument("--model", default="mini", help="mini, or a folder of a StableUnCLIPImg2ImgPipeline")
     parser.add_argument("--images", type=genview.at_least(2), default=1000, help="test images that are judged")
-    parser.add_argument("--epochs", type=genview.at_least(1), default=4, help="of the judge")
+    parser.add_argument("--epochs", type=genview.at_least(1), default=20, help="of the judge")
     parser.add_argument("--steps", type=genview.at_least(1), default=generate_views.MINI["steps"])
     parser.add_argument("--guidance", type=float, default=generate_views.MINI["guidance"])
     parser.add_argument("--output-dir", type=Path, default=Path("runs/eval-generator"))

@@ -328,7 +328,7 @@ def parse_args():
     parser.add_argument("--limit", type=genview.at_least(1), help="use so many pictures")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/generator"), help="becomes the pipeline's folder")
     parser.add_argument("--steps", type=genview.at_least(1), default=50_000, help="of the U-Net; the other parts take less")
-    parser.add_argument("--batch-size", type=genview.at_least(4), default=512)
+    parser.add_argument("--batch-size", type=genview.at_least(4), default=128)
     parser.add_argument("--seed", type=genview.at_least(0), default=0)
     parser.add_argument("--device", help="default: cuda, else mps, else cpu")
     parser.add_argument("--log-every", type=genview.at_least(1), default=20, help="steps")
