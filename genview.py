@@ -437,7 +437,7 @@ class FrozenEncoder(torch.nn.Module):
             name = MINI / "image_encoder" if name == "mini" else name
             config = AutoConfig.from_pretrained(name)
             is_clip = config.model_type in ("clip", "clip_vision_model")
-            self.model = (CLIPVisionModel if is_clip else AutoModel).from_pretrained(name)
+            self.model = (CLIPVisionModel if is_clip else AutoModel).from_pretrained(name).float()    # saved in half or not
         except Exception as error:                 # of several libraries, as in generate_views.load_pipeline
             raise Trouble(f"the encoder {name} could not be loaded ({type(error).__name__}): download it where there is a "
                           f"network and name its folder by --encoder (timm's models need timm), or train with --quality off; "

@@ -82,15 +82,15 @@ class ImageEncoder(nn.Module):
             projection_dim=EMBEDDING))
         self.classes = nn.Parameter(torch.randn(num_classes, EMBEDDING))                # in the place of encoded captions
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())                         # 1 / temperature, learned as CLIP's
-        self.layout = nn.Linear(EMBEDDING, 3 * 8 * 8)
+        self.layout = nn.Linear(EMBEDDING, 3 * 16 * 16)
 
     def forward(self, data, index, generator):
         x = data.pictures(index)
         c = self.model(genview.normalise(x / 2 + 0.5)).image_embeds                                     # (n, D)
         cosines = F.normalize(c, dim=1) @ F.normalize(self.classes, dim=1).T                            # (n, classes)
         captions = F.cross_entropy((self.log_scale.exp() * cosines).float(), data.labels[index % len(data.labels)])
-        thumbnail = F.avg_pool2d(x, 4).flatten(1)
-        return {"captions": captions, "layout": 10 * F.mse_loss(self.layout(c).float(), thumbnail)}
+        thumbnail = F.avg_pool2d(x, 2).flatten(1)
+        return {"captions": captions, "layout": 40 * F.mse_loss(self.layout(c).float(), thumbnail)}
 
 
 # ------------------------------------------------------------------------------------------- part 3: the denoising U-Net
