@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import genview
+from generate_views import MINI
 from genview import Trouble, say
 
 # row: (name in the table, noise of its views, further flags of train_moco.py)
@@ -31,9 +32,9 @@ ROWS = {
 }
 
 
-def call(args, script, *flags):
-    """Runs a script of this repository with its share of the cores; Trouble with its last line where it fails."""
-    threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
+def call(jobs, script, *flags):
+    """Runs a script of this repository beside jobs - 1 others; Trouble with its last line where it fails."""
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
     command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": threads})
     if done.returncode:
@@ -47,9 +48,9 @@ def views_dir(args, noise):
 
 def make_views(args, noise):
     start = time.time()
-    text = call(args, "generate_views.py", "--dataset", "cifar10", "--data-dir", args.data_dir, "--model", args.model,
+    text = call(1, "generate_views.py", "--dataset", "cifar10", "--data-dir", args.data_dir, "--model", args.model,
                 "--noise", noise, "--views-dir", views_dir(args, noise), "--limit", args.limit, "--batch-size", 100,
-                "--seed", 0)
+                "--steps", MINI["steps"], "--guidance", MINI["guidance"])
     say(f"views, noise {noise}: {text.strip().splitlines()[-1]} ({time.time() - start:.0f} s)")
 
 
@@ -63,10 +64,10 @@ def run_one(args, row, seed):
             encoder = "mini" if args.model == "mini" else Path(args.model) / "image_encoder"
             flags += ["--encoder", encoder, "--component", views_dir(args, noise) / "foreground.npz"]
         resume = ["--resume"] if (folder / "last.pt").exists() else []
-        call(args, "train_moco.py", "--dataset", "cifar10", "--data-dir", args.data_dir, "--limit", args.limit, "--arch",
+        call(args.jobs, "train_moco.py", "--dataset", "cifar10", "--data-dir", args.data_dir, "--limit", args.limit, "--arch",
              args.arch, "--epochs", args.epochs, "--knn-every", args.epochs, "--seed", seed, "--output-dir", folder, *flags,
              *resume)
-        call(args, "eval_linear.py", "--checkpoint", folder / "last.pt", "--seed", seed)
+        call(args.jobs, "eval_linear.py", "--checkpoint", folder / "last.pt", "--seed", seed)
     top1 = result(args, row, seed)
     say(f"{row}, seed {seed}: kNN {top1['kNN']:.1f}%, linear {top1['linear']:.1f}% ({time.time() - start:.0f} s)")
 
@@ -104,7 +105,7 @@ def check_settings(args):
 def parse_args():
     parser = argparse.ArgumentParser(description="MoCo v2 on CIFAR-10 with and without each part of GenView.")
     parser.add_argument("--data-dir", default="data", help="CIFAR-10 (default: data)")
-    parser.add_argument("--model", default="mini", help="the generator: mini, or a folder (default: mini)")
+    parser.add_argument("--model", default="mini", help="the generator: mini, or a folder of train_generator.py (default: mini)")
     parser.add_argument("--arch", default="resnet10_narrow", help="default: resnet10_narrow, for CPUs")
     parser.add_argument("--limit", type=genview.at_least(256), default=10_000, help="training images (default: 10000)")
     parser.add_argument("--epochs", type=genview.at_least(1), default=20, help="default: 20")

@@ -195,7 +195,7 @@ def test_ablation_runs_each_row_once_and_writes_the_table(tmp_path, monkeypatch,
     """Its commands are parsed by the scripts themselves; only their work is left out."""
     calls = []
 
-    def record(args, script, *flags):
+    def record(jobs, script, *flags):
         flags = list(map(str, flags))
         if script == "train_moco.py":
             parsed = train_moco.parse_args(argv=flags)
