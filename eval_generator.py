@@ -22,20 +22,20 @@ from generate_views import LEVELS
 from genview import say
 
 
-def train_judge(args, world):
-    """A classifier (backbone, head) trained with all labels, kept in judge.pt."""
-    images = genview.load_images(args.dataset, args.data_dir, "train", 32)
+def train_judge(args, num_classes, world):
+    """A classifier (backbone, head) trained with all labels, kept in a file."""
     backbone, dim = genview.make_backbone("resnet10_narrow", small_stem=True)
     backbone.to(world.device, memory_format=torch.channels_last)
-    path = args.output_dir / "judge.pt"
+    path = args.output_dir / f"judge-{args.dataset}-{args.epochs}-{args.seed}.pt"
     if path.exists():
         state = genview.load_checkpoint(path)
-        head = eval_linear.zero_linear(dim, images.num_classes).to(world.device)
+        head = eval_linear.zero_linear(dim, num_classes).to(world.device)
         backbone.load_state_dict(state["backbone"])
         head.load_state_dict(state["head"])
     else:
         settings = SimpleNamespace(labels=1.0, seed=args.seed, lr=0.1, backbone_lr=0.1, batch_size=128, epochs=args.epochs,
                                    image_size=32, workers=0, skip_bad=False)
+        images = genview.load_images(args.dataset, args.data_dir, "train", 32)
         head = eval_linear.finetune(backbone, dim, images, settings, world)
         genview.write_whole(path, lambda temporary: torch.save(
             {"backbone": backbone.state_dict(), "head": head.state_dict()}, temporary))
@@ -127,7 +127,7 @@ def main():
     images = genview.load_images(args.dataset, args.data_dir, "test", 32, args.images)
     draw_samples(pipe, Data(images.pixels.to(world.device), images.labels, False), args.output_dir / "samples.png",
                  args.steps, args.guidance)
-    judge = train_judge(args, world)
+    judge = train_judge(args, images.num_classes, world)
     encoded = list(generate_views.encode_all(pipe, images, range(len(images.names))))
     tokens, c = (torch.cat([part[k] for part in encoded]) for k in (1, 2))
     v1, alpha = genview.fit_foreground(tokens.cpu(), (8, 8), generate_views.FRACTION)
@@ -138,7 +138,7 @@ def main():
     text = tables(images.labels, look(judge, images.pixels, world), look(judge, kept, world), kept, images.pixels, by_level,
                   proportion)
     genview.write_whole(args.output_dir / "tables.md", lambda temporary: temporary.write_text(text))
-    say(f"{text}\n{json.dumps(vars(args), default=str)}\n{args.output_dir}: tables.md, samples.png, judge.pt")
+    say(f"{text}\n{json.dumps(vars(args), default=str)}\n{args.output_dir}: tables.md, samples.png, the judge")
 
 
 if __name__ == "__main__":

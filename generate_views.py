@@ -29,7 +29,7 @@ import genview
 from genview import Trouble
 
 LEVELS = (0, 100, 200, 300, 400)  # of the 1,000 noising steps (release)
-MINI = dict(model="mini", steps=10, guidance=1.0)      # genview.MINI, 32 x 32
+MINI = dict(steps=10, guidance=1.0)                    # for train_generator.py's, 32 x 32
 STABLE = dict(model="sd2-community/stable-diffusion-2-1-unclip", steps=20, guidance=10.0)      # (release)
 FRACTION = 0.4                    # share of all tokens that is foreground; sets the threshold alpha, Eq. 7 (release)
 ENCODER_BATCH = 8                 # always: the shape of a batch decides about rounding, and rounding can decide on a level
@@ -91,14 +91,20 @@ def noise_level(proportion):
 
 # ---------------------------------------------------------------------------------------- the frozen models: CLIP, unCLIP
 
-def load_pipeline(model, dtype, device):
-    """Stable unCLIP: the generator G, its noise on embeddings, and CLIP's image encoder C. Trouble where it is not there."""
+def quieten():
+    """No warnings and progress bars of the libraries' own."""
     import diffusers
     import transformers
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    model = genview.MINI if model == "mini" else model
+
+
+def load_pipeline(model, dtype, device):
+    """Stable unCLIP: the generator G, its noise on embeddings, and CLIP's image encoder C. Trouble where it is not there."""
+    import diffusers
+    quieten()
+    model = genview.mini() if model == "mini" else model
     new = tuple(int(part) for part in diffusers.__version__.split(".")[:2]) >= (0, 42)
     try:
         pipe = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(

@@ -415,6 +415,14 @@ class CropPairs(torch.utils.data.Dataset):
 
 # ----------------------------------------------------------------------------------- the frozen encoder and its foreground
 
+def mini():
+    """The folder that "mini" names; Trouble where it is not there."""
+    if not MINI.is_dir():
+        raise Trouble(f"there is no {MINI.parent.name}/{MINI.name} here: train_generator.py trains such a generator, whose folder "
+                      f"can be named instead of mini")
+    return MINI
+
+
 def clip_tokens(vision_model, hidden):
     """Patch tokens of a CLIP vision model: last hidden state (N, 1 + T, K) -> (N, T, K), final layer norm applied to each,
     class token left out (section "adaptive view generation", step 1)."""
@@ -433,8 +441,8 @@ class FrozenEncoder(torch.nn.Module):
         from transformers import AutoConfig, AutoModel, CLIPVisionModel, logging
         logging.set_verbosity_error()              # no report on the projection that is left out on purpose
         logging.disable_progress_bar()
+        name = mini() / "image_encoder" if name == "mini" else name
         try:
-            name = MINI / "image_encoder" if name == "mini" else name
             config = AutoConfig.from_pretrained(name)
             is_clip = config.model_type in ("clip", "clip_vision_model")
             self.model = (CLIPVisionModel if is_clip else AutoModel).from_pretrained(name).float()    # saved in half or not

@@ -24,12 +24,12 @@ import torchvision
 from torch import nn
 
 import genview
+from generate_views import LEVELS, MINI, quieten
 from genview import Trouble, say
 
 SIZE = 32                              # side of the pictures
 EMBEDDING = 192                        # D
 LATENT_CHANNELS = 16                   # of 8 x 8 latents: a third of the picture's numbers
-LEVELS = (0, 100, 200, 300, 400)       # noise levels of GenView, drawn in samples.png
 
 
 class Recipe(NamedTuple):
@@ -86,11 +86,17 @@ class ImageEncoder(nn.Module):
 
     def forward(self, data, index, generator):
         x = data.pictures(index)
-        c = self.model(genview.normalise(x / 2 + 0.5)).image_embeds                                     # (n, D)
+        c = embed(self.model, x)                                                                        # (n, D)
+        # captions = -log(exp(s cos(c, t_y)) / sum_k exp(s cos(c, t_k))),  t_k the embedding of class k, y the picture's
         cosines = F.normalize(c, dim=1) @ F.normalize(self.classes, dim=1).T                            # (n, classes)
         captions = F.cross_entropy((self.log_scale.exp() * cosines).float(), data.labels[index % len(data.labels)])
         thumbnail = F.avg_pool2d(x, 2).flatten(1)
         return {"captions": captions, "layout": 40 * F.mse_loss(self.layout(c).float(), thumbnail)}
+
+
+def embed(model, x):
+    """C: pictures x (n, 3, 32, 32) in [-1, 1] -> c (n, D); the model sees them normalised as CLIP's."""
+    return model(genview.normalise(x / 2 + 0.5)).image_embeds
 
 
 # ------------------------------------------------------------------------------------------- part 3: the denoising U-Net
@@ -119,11 +125,12 @@ class Generator(nn.Module):
         z, c = (numbers[index].float() for numbers in data)            # latents and embeddings of pictures
         n, device = len(z), z.device
         draw = dict(generator=generator, device=device)
-        # Noise levels l: half of them 0, as most of GenView's are low, the others uniform in [0, 500).
+        # Noise levels l: half of them 0, where there is most to learn, the others uniform in [0, 500).
         level = torch.randint(500, (n,), **draw) * (torch.rand(n, **draw) < 0.5)
         condition = noised(c, level, torch.randn(c.shape, **draw), self.normalizer, self.image_noise)   # (n, 2 D)
         condition = condition * (torch.rand(n, 1, **draw) >= 0.1)      # none for a tenth: classifier-free guidance
         noise, t = torch.randn(z.shape, **draw), torch.randint(1000, (n,), **draw)
+        # z_t = sqrt(abar_t) z + sqrt(1 - abar_t) e;  to predict: v = sqrt(abar_t) e - sqrt(1 - abar_t) z
         z_t = self.scheduler.add_noise(z, noise, t)
         words = z.new_zeros(n, 1, 16)                                  # no attention looks at them
         v = self.unet(z_t, t, words, class_labels=condition).sample
@@ -133,13 +140,13 @@ class Generator(nn.Module):
 def noised(c, level, noise, normalizer, scheduler):
     r"""What the U-Net is told about an image: its embedding with noise of level l, and l.
 
-    z^l = sqrt(abar_l) c + sqrt(1 - abar_l) e,  e ~ N(0, I);    condition = (z^l, sinusoids of l)
+    z^l = mean + std (sqrt(abar_l) (c - mean) / std + sqrt(1 - abar_l) e),  e ~ N(0, I);    condition = (z^l, sinusoids of l)
 
     Args:
         c: embeddings (n, D).
         level: l (n,), of the 1,000 noising steps.
         noise: e (n, D).
-        normalizer: the noise is added to c scaled to mean 0 and variance 1, which is undone afterwards.
+        normalizer: has mean and std of c over the data.
         scheduler: has abar.
     Returns:
         (n, 2 D), as StableUnCLIPImg2ImgPipeline.noise_image_embeddings computes it.
@@ -194,16 +201,11 @@ def fit(part, net, data, size, args, world, state, show=lambda ema: None):
         index = torch.randint(size, (batch,), generator=generator, device=world.device)
         with world.autocast():
             losses = net(data, index, generator)
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        decay = min(0.999, (1 + step) / (10 + step))                   # a long memory only when there is something to keep
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+        descend(net, ema, optimizer, sum(losses.values()), step)
         window.append(torch.stack([value.detach() for value in losses.values()]))
         done = step + 1 == steps
-        if (step + 1) % args.log_every == 0 or done:
+        due = done or time.time() - saved > 60 * args.save_minutes     # a checkpoint
+        if (step + 1) % args.log_every == 0 or due:
             means = dict(zip(losses, torch.stack(window).mean(0).tolist()))
             if not all(map(math.isfinite, means.values())):
                 raise Trouble(f"the loss of the {part} is not finite at step {step + 1}: {means}; "
@@ -211,15 +213,25 @@ def fit(part, net, data, size, args, world, state, show=lambda ema: None):
             log(args, dict(part=part, step=step + 1, lr=rate, time=round(time.time(), 1), **means))
             bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()})
             window = []
-        if done or time.time() - saved > 60 * args.save_minutes:
-            progress.update(step=step + 1, ema=ema.state_dict())
-            progress.update(net=net.state_dict(), optimizer=optimizer.state_dict())
+        if due:
+            show(ema)                                                  # first: once last.pt says done, nobody comes back
+            progress.update(step=step + 1, ema=ema.state_dict(), net=net.state_dict(), optimizer=optimizer.state_dict())
             if done:                                                   # of a finished part the average is enough
                 del progress["net"], progress["optimizer"]
             genview.write_whole(args.output_dir / "last.pt", lambda temporary: torch.save(state, temporary))
-            show(ema)
             saved = time.time()
     return ema
+
+
+def descend(net, ema, optimizer, loss, step):
+    """A step of the optimizer, then of the moving average."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    optimizer.step()
+    decay = min(0.999, (1 + step) / (10 + step))                       # a long memory only when there is something to keep
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
 def log(args, line):
@@ -278,11 +290,11 @@ def assemble(vae, encoder, generator):
 
 
 @torch.inference_mode()
-def draw_samples(pipe, data, path, steps=10, guidance=1.0, columns=16):
+def draw_samples(pipe, data, path, steps=MINI["steps"], guidance=MINI["guidance"], columns=16):
     """Rows: pictures, what the autoencoder keeps of them, a view at each noise level."""
     x = data.pictures(genview.spaced(len(data.pixels), columns).to(data.pixels.device))
     kept = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample
-    c = pipe.image_encoder(genview.normalise(x / 2 + 0.5)).image_embeds
+    c = embed(pipe.image_encoder, x)
     prompt = pipe.encode_prompt("", x.device, 1, False)[0].repeat(len(x), 1, 1)
     pipe.set_progress_bar_config(disable=True)
     views = [pipe(image_embeds=c, noise_level=level, prompt_embeds=prompt,
@@ -306,7 +318,7 @@ def train(args, world):
     vae = fit("autoencoder", Autoencoder(), data, data.size, args, world, state).vae
     encoder = fit("encoder", ImageEncoder(images.num_classes), data, data.size, args, world, state).model
     latents = encode(data, world, lambda x: vae.encode(x).latent_dist.mean)
-    embeddings = encode(data, world, lambda x: encoder(genview.normalise(x / 2 + 0.5)).image_embeds)
+    embeddings = encode(data, world, lambda x: embed(encoder, x))
     vae.register_to_config(scaling_factor=1 / latents.float().std().item())        # so that scaled latents have variance 1
     normalizer = StableUnCLIPImageNormalizer(EMBEDDING).requires_grad_(False)
     normalizer.mean.copy_(embeddings.float().mean(0, keepdim=True))
@@ -341,6 +353,7 @@ def parse_args():
 def main():
     args = parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    quieten()
     train(args, genview.setup(args.device))
     say(f"{args.output_dir} is a StableUnCLIPImg2ImgPipeline, {args.output_dir}/samples.png shows what it draws; next:\n"
         f"  python generate_views.py --dataset cifar10 --model {args.output_dir} --steps 10 --guidance 1")

@@ -165,6 +165,13 @@ def test_mini_names_the_folder_in_the_repository(monkeypatch, trained):
                                    atol=1e-3, rtol=1e-3)
 
 
+def test_mini_that_is_not_there_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(genview, "MINI", tmp_path / "weights" / "mini-unclip")
+    for load in (lambda: generate_views.load_pipeline("mini", torch.float32, "cpu"), lambda: genview.FrozenEncoder("mini")):
+        with pytest.raises(Trouble, match="no weights/mini-unclip here: train_generator.py"):
+            load()
+
+
 def test_tables_of_the_judge():
     truth, original = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 0])
     unit = torch.eye(4)

@@ -2,12 +2,13 @@
 
 They are of the real classes, so that the scripts run as they do with the real models, in seconds and offline.
 """
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+
+import train_generator
 
 
 def clip_vision_model(seed=0):
@@ -34,7 +35,7 @@ def save_pipeline(folder):
     """Saves a StableUnCLIPImg2ImgPipeline for 32 x 32 pixels (latents of 16 x 16 x 4). Returns the folder as text."""
     from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableUnCLIPImg2ImgPipeline, UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
-    from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPImageProcessor
     folder = Path(folder)
     image_encoder = clip_vision_model()
     unet = UNet2DConditionModel(
@@ -43,11 +44,10 @@ def save_pipeline(folder):
         cross_attention_dim=16, class_embed_type="projection", projection_class_embeddings_input_dim=2 * 16)
     vae = AutoencoderKL(block_out_channels=(16, 16), latent_channels=4, norm_num_groups=4, sample_size=32,
                         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
-    text_encoder = CLIPTextModel(CLIPTextConfig(
-        vocab_size=3, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1, projection_dim=16))
+    folder.mkdir(parents=True, exist_ok=True)
+    text_encoder, tokenizer = train_generator.text_side(folder)
     pipe = StableUnCLIPImg2ImgPipeline(
-        image_encoder=image_encoder, unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=_tokenizer(folder),
+        image_encoder=image_encoder, unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer,
         feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
         image_normalizer=StableUnCLIPImageNormalizer(embedding_dim=16),
         image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
@@ -55,16 +55,6 @@ def save_pipeline(folder):
                                 set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction"))
     pipe.save_pretrained(folder)
     return str(folder)
-
-
-def _tokenizer(folder):
-    """A CLIP tokenizer of three words."""
-    from transformers import CLIPTokenizer
-    folder.mkdir(parents=True, exist_ok=True)
-    vocabulary, merges = folder / "words.json", folder / "merges.txt"
-    vocabulary.write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}))
-    merges.write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(vocabulary), str(merges), model_max_length=8)
 
 
 def save_images(folder, per_class=12, size=32, classes=("cat", "dog"), seed=0):
