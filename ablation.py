@@ -28,6 +28,7 @@ ROWS = {
     "noise400": ("+ views, constant noise 400", 400, ["--quality", "off"]),
     "adaptive": ("+ views, adaptive noise", "adaptive", ["--quality", "off"]),
     "quality": ("+ views, adaptive noise, quality weights", "adaptive", ["--quality", "exact"]),
+    "cached": ("+ views, adaptive noise, cached quality weights", "adaptive", ["--quality", "cached"]),
     "extra": ("the same images as extra samples", "adaptive", ["--views", "extra", "--quality", "off"]),
 }
 
@@ -60,7 +61,7 @@ def run_one(args, row, seed):
     folder, start = args.output_dir / f"{row}-{seed}", time.time()
     if not {"kNN", "linear"} <= result(args, row, seed).keys():
         flags = ["--views-dir", "none" if noise is None else views_dir(args, noise), *more]
-        if row == "quality":                       # E is the generator's own image encoder; its component is fitted already
+        if row in ("quality", "cached"):           # E is the generator's own image encoder; its component is fitted already
             encoder = "mini" if args.model == "mini" else Path(args.model) / "image_encoder"
             flags += ["--encoder", encoder, "--component", views_dir(args, noise) / "foreground.npz"]
         resume = ["--resume"] if (folder / "last.pt").exists() else []

@@ -332,6 +332,12 @@ def step_generator(*numbers):
     return torch.Generator().manual_seed(seed & (2 ** 63 - 1))
 
 
+class Place(NamedTuple):
+    """Which parts of which pictures the views of a batch are: all that --quality cached needs to know."""
+    row: torch.Tensor                              # (n,) i for image X_i, N + i for its generated view
+    box: torch.Tensor                              # (n, 4) x1, y1, x2, y2 of the crop, as shares of width and height
+
+
 class PairLoader:
     """The positive pairs P_i1 = t1(X_i), P_i2 = t2(X_i^+) of the paper (section "framework"), in batches.
 
@@ -351,40 +357,52 @@ class PairLoader:
             self.others = self.pixels if views is None else views.to(world.device)
 
     def epoch(self, epoch):
-        """Yields index (n,), view1 and view2 (n, 3, S, S): this process's share of each batch."""
+        """Yields index (n,), view1 and view2 (n, 3, S, S) and the two Places: this process's share of each batch."""
+        for index, crops, u, orders, places in self.crops(epoch):
+            view1, view2 = (recolour(x, u[:, v], orders[v], self.augmentations[v]) for v, x in enumerate(crops))
+            yield index, view1, view2, places
+
+    def crops(self, epoch):
+        """The same before the colours: index (n,), two crops (n, 3, S, S) in [0, 1], and for recolour u (n, 2, 10) and two
+        orders; the two Places."""
         order = torch.randperm(len(self.images.names), generator=step_generator(self.seed, epoch))
         n = self.batch_size // self.world.size
         share = slice(self.world.rank * n, (self.world.rank + 1) * n)
         batches = [order[i * self.batch_size:][:self.batch_size][share] for i in range(self.steps)]
         crops = self._crops_in_memory if self.images.pixels is not None else self._crops_of_files
         draws = (self._draw(epoch, step, share) for step in range(self.steps))
-        for index, (u, orders), pair in crops(batches, draws, epoch):
-            view1, view2 = (recolour(x, u[:, v, -10:], orders[v], self.augmentations[v]) for v, x in enumerate(pair))
-            yield index, view1, view2
+        for index, (_, u, orders), pair, boxes, generated in crops(batches, draws, epoch):
+            rows = index[:, None] + len(self.images.names) * generated              # (n, 2)
+            yield index, pair, u[:, :, -10:], orders, [Place(rows[:, v], boxes[:, v]) for v in (0, 1)]
 
     def _draw(self, epoch, step, share):
         """All random numbers of a step, the same in every process: (n, 2 views, COLUMNS) of this one's share."""
         generator = step_generator(self.seed, epoch, step)
         orders = [torch.randperm(4, generator=generator).tolist() for _ in range(2)]
         u = torch.rand(self.batch_size, 2, COLUMNS, generator=generator)[share]
-        return u.to(self.world.device, non_blocking=True), orders
+        first = u[:, 0, -11] < 0.5                 # pictures in memory: the generated one is view 1
+        return first, u.to(self.world.device, non_blocking=True), orders
 
     def _crops_in_memory(self, batches, draws, epoch):
-        for index, (u, orders) in zip(batches, draws):
+        for index, (first, u, orders) in zip(batches, draws):
             on_device = index.to(self.pixels.device)
             image, other = self.pixels[on_device], self.others[on_device]           # X_i, X_i^+
-            first = (u[:, 0, -11] < 0.5)[:, None, None, None]                       # the generated one is view 1
-            pair = torch.where(first, other, image), torch.where(first, image, other)
+            swap = first.to(self.pixels.device)[:, None, None, None]
+            pair = torch.where(swap, other, image), torch.where(swap, image, other)
             boxes = [crop_boxes(u[:, v, :-11].unflatten(1, (CROP_TRIES, 4)), *image.shape[2:], self.augmentations[v].scale)
                      for v in (0, 1)]
-            yield index, (u, orders), [crop(x, b, self.image_size) / 255 for x, b in zip(pair, boxes)]
+            views = [crop(x, b, self.image_size) / 255 for x, b in zip(pair, boxes)]
+            shares = torch.stack(boxes, 1) / boxes[0].new_tensor(image.shape[2:]).flip(0).repeat(2)
+            generated = torch.stack([first, ~first], 1) & (self.others is not self.pixels)
+            yield index, (first, u, orders), views, shares, generated
 
     def _crops_of_files(self, batches, draws, epoch):
         dataset = CropPairs(self.images, self.views, self.augmentations, self.image_size, self.seed, epoch, self.skip_bad)
         loader = torch.utils.data.DataLoader(dataset, batch_sampler=[b.tolist() for b in batches], num_workers=self.workers,
                                              pin_memory=self.world.device.type == "cuda")
-        for (index, *pair), (u, orders) in zip(loader, draws):
-            yield index, (u, orders), [x.to(self.world.device, non_blocking=True).float() / 255 for x in pair]
+        for (index, *pair, boxes, generated), draw in zip(loader, draws):
+            views = [x.to(self.world.device, non_blocking=True).float() / 255 for x in pair]
+            yield index, draw, views, boxes.to(self.world.device, non_blocking=True), generated
 
 
 class CropPairs(torch.utils.data.Dataset):
@@ -404,13 +422,14 @@ class CropPairs(torch.utils.data.Dataset):
             if not self.skip_bad:
                 raise
             return self[(index + 1) % len(self.images.names)]
-        pair = (other, image) if u[0, -11] < 0.5 else (image, other)
-        views = []
-        for v, x in enumerate(pair):
-            box = crop_boxes(u[v, None, :-11].unflatten(1, (CROP_TRIES, 4)), x.height, x.width, self.augmentations[v].scale)
+        first = bool(u[0, -11] < 0.5)              # the generated one is view 1
+        views, boxes = [], []
+        for v, x in enumerate((other, image) if first else (image, other)):
+            box = crop_boxes(u[v, None, :-11].unflatten(1, (CROP_TRIES, 4)), x.height, x.width, self.augmentations[v].scale)[0]
             size = (self.image_size, self.image_size)
-            views.append(to_tensor(x.resize(size, Image.Resampling.BILINEAR, box=tuple(box[0].tolist()))))
-        return index, *views
+            views.append(to_tensor(x.resize(size, Image.Resampling.BILINEAR, box=tuple(box.tolist()))))
+            boxes.append(box / box.new_tensor([x.width, x.height, x.width, x.height]))
+        return index, *views, torch.stack(boxes), torch.tensor([first, not first]) & (self.views is not None)
 
 
 # ----------------------------------------------------------------------------------- the frozen encoder and its foreground
@@ -479,15 +498,19 @@ def fit_foreground(tokens, grid, fraction=0.4):
     """
     if tokens.ndim != 3 or grid[0] * grid[1] != tokens.shape[1]:
         raise ValueError(f"tokens must be (N, {grid[0] * grid[1]}, K) for the grid {tuple(grid)}, got {tuple(tokens.shape)}")
+    v1 = torch.linalg.eigh(moments(tokens)[1])[1][:, -1].float()       # eigh sorts upwards: the last has the largest eigenvalue
+    return orient_foreground(v1, tokens, grid, fraction)
+
+
+def moments(tokens):
+    """Mean (K,) and covariance (K, K) of tokens (N, T, K), in float64."""
     shift = tokens[:256].float().mean((0, 1))      # near enough to the mean to keep the sums below precise
     first, second = 0.0, 0.0
     for part in tokens.split(256):                 # in parts: the tokens may be half precision, and large
         x = part.float().flatten(0, 1) - shift                                      # (n T, K)
         first, second = first + x.double().sum(0), second + (x.T @ x).double()
     count = tokens.shape[0] * tokens.shape[1]
-    cov = second / count - torch.outer(first, first) / count ** 2                   # (K, K)
-    v1 = torch.linalg.eigh(cov)[1][:, -1].float()  # eigh sorts upwards: the last has the largest eigenvalue
-    return orient_foreground(v1, tokens, grid, fraction)
+    return shift + first / count, second / count - torch.outer(first, first) / count ** 2
 
 
 def orient_foreground(component, tokens, grid, fraction=0.4):

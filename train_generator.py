@@ -213,7 +213,7 @@ def fit(part, net, data, size, args, world, state, show=lambda ema: None):
                 raise Trouble(f"the loss of the {part} is not finite at step {step + 1}: {means}; "
                               f"the same command goes on from the last checkpoint, which is whole")
             log(args, dict(part=part, step=step + 1, lr=rate, time=round(time.time(), 1), **means))
-            bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()})
+            bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()}, refresh=False)
             window = []
         if due:
             show(ema)                                                  # first: once last.pt says done, nobody comes back

@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 import genview
+from cached_quality import CachedQuality, features_file
 from eval_linear import extract_features, knn_accuracy
 from genview import Augmentation, PairLoader, Trouble
 from quality_loss import info_nce, info_nce_in_batch, pair_quality, quality_weights
@@ -184,6 +185,12 @@ class MoCoV3(Momentum):
 METHODS = {"mocov2": MoCoV2, "mocov3": MoCoV3}
 
 
+def compile_method(method):
+    """torch.compile for the networks alone: the loss and the queue are cheap, and stay what one reads."""
+    for network in (method.query, method.key):
+        network.compile()
+
+
 @torch.no_grad()
 def similarities(q, k, negatives, positives=0):
     """Health read-outs: the mean cosine of positive pairs (should rise) and of others (should stay near 0).
@@ -194,14 +201,15 @@ def similarities(q, k, negatives, positives=0):
 
 # ------------------------------------------------------------------------------------------------------------- the step
 
-def train_step(method, optimizer, view1, view2, quality_of, gamma, progress, world):
+def train_step(method, optimizer, view1, view2, places, quality_of, gamma, progress, world):
     """One step of GenView. method: MoCo, wrapped for several processes or not; progress: share of training done.
-    quality_of: views -> q, s^f, s^b of each pair (section "quality-driven contrastive loss"), or None: equal weights.
+    places: of what the views are crops, for --quality cached. quality_of: views and places -> q, s^f, s^b of each pair
+    (section "quality-driven contrastive loss"), or None: equal weights.
     Returns the loss and read-outs, scalars on the device."""
     with world.autocast():
         weights = None
         if quality_of is not None:
-            quality, s_f, s_b = quality_of(view1, view2)                          # q_i = s_i^f - s_i^b           (N,)
+            quality, s_f, s_b = quality_of(view1, view2, places)                  # q_i = s_i^f - s_i^b           (N,)
             weights = quality_weights(quality, gamma, world.group)                # w_i = n exp(gamma q_i) / sum  (N,)
         getattr(method, "module", method).update_key(progress)                    # theta_k <- m theta_k + (1 - m) theta_q
         loss, readouts = method(view1, view2, weights, world)                     # L = (1/n) sum_i w_i l_i
@@ -221,7 +229,7 @@ class PairQuality:
         self.encoder, self.component = encoder, component
 
     @torch.no_grad()
-    def __call__(self, view1, view2):
+    def __call__(self, view1, view2, places):
         return pair_quality(self.encoder(view1), self.encoder(view2), self.component)
 
 
@@ -347,8 +355,10 @@ def prepare(args, images, world):
     encoder = encoder.to(world.device, memory_format=torch.channels_last)
     if component is None:
         component = find_component(encoder, images, args, world)
-    component = component.to(world.device)
-    return views, PairQuality(encoder, -component if args.flip_foreground else component)
+    component = (-component if args.flip_foreground else component).to(world.device)
+    if args.quality == "cached":
+        return views, CachedQuality(features_file(encoder, images, views, component, args, world), world.device)
+    return views, PairQuality(encoder, component)
 
 
 def expand(images, views):
@@ -382,7 +392,9 @@ def train(args, world, make_method=METHODS.get):
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     if start == 0 and args.start_batches:
         with world.autocast():
-            method.start(view1 for _, view1, _ in itertools.islice(loader.epoch(0), args.start_batches))
+            method.start(view1 for _, view1, _, _ in itertools.islice(loader.epoch(0), args.start_batches))
+    if args.compile:
+        compile_method(method)
     wrapped = method
     if world.size > 1:
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")    # its successor is only in newer versions
@@ -405,14 +417,14 @@ def train_epoch(args, world, epoch, loader, method, optimizer, quality_of, run):
     method.train()
     bar = genview.progress(loader.epoch(epoch), f"epoch {epoch + 1}/{args.epochs}", "batch", total=loader.steps)
     began, pending, chance = time.time(), [], getattr(method, "module", method).chance
-    for step, (_, view1, view2) in enumerate(bar):
+    for step, (_, view1, view2, places) in enumerate(bar):
         view1, view2 = (v.contiguous(memory_format=torch.channels_last) for v in (view1, view2))
         if epoch == step == 0:
-            draw_pairs(run, view1, view2, quality_of)
+            draw_pairs(run, view1, view2, places, quality_of)
         done = epoch + step / loader.steps
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, done)
-        pending.append(train_step(method, optimizer, view1, view2, quality_of, args.gamma, done / args.epochs, world))
+        pending.append(train_step(method, optimizer, view1, view2, places, quality_of, args.gamma, done / args.epochs, world))
         if (step + 1) % args.log_every == 0 or step + 1 == loader.steps:
             means = average(pending, epoch * loader.steps + step + 1, world, run)
             speed = (step + 1) * args.batch_size / (time.time() - began)
@@ -497,7 +509,7 @@ class Run:
 def resume(args, method, optimizer):
     """Loads --resume's checkpoint into method and optimizer; returns the number of epochs done."""
     state = genview.load_checkpoint(args.resume)
-    free = {"output_dir", "resume", "device", "workers", "knn_every", "log_every"}                   # may change
+    free = {"output_dir", "resume", "device", "compile", "workers", "knn_every", "log_every"}                   # may change
     now, then = vars(args), state.get("args", {}) if isinstance(state, dict) else {}
     for key in now.keys() - free:
         if key not in then or then[key] != now[key]:
@@ -512,12 +524,12 @@ def duration(seconds):
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
 
-def draw_pairs(run, view1, view2, quality_of, columns=8, rows=3, cell=96):
+def draw_pairs(run, view1, view2, places, quality_of, columns=8, rows=3, cell=96):
     """pairs.png: pairs of the first batch from best to worst quality, scores beneath, the extremes framed (cf. Fig. 5)."""
     if not run.first:
         return
     with run.world.autocast():
-        scores = torch.stack(quality_of(view1, view2)).T.cpu() if quality_of else None               # (N, 3)
+        scores = torch.stack(quality_of(view1, view2, places)).T.cpu() if quality_of else None       # (N, 3)
     order = scores[:, 0].argsort(descending=True) if quality_of else torch.arange(len(view1))
     order = order[torch.linspace(0, len(order) - 1, min(columns * rows, len(order))).long()]
     width, height = 2 * cell + 12, cell + 24
@@ -554,7 +566,9 @@ def parse_args(presets=PRESETS, argv=None):
     view.add_argument("--views-dir", help="folder of generated views, or none (default: where generate_views.py puts them)")
     view.add_argument("--views", choices=["pair", "extra"], default="pair",
                       help="pair: a generated view in each pair; extra: the paper's comparison, as further training samples")
-    view.add_argument("--quality", choices=["exact", "off"], help="weights by quality (default: exact with views, else off)")
+    view.add_argument("--quality", choices=["exact", "cached", "off"],
+                      help="weights by quality; cached: nearly the same at next to no cost (default: exact with views, else off)")
+    view.add_argument("--cached-components", type=genview.at_least(1), default=64, help="numbers kept of E's features")
     view.add_argument("--gamma", type=float, default=1.0, help="how strongly quality counts (release: 1)")
     view.add_argument("--encoder", default="openai/clip-vit-base-patch32", help="frozen encoder E: hub id, folder, or mini")
     view.add_argument("--component", help="its fitted component, foreground.npz or pca_vectors.npy (default: fit one)")
@@ -565,6 +579,7 @@ def parse_args(presets=PRESETS, argv=None):
     runtime.add_argument("--resume", nargs="?", const="last", help="a last.pt; without PATH the one in --output-dir")
     runtime.add_argument("--seed", type=genview.at_least(0), default=0)
     runtime.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    runtime.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps on GPUs")
     runtime.add_argument("--workers", type=genview.at_least(0), default=4, help="processes that read large images")
     runtime.add_argument("--log-every", type=genview.at_least(1), default=10, help="steps")
     recipe = parser.add_argument_group("recipe (default: the preset of --dataset and --method)")

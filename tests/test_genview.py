@@ -145,10 +145,11 @@ def test_crop_boxes_without_a_fit_is_the_central_square():
 
 # ----------------------------------------------------------------------------------------------------------------- pairs
 
-def batches(images, views, epoch=0, world=None, seed=3, batch_size=4, augmentation=FULL, **options):
+def batches(images, views, epoch=0, world=None, seed=3, batch_size=4, augmentation=FULL, with_places=False, **options):
     loader = PairLoader(images, views, [augmentation] * 2, 16, batch_size, seed, world or one_process(), workers=0,
                         **options)
-    return list(loader.epoch(epoch))
+    return [(index, view1, view2) + (tuple(places) if with_places else ())
+            for index, view1, view2, places in loader.epoch(epoch)]
 
 
 def same(a, b):
@@ -215,7 +216,8 @@ def test_without_views_both_are_of_the_image():
 
 def test_crops_of_files_are_crops_of_the_picture(files):
     dataset = genview.CropPairs(files[0], None, [PLAIN] * 2, 16, seed=3, epoch=0, skip_bad=False)
-    index, view1, view2 = dataset[5]
+    index, view1, view2, boxes, generated = dataset[5]
+    assert not generated.any()
     assert index == 5 and view1.shape == view2.shape == (3, 16, 16) and view1.dtype == torch.uint8
     assert not torch.equal(view1, view2)
     u = torch.rand(2, genview.COLUMNS, generator=genview.step_generator(3, 0, 5, 1))
@@ -223,6 +225,35 @@ def test_crops_of_files_are_crops_of_the_picture(files):
     box = genview.crop_boxes(u[v, None, :-11].unflatten(1, (10, 4)), 80, 80, PLAIN.scale)
     theirs = files[0].pil(5).resize((16, 16), Image.Resampling.BILINEAR, box=tuple(box[0].tolist()))
     assert torch.equal(view2, genview.to_tensor(theirs))
+    torch.testing.assert_close(boxes[1], box[0] / 80)
+
+
+def test_places_say_where_the_views_are_from(files):
+    """Pictures whose colour tells row and column of a pixel, and in blue whether they are generated: the centre of a view's
+    box is the mean of its colours, mirrored or not."""
+    ramp = torch.linspace(0, 255, 80)
+    plain = torch.stack([ramp.expand(80, 80), ramp[:, None].expand(80, 80), torch.zeros(80, 80)]).byte()
+    pixels, views = plain.repeat(12, 1, 1, 1), plain.repeat(12, 1, 1, 1)
+    views[:, 2] = 255
+    images = in_memory()._replace(pixels=pixels)
+    geometry = genview.Augmentation(jitter=(0, 0, 0, 0), blur=0.0)
+    seen = 0
+    for index, *both, place1, place2 in batches(images, views, augmentation=geometry, with_places=True):
+        assert ((place1.row >= 12) ^ (place2.row >= 12)).all()
+        for x, place in zip(both, (place1, place2)):
+            x = x * torch.tensor(genview.CLIP_STD).view(3, 1, 1) + torch.tensor(genview.CLIP_MEAN).view(3, 1, 1)
+            colour = (x.amax((2, 3)) - x.amin((2, 3)))[:, 2] < 0.01                 # the others were made grey
+            centre = (place.box[:, :2] + place.box[:, 2:]) / 2
+            torch.testing.assert_close(x.mean((2, 3))[colour, :2], centre[colour], atol=0.02, rtol=0)
+            assert torch.equal(x[colour].mean((2, 3))[:, 2] > 0.5, place.row[colour] >= 12)
+            assert torch.equal(place.row % 12, index)
+            seen += colour.sum().item()
+    assert seen > 12
+    for index, _, _, place1, place2 in batches(*files, with_places=True):
+        assert ((place1.row >= 12) ^ (place2.row >= 12)).all() and torch.equal(place1.row % 12, index)
+        assert (place1.box >= -1e-6).all() and (place2.box <= 1 + 1e-6).all() and (place1.box[:, 2:] > place1.box[:, :2]).all()
+    for index, _, _, place1, place2 in batches(in_memory(), None, with_places=True):
+        assert torch.equal(place1.row, index) and torch.equal(place2.row, index)
 
 
 # ------------------------------------------------------------------------------------------------------ images and views

@@ -89,7 +89,7 @@ def two_steps(name, world):
     share = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
     seen_weights = []
 
-    def quality_of(a, b):
+    def quality_of(a, b, places):
         quality = train_moco.pair_quality(features(a).mT, features(b).mT, component)
         seen_weights.append(quality_weights(quality[0], 1.0, world.group))
         return tuple(q.detach() for q in quality)
@@ -101,7 +101,7 @@ def two_steps(name, world):
     optimizer.param_groups[0]["lr"] = 0.05
     losses, gradients = [], None
     for step in range(2):
-        readouts = train_moco.train_step(wrapped, optimizer, view1[step, share], view2[step, share], quality_of, 1.0,
+        readouts = train_moco.train_step(wrapped, optimizer, view1[step, share], view2[step, share], None, quality_of, 1.0,
                                          step / 2, world)
         losses.append(readouts["loss"])
         gradients = gradients or [p.grad.clone() for p in method.parameters() if p.grad is not None]
