@@ -50,7 +50,7 @@ def views_dir(args, noise):
 def make_views(args, noise):
     start = time.time()
     text = call(1, "generate_views.py", "--dataset", "cifar10", "--data-dir", args.data_dir, "--model", args.model,
-                "--noise", noise, "--views-dir", views_dir(args, noise), "--limit", args.limit, "--batch-size", 100,
+                "--noise", noise, "--views-dir", views_dir(args, noise), "--limit", args.limit,
                 "--steps", MINI["steps"], "--guidance", MINI["guidance"])
     say(f"views, noise {noise}: {text.strip().splitlines()[-1]} ({time.time() - start:.0f} s)")
 
@@ -107,7 +107,7 @@ def check_settings(args):
 def parse_args():
     parser = argparse.ArgumentParser(description="MoCo v2 on CIFAR-10 with and without each part of GenView.")
     parser.add_argument("--data-dir", default="data", help="CIFAR-10 (default: data)")
-    parser.add_argument("--model", default="mini", help="the generator: mini, or a folder of train_generator.py (default: mini)")
+    parser.add_argument("--model", default="mini", help="mini, or a folder of train_generator.py (default: mini)")
     parser.add_argument("--arch", default="resnet10_narrow", help="default: resnet10_narrow, for CPUs")
     parser.add_argument("--limit", type=genview.at_least(256), default=10_000, help="training images (default: 10000)")
     parser.add_argument("--epochs", type=genview.at_least(1), default=20, help="default: 20")

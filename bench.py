@@ -79,7 +79,8 @@ class PlainLoop:
 
     def __init__(self, world, batch_size=256):
         training = Training(world, batch_size, n=4096)
-        self.method, self.optimizer, self.world = training.method.to(memory_format=torch.contiguous_format), training.optimizer, world
+        self.method = training.method.to(memory_format=torch.contiguous_format)
+        self.optimizer, self.world = training.optimizer, world
         transform = v2.Compose([
             v2.RandomResizedCrop(32, (0.2, 1)), v2.RandomHorizontalFlip(),
             v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2),
@@ -179,7 +180,8 @@ def peak(device, folder):
         with world.autocast():
             torchvision.models.resnet18().to(world.device)(torch.zeros(2, 3, 32, 32, device=world.device)).sum().backward()
     else:
-        training = Training(world, quality_of=CachedQuality(np.load(next(Path(folder).glob("*.npy")), mmap_mode="r"), world.device))
+        maps = np.load(next(Path(folder).glob("*.npy")), mmap_mode="r")
+        training = Training(world, quality_of=CachedQuality(maps, world.device))
         for _ in range(3):
             training.step()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

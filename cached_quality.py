@@ -100,7 +100,7 @@ def make_features(path, encoder, images, views, component, args, world):
             return encoder(genview.normalise(pixels / 255)).float()
 
     total, temporary = len(images.names) * (1 if views is None else 2), path.with_suffix(".tmp.npy")
-    sample = torch.cat([features(rows) for rows in genview.spaced(total, 2000).split(BATCH)])           # the same in all processes
+    sample = torch.cat([features(rows) for rows in genview.spaced(total, 2000).split(BATCH)])           # in all processes alike
     basis, kept = fit_projection(sample, component, args.cached_components)
     basis, side = basis.to(world.device), round(sample.shape[1] ** 0.5)
     grid = min(side, GRID)

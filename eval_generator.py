@@ -53,14 +53,14 @@ def look(judge, pixels, world):
 @torch.inference_mode()
 def views_of(pipe, args, c, names):
     """{level: (2, n, 3, 32, 32) uint8}, two views of each image and level, of different seeds."""
-    settings = SimpleNamespace(steps=args.steps, guidance=args.guidance, size=32, save_size=32, dtype="float32")
+    settings = SimpleNamespace(steps=args.steps, guidance=args.guidance, size=32, save_size=32, dtype="float32", batch_size=100)
     views = {}
     for level in genview.progress(LEVELS, "views", "level"):
         both = []
         for seed in (args.seed, args.seed + 1):
             seeds = [generate_views.image_seed(seed, name) for name in names]
-            both.append(torch.stack([genview.to_tensor(view) for k in range(0, len(c), 100) for view in
-                                     generate_views.generate(pipe, settings, level, c[k:k + 100], seeds[k:k + 100])]))
+            both.append(torch.stack([genview.to_tensor(view) for view in
+                                     generate_views.generate_all(pipe, settings, level, c, seeds)]))
         views[level] = torch.stack(both)
     return views
 

@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ import genview
 from genview import Trouble
 
 LEVELS = (0, 100, 200, 300, 400)  # of the 1,000 noising steps (release)
-MINI = dict(steps=10, guidance=1.0)                    # for train_generator.py's, 32 x 32
+MINI = dict(steps=4, guidance=1.5)                     # for train_generator.py's, 32 x 32
 STABLE = dict(model="sd2-community/stable-diffusion-2-1-unclip", steps=20, guidance=10.0)      # (release)
 FRACTION = 0.4                    # share of all tokens that is foreground; sets the threshold alpha, Eq. 7 (release)
 ENCODER_BATCH = 8                 # always: the shape of a batch decides about rounding, and rounding can decide on a level
@@ -100,8 +101,9 @@ def quieten():
         library.utils.logging.disable_progress_bar()
 
 
-def load_pipeline(model, dtype, device):
-    """Stable unCLIP: the generator G, its noise on embeddings, and CLIP's image encoder C. Trouble where it is not there."""
+def load_pipeline(model, dtype, device, solver="own"):
+    """Stable unCLIP: the generator G, its noise on embeddings, and CLIP's image encoder C. Trouble where it is not there.
+    solver: of the denoising, the model's own or dpm, DPM-Solver++ of second order, which needs fewer steps."""
     import diffusers
     quieten()
     model = genview.mini() if model == "mini" else model
@@ -116,6 +118,8 @@ def load_pipeline(model, dtype, device):
         raise Trouble(f"--model {model} could not be loaded as a StableUnCLIPImg2ImgPipeline ({type(error).__name__}): "
                       f"{way_out}; train_moco.py --dataset shapes needs no download") from None
     pipe.set_progress_bar_config(disable=True)
+    if solver == "dpm":
+        pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.vae.enable_slicing()                      # decodes one by one: little memory, and no rounding from the batch
     pipe.to(device)
     with torch.inference_mode():                   # the condition is the image: the prompt is empty, and encoded once
@@ -163,6 +167,22 @@ def generate(pipe, args, level, embeddings, seeds):
         raise Trouble(f"the generator returned numbers that are not finite in {args.dtype}; --dtype float32 helps")
     pixels = (views.float() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(x).resize((args.save_size, args.save_size), Image.Resampling.BICUBIC) for x in pixels]
+
+
+def generate_all(pipe, args, level, embeddings, seeds):
+    """generate in batches of at most args.batch_size, which is halved for good where the memory does not suffice."""
+    views = []
+    while len(views) < len(seeds):
+        part = slice(len(views), len(views) + args.batch_size)
+        try:
+            views += generate(pipe, args, level, embeddings[part], seeds[part])
+        except torch.OutOfMemoryError:
+            if args.batch_size == 1:
+                raise Trouble("the memory does not suffice for one image; a smaller --size helps") from None
+            args.batch_size //= 2
+            torch.cuda.empty_cache()
+            genview.say(f"the memory does not suffice for more than {args.batch_size} images at once")
+    return views
 
 
 # ---------------------------------------------------------------------------------------------------------- the foreground
@@ -224,7 +244,7 @@ def make_view_set(args, pipe, images, world):
     manifest = read_manifest(args.views_dir)
     todo = [i for i in mine if images.names[i] not in manifest or not view_path(args, images.names[i]).exists()]
     levels = [manifest[images.names[i]]["noise_level"] for i in set(mine) - set(todo)]
-    waiting, skipped, start = defaultdict(list), [], time.time()            # {level: [(index, p, c), ...]}
+    waiting, written, skipped, start = defaultdict(list), [], [], time.time()       # waiting: {level: [(index, p, c), ...]}
     bar = genview.progress(None, "views", "image", total=len(todo))
 
     def unreadable(index, trouble):
@@ -232,30 +252,36 @@ def make_view_set(args, pipe, images, world):
         print(f"skipped: {str(trouble).rsplit('; ', 1)[0]}", file=sys.stderr)
 
     def flush(level):
+        """Generates the views of one batch; a thread writes them while the next batch is on its way."""
         batch = waiting.pop(level)
-        finish(args, pipe, images, level, batch)
+        seeds = [image_seed(args.seed, images.names[index]) for index, _, _ in batch]
+        views = generate_all(pipe, args, level, torch.stack([c for _, _, c in batch]), seeds)
+        if written:
+            written.pop().result()                 # not more than one batch waits; its trouble is ours
+        written.append(writer.submit(write_views, args, images, level, batch, seeds, views))
         levels.extend([level] * len(batch))
         bar.update(len(batch))
 
-    for indices, tokens, c in encode_all(pipe, images, todo, unreadable):
-        p = foreground_proportion(tokens, v1, alpha)                                            # (n,)
-        l = noise_level(p) if args.noise == "adaptive" else torch.full_like(p, args.noise).long()
-        for index, proportion, level, embedding in zip(indices, p.tolist(), l.tolist(), c):
-            waiting[level].append((index, proportion, embedding))
-            if len(waiting[level]) == args.batch_size:
-                flush(level)
-    for level in sorted(waiting):
-        flush(level)
+    with ThreadPoolExecutor(1) as writer:
+        for indices, tokens, c in encode_all(pipe, images, todo, unreadable):
+            p = foreground_proportion(tokens, v1, alpha)                                        # (n,)
+            l = noise_level(p) if args.noise == "adaptive" else torch.full_like(p, args.noise).long()
+            for index, proportion, level, embedding in zip(indices, p.tolist(), l.tolist(), c):
+                waiting[level].append((index, proportion, embedding))
+                if len(waiting[level]) >= args.batch_size:
+                    flush(level)
+        for level in sorted(waiting):
+            flush(level)
+        for last in written:
+            last.result()
     bar.close()
     report(world, len(todo) - len(skipped), len(mine) - len(todo), len(skipped), levels, time.time() - start)
 
 
-def finish(args, pipe, images, level, batch):
-    """Generates and writes the views of one batch: each image first, then its line in the manifest."""
-    names = [images.names[index] for index, _, _ in batch]
-    seeds = [image_seed(args.seed, name) for name in names]
-    views = generate(pipe, args, level, torch.stack([embedding for _, _, embedding in batch]), seeds)
-    for name, seed, view, (_, proportion, _) in zip(names, seeds, views, batch):
+def write_views(args, images, level, batch, seeds, views):
+    """Writes the views of one batch: each image first, then its line in the manifest."""
+    for (index, proportion, _), seed, view in zip(batch, seeds, views):
+        name = images.names[index]
         path = view_path(args, name)
         kind = dict(format="PNG") if path.suffix == ".png" else dict(format="JPEG", quality=95)
         genview.write_whole(path, lambda temporary: view.save(temporary, **kind))
@@ -295,7 +321,7 @@ def check_names(names):
 
 
 def settings_of(args, images):
-    names = "dataset model noise steps guidance size save_size seed dtype flip_foreground component fit_images".split()
+    names = "dataset model noise solver steps guidance size save_size seed dtype flip_foreground component fit_images".split()
     return {name: getattr(args, name) for name in names} | {"images": len(images.names), "classes": images.num_classes}
 
 
@@ -356,8 +382,7 @@ def preview(args, pipe, images):
     for indices, tokens, c in encode_all(pipe, images, genview.spaced(len(images.names), args.preview).tolist()):
         p = foreground_proportion(tokens, v1, alpha)
         seeds = [image_seed(args.seed, images.names[i]) for i in indices]
-        views = [[view for k in range(0, len(seeds), args.batch_size)
-                  for view in generate(pipe, args, level, c[k:k + args.batch_size], seeds[k:k + args.batch_size])]
+        views = [generate_all(pipe, args, level, c, seeds)
                  for level in LEVELS]                                           # [level][image]
         for i, index in enumerate(indices):
             original = genview.square(images.pil(index), cell)
@@ -420,8 +445,10 @@ def parse_args():
     method.add_argument("--model", help="hub id or local folder of a StableUnCLIPImg2ImgPipeline, or mini, the one in "
                         f"weights/ (default: mini for CIFAR if it is there, else {STABLE['model']})")
     method.add_argument("--noise", type=noise_argument, default="adaptive", help="adaptive, or one level, 0 to 999")
-    method.add_argument("--steps", type=genview.at_least(1), help="denoising steps (default: 20 as the release, mini: 10)")
-    method.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: 10 as the release, mini: 1)")
+    method.add_argument("--solver", choices=["own", "dpm"], default="own",
+                        help="the model's own, or DPM-Solver++, for fewer steps (default: own)")
+    method.add_argument("--steps", type=genview.at_least(1), help="denoising steps (default: 20 as the release, mini: 4)")
+    method.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: 10 as the release, mini: 1.5)")
     method.add_argument("--size", type=genview.at_least(1),
                         help="side of the generated image, a multiple of 8 (default: the model's)")
     method.add_argument("--seed", type=genview.at_least(0), default=0)
@@ -432,7 +459,9 @@ def parse_args():
     runtime = parser.add_argument_group("runtime")
     runtime.add_argument("--preview", type=genview.at_least(1), metavar="N",
                          help="draw <views-dir>/preview.png of N images, no more")
-    runtime.add_argument("--batch-size", type=genview.at_least(1), default=8)
+    runtime.add_argument("--batch-size", type=genview.at_least(1),
+                         help="images at once; halved by itself where a GPU's memory does not suffice (default: 64, or 1 for "
+                              "images above 64 pixels on a CPU)")
     runtime.add_argument("--device", help="default: cuda, else mps, else cpu")
     runtime.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
                          help="auto: bfloat16 or float16 on a GPU, else float32")
@@ -456,10 +485,11 @@ def main():
     # A larger size than IN_MEMORY_SIZE: files are opened one by one, when their turn comes.
     images = genview.load_images(args.dataset, args.data_dir, "train", genview.IN_MEMORY_SIZE + 1)
     check_names(images.names)
-    pipe = load_pipeline(args.model, getattr(torch, args.dtype), world.device)
+    pipe = load_pipeline(args.model, getattr(torch, args.dtype), world.device, args.solver)
     if args.component:                             # trouble with it comes before anything is written
         genview.load_component(args.component, pipe.image_encoder.config.hidden_size)
     args.size = args.size or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    args.batch_size = args.batch_size or (64 if world.device.type == "cuda" or args.size <= 64 else 1)
     args.save_size = args.save_size or (32 if args.dataset.startswith("cifar") else min(512, args.size))
     if not args.preview:
         make_view_set(args, pipe, images, world)

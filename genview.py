@@ -437,8 +437,8 @@ class CropPairs(torch.utils.data.Dataset):
 def mini():
     """The folder that "mini" names; Trouble where it is not there."""
     if not MINI.is_dir():
-        raise Trouble(f"there is no {MINI.parent.name}/{MINI.name} here: train_generator.py trains such a generator, whose folder "
-                      f"can be named instead of mini")
+        raise Trouble(f"there is no {MINI.parent.name}/{MINI.name} here: train_generator.py trains such a generator, whose "
+                      f"folder can be named instead of mini")
     return MINI
 
 

@@ -52,7 +52,8 @@ def set_up(args, world):
         return images, views, encoder, component.to(world.device)
     images = genview.load_images(args.dataset, args.data_dir, "train", 32, args.images)
     views = train_moco.load_views(args, images)
-    encoder = (EfficientNetLite0() if args.encoder == "efficientnet-lite0" else genview.FrozenEncoder(args.encoder)).to(world.device)
+    encoder = EfficientNetLite0() if args.encoder == "efficientnet-lite0" else genview.FrozenEncoder(args.encoder)
+    encoder = encoder.to(world.device)
     return images, views, encoder, train_moco.find_component(encoder, images, args, world).to(world.device)
 
 

@@ -1,7 +1,7 @@
 r"""Trains a miniature of Stable unCLIP for 32 x 32 pictures from scratch, in the very same format.
 
     python train_generator.py --data-dir data/tinyimagenet32 --steps 5000        # writes runs/generator, a pipeline's folder
-    python generate_views.py --dataset cifar10 --model runs/generator --steps 10 --guidance 1
+    python generate_views.py --dataset cifar10 --model runs/generator --steps 4 --guidance 1.5
 
 Train it on other pictures than those of the self-supervised run: any image folder, or CIFAR-100. Three parts are trained one
 after the other, by one loop (fit): the autoencoder, the image encoder C (and E of the paper), and the denoising U-Net, which
@@ -359,7 +359,7 @@ def main():
     quieten()
     train(args, genview.setup(args.device))
     say(f"{args.output_dir} is a StableUnCLIPImg2ImgPipeline, {args.output_dir}/samples.png shows what it draws; next:\n"
-        f"  python generate_views.py --dataset cifar10 --model {args.output_dir} --steps 10 --guidance 1")
+        f"  python generate_views.py --dataset cifar10 --model {args.output_dir} --steps 4 --guidance 1.5")
 
 
 if __name__ == "__main__":

@@ -567,7 +567,7 @@ def parse_args(presets=PRESETS, argv=None):
     view.add_argument("--views", choices=["pair", "extra"], default="pair",
                       help="pair: a generated view in each pair; extra: the paper's comparison, as further training samples")
     view.add_argument("--quality", choices=["exact", "cached", "off"],
-                      help="weights by quality; cached: nearly the same at next to no cost (default: exact with views, else off)")
+                      help="weights by quality; cached: nearly the same, for nothing (default: exact with views, else off)")
     view.add_argument("--cached-components", type=genview.at_least(1), default=64, help="numbers kept of E's features")
     view.add_argument("--gamma", type=float, default=1.0, help="how strongly quality counts (release: 1)")
     view.add_argument("--encoder", default="openai/clip-vit-base-patch32", help="frozen encoder E: hub id, folder, or mini")

@@ -301,3 +301,37 @@ def test_two_sources_of_one_view_are_refused(world, capsys):
     assert run(world, "twins-views", images="twins") == 2
     line = only_line(capsys.readouterr().err)
     assert "train/cat/0001.jpg" in line and "train/cat/0001.png" in line and not (world / "twins-views").exists()
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch, capsys):
+    sizes = []
+
+    def generate(pipe, args, level, embeddings, seeds):
+        sizes.append(len(seeds))
+        if len(seeds) > 2:
+            raise torch.OutOfMemoryError("no")
+        return [(c.item(), s) for c, s in zip(embeddings, seeds)]
+    monkeypatch.setattr(generate_views, "generate", generate)
+    args = argparse.Namespace(batch_size=8)
+    assert generate_views.generate_all(None, args, 0, torch.arange(7), list(range(7))) == [(i, i) for i in range(7)]
+    assert sizes == [7, 4, 2, 2, 2, 1] and args.batch_size == 2
+    assert "more than 2 images" in capsys.readouterr().out
+    monkeypatch.setattr(generate_views, "generate", lambda *_: sizes[0] and (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(genview.Trouble, match="--size"):
+        generate_views.generate_all(None, args, 0, torch.arange(7), list(range(7)))
+
+
+def test_another_solver_draws_other_pictures_of_the_same_noise(world, capsys):
+    assert run(world, "dpm", "--solver", "dpm", "--limit", "4") == 0
+    theirs = {p.name: np.asarray(Image.open(p)).astype(int) for p in (world / "views").rglob("*.png")}
+    ours = [(np.asarray(Image.open(p)).astype(int), theirs[p.name]) for p in (world / "dpm").rglob("*.png")]
+    assert len(ours) == 4 and all((a != b).any() for a, b in ours)
+    assert run(world, "dpm", "--limit", "4") == 2 and "solver is dpm" in capsys.readouterr().err
+
+
+def test_trouble_of_the_writing_thread_ends_the_run(world, monkeypatch, capsys):
+    def full(*_):
+        raise genview.Trouble("no space left")
+    monkeypatch.setattr(generate_views, "write_views", full)
+    assert run(world, "full", "--limit", "9", "--batch-size", "2") == 2
+    assert "no space left" in capsys.readouterr().err
