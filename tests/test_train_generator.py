@@ -145,7 +145,7 @@ def test_loss_not_finite_is_named(image_folder, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------- defaults, judge, table
 
 @pytest.mark.parametrize("dataset, there, model, steps, guidance", [
-    ("cifar10", True, "mini", 10, 1.0), ("cifar10", False, generate_views.STABLE["model"], 20, 10.0),
+    ("cifar10", True, "mini", 4, 1.5), ("cifar10", False, generate_views.STABLE["model"], 20, 10.0),
     ("imagenet", True, generate_views.STABLE["model"], 20, 10.0)])
 def test_the_generator_of_each_data_set(monkeypatch, tmp_path, dataset, there, model, steps, guidance):
     monkeypatch.setattr(genview, "MINI", tmp_path if there else tmp_path / "nothing")
@@ -218,11 +218,12 @@ def test_ablation_runs_each_row_once_and_writes_the_table(tmp_path, monkeypatch,
     monkeypatch.setattr(ablation, "call", record)
     for _ in range(2):                                                  # the second time nothing is left to do
         call(ablation, "--output-dir", tmp_path, "--jobs", 2)
-    assert len(calls) == len(set(calls)) == 21
+    assert len(calls) == len(set(calls)) == 24
     views = {name.split("-")[0]: (views_dir.rsplit("-")[-1], views, quality) for name, views_dir, views, quality, _ in calls}
     assert views == {"plain": ("none", "pair", "off"), "noise0": ("0", "pair", "off"), "noise200": ("200", "pair", "off"),
                      "noise400": ("400", "pair", "off"), "adaptive": ("adaptive", "pair", "off"),
-                     "quality": ("adaptive", "pair", "exact"), "extra": ("adaptive", "extra", "off")}
+                     "quality": ("adaptive", "pair", "exact"), "cached": ("adaptive", "pair", "cached"),
+                     "extra": ("adaptive", "extra", "off")}
     assert "| plain MoCo v2 | 42.0 ± 2.0 | 50.0 ± 0.0 | 40.0, 42.0, 44.0 |" in (tmp_path / "table.md").read_text()
     with pytest.raises(Trouble, match="other settings"):
         call(ablation, "--output-dir", tmp_path, "--epochs", 3)
