@@ -64,9 +64,9 @@ class Training:
         self.batch = next(self.batches)
 
     def bare(self):
-        _, view1, view2, places = self.batch
-        view1, view2 = (v.contiguous(memory_format=torch.channels_last) for v in (view1, view2))
-        train_moco.train_step(self.method, self.optimizer, view1, view2, places, self.quality_of, 1.0, 0.0, self.world)
+        _, views, places = self.batch
+        views = [v.contiguous(memory_format=torch.channels_last) for v in views]
+        train_moco.train_step(self.method, self.optimizer, views, places, self.quality_of, 1.0, 0.0, self.world)
 
     def step(self):
         self.batch = next(self.batches)
@@ -97,10 +97,10 @@ class PlainLoop:
         self.batches = itertools.chain.from_iterable(loader for _ in itertools.count())
 
     def step(self):
-        view1, view2 = (v.to(self.world.device) for v in next(self.batches))
+        views = [v.to(self.world.device) for v in next(self.batches)]
         for key, query in zip(self.method.key.parameters(), self.method.query.parameters()):
             key.data = 0.99 * key.data + 0.01 * query.data
-        loss, _ = self.method(view1, view2, None, self.world)
+        loss, _ = self.method(views, None, self.world)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -24,7 +24,7 @@ from genview import say
 
 def train_judge(args, num_classes, world):
     """A classifier (backbone, head) trained with all labels, kept in a file."""
-    backbone, dim = genview.make_backbone("resnet10_narrow", small_stem=True)
+    backbone, dim = genview.make_backbone("resnet10_narrow", 32)
     backbone.to(world.device, memory_format=torch.channels_last)
     path = args.output_dir / f"judge-{args.dataset}-{args.epochs}-{args.seed}.pt"
     if path.exists():
@@ -33,7 +33,7 @@ def train_judge(args, num_classes, world):
         backbone.load_state_dict(state["backbone"])
         head.load_state_dict(state["head"])
     else:
-        settings = SimpleNamespace(labels=1.0, seed=args.seed, lr=0.1, backbone_lr=0.1, batch_size=128, epochs=args.epochs,
+        settings = SimpleNamespace(labels=1.0, labels_file=None, seed=args.seed, lr=0.1, backbone_lr=0.1, batch_size=128, epochs=args.epochs,
                                    image_size=32, workers=0, skip_bad=False)
         images = genview.load_images(args.dataset, args.data_dir, "train", 32)
         head = eval_linear.finetune(backbone, dim, images, settings, world)

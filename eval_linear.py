@@ -35,10 +35,12 @@ PRESETS = {
     "finetune": {  # lr: of the new classifier; backbone_lr: of the rest
         "shapes": (small := dict(epochs=30, batch_size=64, lr=0.1, backbone_lr=0.01)),          # ours
         "cifar10": small, "cifar100": small, "folder": small,
-        # ours, after SwAV's for 10% of the labels (SwAV's for 1%: --lr 5 --backbone-lr 0.02); the paper's is not known here
+        # SwAV's for 10% of the labels but for the cosine schedule, since GenView's is not known here
         "imagenet": dict(epochs=20, batch_size=256, lr=0.2, backbone_lr=0.01),
     },
 }
+PRESETS["finetune few"] = PRESETS["finetune"] | {   # less than 5% of the labels: SwAV's for 1%
+    "imagenet": dict(epochs=20, batch_size=256, lr=5.0, backbone_lr=0.02)}
 CROP_SCALE = (0.08, 1.0)      # share of the image's area in a random crop: the usual for supervised training
 FEATURE_BATCH = 256           # images at a time where no gradient is needed
 
@@ -47,7 +49,7 @@ FEATURE_BATCH = 256           # images at a time where no gradient is needed
 
 # A backbone's names begin with one of these: this project's last.pt, the authors' release, torchvision and backbone.pt.
 PREFIXES = ("query.backbone.", "backbone.", "")
-GUESSES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "resnext50_32x4d")
+GUESSES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "resnext50_32x4d", *genview.VITS)
 
 
 def load_backbone(path, arch=None):
@@ -67,16 +69,16 @@ def load_backbone(path, arch=None):
     if Path(path).name == "backbone.pt" and beside.exists():
         args = json.loads(beside.read_text())
     state = strip_prefix(checkpoint)
-    small_stem = "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3
-    theirs = args.get("arch") or next((name for name in GUESSES if not misfit(state, name, small_stem)), None)
+    image_size = guess_size(state)
+    theirs = args.get("arch") or next((name for name in GUESSES if not misfit(state, name, image_size)), None)
     if not (arch or theirs):
         raise Trouble(f"{path} does not say its architecture and fits no common ResNet; name it by --arch")
     arch = arch or theirs
-    problem = misfit(state, arch, small_stem)
+    problem = misfit(state, arch, image_size)
     if problem:
         raise Trouble(f"{path} is a checkpoint of another architecture: {problem} {arch}; "
                       f"it was made with {theirs or 'an architecture not known here'} (--arch)")
-    backbone, dim = genview.make_backbone(arch, small_stem)
+    backbone, dim = genview.make_backbone(arch, image_size)
     backbone.load_state_dict(state, strict=False)  # not strict: num_batches_tracked may be missing
     return backbone, dim, args
 
@@ -89,13 +91,20 @@ def strip_prefix(checkpoint):
     state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     prefix = next(p for p in PREFIXES if any(key.startswith(p) for key in state) or p == "")
     names = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    return {key: value for key, value in names.items() if not key.startswith("fc.")}
+    return {key: value for key, value in names.items() if not key.startswith(("fc.", "heads."))}
 
 
-def misfit(state, arch, small_stem):
+def guess_size(state):
+    """The side of the pictures that a backbone is made for, as far as its tensors tell."""
+    if "encoder.pos_embedding" in state:           # a vision transformer's, one position a patch and one for the class token
+        return math.isqrt(state["encoder.pos_embedding"].shape[1] - 1) * state["conv_proj.weight"].shape[-1]
+    return 32 if "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3 else 224
+
+
+def misfit(state, arch, image_size):
     """The first tensor that does not fit the architecture, in words; None where all do."""
     with torch.device("meta"):                     # shapes alone, no memory
-        expected = genview.make_backbone(arch, small_stem)[0].state_dict()
+        expected = genview.make_backbone(arch, image_size)[0].state_dict()
     for key in [*expected, *state]:
         if key.endswith("num_batches_tracked"):
             continue
@@ -212,6 +221,22 @@ def balanced_subset(labels, fraction, generator):
     return torch.cat(chosen).sort().values
 
 
+def listed_subset(names, path):
+    """The images that a text file lists, a name a line, with or without folders: sorted indices into names (N,).
+
+    Raises Trouble where it lists none of them, or where a name without its folder fits several.
+    """
+    try:
+        wanted = {line.strip() for line in Path(path).read_text().splitlines()} - {""}
+    except (OSError, UnicodeDecodeError) as error:
+        raise Trouble(f"--labels-file {path} cannot be read as a list of names ({error})") from None
+    chosen = [i for i, name in enumerate(names) if wanted & {name, name.removeprefix("train/"), Path(name).name}]
+    if not chosen or len(chosen) > len(wanted):
+        raise Trouble(f"--labels-file {path} lists {len(wanted)} names, which fit {len(chosen)} images: it must name images of "
+                      f"the data set, with their folders where the names alone are not unique")
+    return torch.tensor(chosen)
+
+
 def fit(model, groups, batches, steps, epochs, autocast=nullcontext):
     """Trains a classifier by SGD with momentum 0.9, a cosine schedule and no weight decay.
 
@@ -293,7 +318,8 @@ def linear_on_pictures(backbone, dim, images, settings, world):
 
 def finetune(backbone, dim, images, settings, world):
     """Trains backbone and classifier on a share of the labels (semi-supervised). Changes the backbone; returns the head."""
-    index = balanced_subset(images.labels, settings.labels, genview.step_generator(settings.seed))
+    index = (listed_subset(images.names, settings.labels_file) if settings.labels_file else
+             balanced_subset(images.labels, settings.labels, genview.step_generator(settings.seed)))
     images = images._replace(names=[images.names[i] for i in index.tolist()], labels=images.labels[index],
                              pixels=None if images.pixels is None else images.pixels[index])
     genview.say(f"fine-tuning on {len(index)} labelled images")
@@ -336,6 +362,8 @@ def parse(argv=None):
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", choices=["linear", "knn", "finetune"], default="linear", help="linear gives kNN as well")
     add("--labels", type=float, default=0.01, help="finetune: share of the labels, such as 0.01, 0.1, 1.0")
+    add("--labels-file", help="finetune: a text file that names the labelled images instead, such as the public lists of "
+                              "1%% and 10%% of ImageNet (give --labels too: the recipe depends on it)")
     add("--k", type=genview.at_least(1), default=200, help="neighbours of kNN")
     add("--knn-temperature", type=float, default=0.1)
     add = parser.add_argument_group("optimisation (default: the preset of the data set)").add_argument
@@ -364,7 +392,8 @@ def resolve(settings, trained_with):
     settings.data_dir = settings.data_dir or known or genview.default_data_dir(settings.dataset)
     usual = 32 if settings.dataset in ("shapes", "cifar10", "cifar100") else 224
     settings.image_size = settings.image_size or (same and trained_with.get("image_size")) or usual
-    preset = PRESETS["finetune" if settings.protocol == "finetune" else "linear"][settings.dataset]
+    protocol = settings.protocol if settings.protocol == "finetune" else "linear"
+    preset = PRESETS["finetune few" if protocol == "finetune" and settings.labels < 0.05 else protocol][settings.dataset]
     for name, value in preset.items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)

@@ -232,6 +232,7 @@ class Augmentation(NamedTuple):
     jitter: tuple = (0.4, 0.4, 0.4, 0.1)           # brightness, contrast, saturation, hue; with probability 0.8
     blur: float = 0.5                              # probability; sigma in [0.1, 2] pixels
     solarise: float = 0.0                          # probability
+    size: int = None                               # side of the view in pixels; None: the loader's
 
 
 CROP_TRIES = 10                                    # of torchvision's RandomResizedCrop; then the central square
@@ -341,8 +342,10 @@ class Place(NamedTuple):
 class PairLoader:
     """The positive pairs P_i1 = t1(X_i), P_i2 = t2(X_i^+) of the paper (section "framework"), in batches.
 
-    Which of the two views is the generated one is drawn for each sample. Every random number depends on seed, epoch, step
-    and place in the batch alone (for files: crops on the image instead): not on processes or interruptions.
+    Which of the two views is the generated one is drawn for each sample. With more augmentations than two (SwAV's small
+    crops), further views are taken in turn from the pictures of the first and the second. Every random number depends on
+    seed, epoch, step and place in the batch alone (for files: crops on the image instead): not on processes or
+    interruptions.
     """
 
     def __init__(self, images, views, augmentations, image_size, batch_size, seed, world, workers=4, skip_bad=False):
@@ -357,29 +360,28 @@ class PairLoader:
             self.others = self.pixels if views is None else views.to(world.device)
 
     def epoch(self, epoch):
-        """Yields index (n,), view1 and view2 (n, 3, S, S) and the two Places: this process's share of each batch."""
+        """Yields index (n,), the views, each (n, 3, S, S), and their Places: this process's share of each batch."""
         for index, crops, u, orders, places in self.crops(epoch):
-            view1, view2 = (recolour(x, u[:, v], orders[v], self.augmentations[v]) for v, x in enumerate(crops))
-            yield index, view1, view2, places
+            yield index, [recolour(x, u[:, v], orders[v], self.augmentations[v]) for v, x in enumerate(crops)], places
 
     def crops(self, epoch):
-        """The same before the colours: index (n,), two crops (n, 3, S, S) in [0, 1], and for recolour u (n, 2, 10) and two
-        orders; the two Places."""
+        """The same before the colours: index (n,), V crops (n, 3, S, S) in [0, 1], and for recolour u (n, V, 10) and V
+        orders; the V Places."""
         order = torch.randperm(len(self.images.names), generator=step_generator(self.seed, epoch))
         n = self.batch_size // self.world.size
         share = slice(self.world.rank * n, (self.world.rank + 1) * n)
         batches = [order[i * self.batch_size:][:self.batch_size][share] for i in range(self.steps)]
         crops = self._crops_in_memory if self.images.pixels is not None else self._crops_of_files
         draws = (self._draw(epoch, step, share) for step in range(self.steps))
-        for index, (_, u, orders), pair, boxes, generated in crops(batches, draws, epoch):
-            rows = index[:, None] + len(self.images.names) * generated              # (n, 2)
-            yield index, pair, u[:, :, -10:], orders, [Place(rows[:, v], boxes[:, v]) for v in (0, 1)]
+        for index, (_, u, orders), views, boxes, generated in crops(batches, draws, epoch):
+            rows = index[:, None] + len(self.images.names) * generated              # (n, V)
+            yield index, views, u[:, :, -10:], orders, [Place(rows[:, v], boxes[:, v]) for v in range(len(views))]
 
     def _draw(self, epoch, step, share):
-        """All random numbers of a step, the same in every process: (n, 2 views, COLUMNS) of this one's share."""
+        """All random numbers of a step, the same in every process: (n, V views, COLUMNS) of this one's share."""
         generator = step_generator(self.seed, epoch, step)
-        orders = [torch.randperm(4, generator=generator).tolist() for _ in range(2)]
-        u = torch.rand(self.batch_size, 2, COLUMNS, generator=generator)[share]
+        orders = [torch.randperm(4, generator=generator).tolist() for _ in self.augmentations]
+        u = torch.rand(self.batch_size, len(self.augmentations), COLUMNS, generator=generator)[share]
         first = u[:, 0, -11] < 0.5                 # pictures in memory: the generated one is view 1
         return first, u.to(self.world.device, non_blocking=True), orders
 
@@ -389,19 +391,19 @@ class PairLoader:
             image, other = self.pixels[on_device], self.others[on_device]           # X_i, X_i^+
             swap = first.to(self.pixels.device)[:, None, None, None]
             pair = torch.where(swap, other, image), torch.where(swap, image, other)
-            boxes = [crop_boxes(u[:, v, :-11].unflatten(1, (CROP_TRIES, 4)), *image.shape[2:], self.augmentations[v].scale)
-                     for v in (0, 1)]
-            views = [crop(x, b, self.image_size) / 255 for x, b in zip(pair, boxes)]
+            boxes = [crop_boxes(u[:, v, :-11].unflatten(1, (CROP_TRIES, 4)), *image.shape[2:], t.scale)
+                     for v, t in enumerate(self.augmentations)]
+            views = [crop(pair[v % 2], boxes[v], t.size or self.image_size) / 255 for v, t in enumerate(self.augmentations)]
             shares = torch.stack(boxes, 1) / boxes[0].new_tensor(image.shape[2:]).flip(0).repeat(2)
-            generated = torch.stack([first, ~first], 1) & (self.others is not self.pixels)
-            yield index, (first, u, orders), views, shares, generated
+            generated = torch.stack([~first if v % 2 else first for v in range(len(views))], 1)
+            yield index, (first, u, orders), views, shares, generated & (self.others is not self.pixels)
 
     def _crops_of_files(self, batches, draws, epoch):
         dataset = CropPairs(self.images, self.views, self.augmentations, self.image_size, self.seed, epoch, self.skip_bad)
         loader = torch.utils.data.DataLoader(dataset, batch_sampler=[b.tolist() for b in batches], num_workers=self.workers,
                                              pin_memory=self.world.device.type == "cuda")
-        for (index, *pair, boxes, generated), draw in zip(loader, draws):
-            views = [x.to(self.world.device, non_blocking=True).float() / 255 for x in pair]
+        for (index, *views, boxes, generated), draw in zip(loader, draws):
+            views = [x.to(self.world.device, non_blocking=True).float() / 255 for x in views]
             yield index, draw, views, boxes.to(self.world.device, non_blocking=True), generated
 
 
@@ -413,7 +415,7 @@ class CropPairs(torch.utils.data.Dataset):
         self.seed, self.epoch, self.skip_bad = seed, epoch, skip_bad
 
     def __getitem__(self, index):
-        u = torch.rand(2, COLUMNS, generator=step_generator(self.seed, self.epoch, index, 1))
+        u = torch.rand(len(self.augmentations), COLUMNS, generator=step_generator(self.seed, self.epoch, index, 1))
         try:
             image = other = self.images.pil(index)
             if self.views is not None and self.views[index] is not None:
@@ -424,12 +426,14 @@ class CropPairs(torch.utils.data.Dataset):
             return self[(index + 1) % len(self.images.names)]
         first = bool(u[0, -11] < 0.5)              # the generated one is view 1
         views, boxes = [], []
-        for v, x in enumerate((other, image) if first else (image, other)):
-            box = crop_boxes(u[v, None, :-11].unflatten(1, (CROP_TRIES, 4)), x.height, x.width, self.augmentations[v].scale)[0]
-            size = (self.image_size, self.image_size)
+        for v, t in enumerate(self.augmentations):
+            x = other if (v % 2 == 0) == first else image
+            box = crop_boxes(u[v, None, :-11].unflatten(1, (CROP_TRIES, 4)), x.height, x.width, t.scale)[0]
+            size = (t.size or self.image_size,) * 2
             views.append(to_tensor(x.resize(size, Image.Resampling.BILINEAR, box=tuple(box.tolist()))))
             boxes.append(box / box.new_tensor([x.width, x.height, x.width, x.height]))
-        return index, *views, torch.stack(boxes), torch.tensor([first, not first]) & (self.views is not None)
+        generated = torch.tensor([(v % 2 == 0) == first for v in range(len(views))])
+        return index, *views, torch.stack(boxes), generated & (self.views is not None)
 
 
 # ----------------------------------------------------------------------------------- the frozen encoder and its foreground
@@ -555,30 +559,68 @@ def load_component(path, size=None):
     return component, threshold
 
 
-def make_backbone(arch, small_stem):
+def make_backbone(arch, image_size):
     """A torchvision network without its classifier: pictures (N, 3, S, S) -> features (N, D).
 
     Args:
-        arch: its name in torchvision, one with a last layer called fc, such as resnet50; or resnet10_narrow.
-        small_stem: for pictures up to IN_MEMORY_SIZE: a 3x3 stride-1 first convolution and no max-pooling, as is usual on
-            CIFAR; ResNets only.
+        arch: its name in torchvision, one with a last layer called fc, such as resnet50; resnet10_narrow, or one of VITS.
+        image_size: S. Up to IN_MEMORY_SIZE a ResNet has a 3x3 stride-1 first convolution and no max-pooling, as is usual on
+            CIFAR, and a vision transformer patches of 4 pixels instead of 16.
     Returns:
         backbone, D.
     """
+    small_stem = image_size <= IN_MEMORY_SIZE
     if arch == "resnet10_narrow":
         return narrow_resnet(), 128
+    if arch in VITS:
+        return vision_transformer(*VITS[arch], patch=4 if small_stem else 16, image_size=image_size), VITS[arch][0]
     known = arch in torchvision.models.list_models(module=torchvision.models)       # classifiers only
     backbone = torchvision.models.get_model(arch, weights=None) if known else None
     fits = isinstance(backbone, torchvision.models.ResNet) if small_stem else hasattr(backbone, "fc")
     if not fits:
         raise Trouble(f"--arch {arch} does not work here{' with the stem for small pictures' if small_stem else ''}: "
-                      f"take one of torchvision's ResNets (resnet18, resnet34, resnet50, resnext50_32x4d, wide_resnet50_2)")
+                      f"take one of torchvision's ResNets (resnet18, resnet34, resnet50, resnext50_32x4d, wide_resnet50_2) "
+                      f"or {', '.join(VITS)}")
     dim, backbone.fc = backbone.fc.in_features, torch.nn.Identity()
     if small_stem:
         backbone.conv1 = torch.nn.Conv2d(3, backbone.conv1.out_channels, 3, padding=1, bias=False)
         torch.nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")   # as torchvision's
         backbone.maxpool = torch.nn.Identity()
     return backbone, dim
+
+
+VITS = {"vit_small": (384, 12, 12), "vit_base": (768, 12, 12), "vit_narrow": (96, 4, 3)}   # width, layers, heads; narrow: shapes
+
+
+def vision_transformer(width, layers, heads, patch, image_size):
+    """torchvision's ViT as MoCo v3 trains it (Chen et al. 2021): fixed sine-cosine positions, a patch projection that stays
+    random, since its gradients are what makes the training unstable, and each of q, k, v started as a matrix of its own."""
+    if image_size % patch:
+        raise Trouble(f"--image-size {image_size} is no multiple of the vision transformer's patches of {patch} pixels")
+    vit = torchvision.models.VisionTransformer(image_size, patch, layers, heads, width, 4 * width)
+    vit.heads = torch.nn.Identity()
+    xavier = lambda weight, out: torch.nn.init.uniform_(weight, -(6 / (weight[0].numel() + out)) ** 0.5,
+                                                        (6 / (weight[0].numel() + out)) ** 0.5)
+    for layer in vit.encoder.layers:
+        xavier(layer.self_attention.in_proj_weight, width)
+        xavier(layer.self_attention.out_proj.weight, width)
+        for linear in (layer.mlp[0], layer.mlp[3]):
+            torch.nn.init.zeros_(linear.bias)
+    xavier(vit.conv_proj.weight, width)
+    torch.nn.init.normal_(vit.class_token, std=1e-6)
+    vit.encoder.pos_embedding.data = sine_positions(width, image_size // patch)
+    for fixed in (vit.encoder.pos_embedding, *vit.conv_proj.parameters()):
+        fixed.requires_grad_(False)
+    return vit
+
+
+def sine_positions(width, side, longest=10_000.0):
+    """(1, 1 + side * side, width): a quarter of the numbers each for sine and cosine of the column, sine and cosine of the
+    row, at frequencies from 1 to 1 / longest; zeros for the class token."""
+    frequency = longest ** -(torch.arange(width // 4) / (width // 4))
+    row, column = (x.flatten()[:, None] * frequency for x in torch.meshgrid(*[torch.arange(side)] * 2, indexing="ij"))
+    positions = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1)
+    return torch.cat([torch.zeros(1, width), positions])[None]
 
 
 def narrow_resnet(width=16):

@@ -199,6 +199,71 @@ def negative_cosine(prediction, target, weights=None):
         return _weighted_mean(-F.cosine_similarity(_bounded(prediction), _bounded(target).detach()), weights)
 
 
+@torch.no_grad()
+def sinkhorn(scores, epsilon=0.05, iterations=3, group=None):
+    r"""Soft assignments of images to prototypes that share the prototypes out equally: SwAV's codes, without gradient.
+
+    Q = exp(scores / epsilon), its columns and rows scaled by turns to sums of 1/P and 1/N; each row times N is a code.
+
+    Args:
+        scores: (N, P), cosines of N embeddings with P prototypes.
+        epsilon: smaller is harder.
+        iterations: turns.
+        group: a torch.distributed process group, over whose images the columns are shared out; None: these alone.
+    Returns:
+        codes (N, P), float32: each row sums to 1, each column to about N / P.
+    Raises:
+        ValueError: scores is no matrix, or epsilon not positive.
+    Source: SwAV (Caron et al. 2020), section 3.1; here with logarithms, which do not overflow.
+
+    >>> sinkhorn(torch.tensor([[1., 0.], [0.9, 0.]]), epsilon=1.0).sum(0).round(decimals=2)      # one prototype each
+    tensor([1., 1.])
+    """
+    _check(scores.ndim == 2 and scores.numel() > 0, f"scores must be (N, P), got {tuple(scores.shape)}")
+    _check(epsilon > 0, f"epsilon must be positive, got {epsilon}")
+    log_q = _bounded(scores) / epsilon                                          # (N, P)
+    for _ in range(iterations):
+        largest = log_q.amax(0)                                                 # log of the sums of the columns, all ranks'
+        if group is not None:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        total = torch.exp(log_q - largest).sum(0)
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        log_q = log_q - largest - total.log()                                   # columns: equal shares (a constant aside)
+        log_q = log_q.log_softmax(1)                                            # rows: each image once
+    return log_q.softmax(1)
+
+
+def swapped_prediction(scores, codes, temperature, weights=None):
+    r"""The loss of SwAV: each view predicts the codes of the others.
+
+    l_i = -mean over a, v != a of  sum_p codes_aip log softmax_p(scores_vip / t),    L = (1/N) sum_i w_i l_i
+
+    Args:
+        scores: (V, N, P), cosines of the embeddings of V views of N images with P prototypes.
+        codes: (A, N, P), the codes (sinkhorn) of the first A of these views; no gradient flows into them.
+        temperature: t > 0, no default.
+        weights: w, (N,), or None for the unweighted loss.
+    Returns:
+        The scalar L; at chance level it is log(P).
+    Raises:
+        ValueError: the shapes do not fit, or temperature is not positive.
+    Source: SwAV (Caron et al. 2020), Eq. 2 and section 3.2; weighting: GenView, section "quality-driven contrastive loss".
+
+    >>> swapped_prediction(torch.zeros(2, 1, 4), torch.eye(4)[None, :1].expand(2, 1, 4), temperature=0.1)        # log(4)
+    tensor(1.3863)
+    """
+    _check(scores.ndim == 3 and codes.ndim == 3 and scores.shape[1:] == codes.shape[1:] and scores.numel() > 0
+           and 0 < len(codes) <= len(scores) > 1,
+           f"scores must be (V, N, P) and codes (A, N, P) with A <= V, V > 1; got {tuple(scores.shape)}, {tuple(codes.shape)}")
+    _check(temperature > 0, f"temperature must be positive, got {temperature}")
+    with _no_autocast(scores):
+        log_p = (_bounded(scores) / temperature).log_softmax(2)                 # (V, N, P)
+        entropy = -torch.einsum("anp,vnp->avn", codes.float().detach(), log_p)  # of each code with each prediction
+        swapped = ~torch.eye(len(codes), len(scores), dtype=torch.bool, device=scores.device)
+        return _weighted_mean(entropy[swapped].mean(0), weights)
+
+
 def _weighted_mean(losses, weights):
     """L = (1/n) sum_i w_i l_i: the weights reach each pair's loss before the mean."""
     if weights is None:

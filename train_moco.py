@@ -56,22 +56,32 @@ PRESETS = {
         start_batches=0,
         crop_min=0.2, blur=0.5, knn_every=20),                                    # [v3]
 }
+PRESETS["imagenet", "mocov3-vit"] = dict(                                         # [v3] [rel], with --arch vit_small or vit_base
+    arch="vit_base", image_size=224, epochs=300, batch_size=4096, optimizer="adamw", lr=1.5e-4, weight_decay=0.1,
+    warmup_epochs=40, dim=256, hidden=4096, temperature=0.2, momentum=0.99, start_batches=0,
+    crop_min=0.08, blur=0.5, knn_every=20)
+PRESETS["cifar10", "mocov3-vit"] = PRESETS["imagenet", "mocov3-vit"] | dict(      # patches of 4 pixels
+    arch="vit_small", image_size=32, batch_size=512, lr=3e-4, hidden=1024, crop_min=0.2, blur=0.0, knn_every=10)
 PRESETS["shapes", "mocov2"] = dict(                                               # small and quick: two minutes on a laptop
     arch="resnet10_narrow", image_size=32, epochs=30, batch_size=128, optimizer="adamw", lr=4e-3, weight_decay=1e-4,
     warmup_epochs=1, dim=128, queue=2048, temperature=0.2, momentum=0.99, start_batches=0,
     crop_min=0.3, blur=0.0, knn_every=5)
 PRESETS["shapes", "mocov3"] = {k: v for k, v in PRESETS["shapes", "mocov2"].items() if k != "queue"} | dict(hidden=512)
-for method in ("mocov2", "mocov3"):
+PRESETS["shapes", "mocov3-vit"] = PRESETS["shapes", "mocov3"] | dict(arch="vit_narrow", lr=1e-3)
+for method in ("mocov2", "mocov3", "mocov3-vit"):
     PRESETS["cifar100", method] = PRESETS["cifar10", method]
     PRESETS["folder", method] = PRESETS["imagenet", method]
 
 
 # --------------------------------------------------------------------------------------------------------------- models
 
-def mlp(a, hidden, b, norm=False, last_norm=False):
-    """Two linear layers with a ReLU between; norm: batch norm before it; last_norm: one without scale and shift at the end."""
-    return nn.Sequential(nn.Linear(a, hidden, bias=not norm), *[nn.BatchNorm1d(hidden)] * norm, nn.ReLU(),
-                         nn.Linear(hidden, b, bias=not norm), *[nn.BatchNorm1d(b, affine=False)] * last_norm)
+def mlp(sizes, norm=False, last_norm=False):
+    """Linear layers from sizes[0] to sizes[-1] numbers, ReLUs between; norm: batch norm before these; last_norm: one without
+    scale and shift at the end."""
+    layers = []
+    for a, b in itertools.pairwise(sizes):
+        layers += [nn.Linear(a, b, bias=not norm), *[nn.BatchNorm1d(b)] * norm, nn.ReLU()]
+    return nn.Sequential(*layers[:-1 - norm], *[nn.BatchNorm1d(sizes[-1], affine=False)] * last_norm)
 
 
 class Encoder(nn.Module):
@@ -86,18 +96,18 @@ class Encoder(nn.Module):
 
 
 class Momentum(nn.Module):
-    """What v2 and v3 share: a query encoder that learns, and a key encoder that is its moving average."""
+    """What v2, v3 and BYOL share: a query encoder that learns, and a key encoder that is its moving average."""
 
     def __init__(self, args, head):
         """head: feature size of the backbone -> projection head."""
         super().__init__()
-        backbone, features = genview.make_backbone(args.arch, small_stem=args.image_size <= genview.IN_MEMORY_SIZE)
+        backbone, features = genview.make_backbone(args.arch, args.image_size)
         self.query = Encoder(backbone, head(features))
         self.key = copy.deepcopy(self.query).requires_grad_(False)
-        self.temperature, self.momentum = args.temperature, args.momentum
+        self.momentum = args.momentum
 
     @torch.no_grad()
-    def update_key(self, progress):
+    def update(self, progress):
         """theta_k <- m theta_k + (1 - m) theta_q, batch-norm statistics like weights; progress: share of training done."""
         m = self.momentum_at(progress)
         pairs = [(k, q) for k, q in zip(self.key.state_dict().values(), self.query.state_dict().values())
@@ -106,7 +116,7 @@ class Momentum(nn.Module):
         torch._foreach_lerp_(keys, queries, 1 - m)
 
     def momentum_at(self, progress):
-        return self.momentum
+        return 1 - (1 - self.momentum) * (1 + math.cos(math.pi * progress)) / 2   # rises to 1 by a cosine
 
     @torch.no_grad()
     def start(self, views):
@@ -133,7 +143,8 @@ class MoCoV2(Momentum):
     """
 
     def __init__(self, args):
-        super().__init__(args, lambda features: mlp(features, features, args.dim))
+        super().__init__(args, lambda features: mlp([features, features, args.dim]))
+        self.temperature = args.temperature
         self.register_buffer("queue", F.normalize(torch.randn(args.queue, args.dim), dim=1))     # (M, D)
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
         self.chance = math.log(1 + args.queue)     # the loss of a guess among 1 + M keys
@@ -143,7 +154,11 @@ class MoCoV2(Momentum):
         self.key.eval()                            # EMAN
         return self
 
-    def forward(self, view1, view2, weights, world):
+    def momentum_at(self, progress):
+        return self.momentum
+
+    def forward(self, views, weights, world):
+        view1, view2 = views
         q = F.normalize(self.query(view1).float(), dim=1)                         # (N, D)
         with torch.no_grad():
             k = F.normalize(self.key(view2).float(), dim=1)                       # (N, D)
@@ -164,17 +179,17 @@ class MoCoV3(Momentum):
     """MoCo v3 (Chen et al. 2021): negatives from the batch, a predictor on the query, both directions."""
 
     def __init__(self, args):
-        super().__init__(args, lambda features: mlp(features, args.hidden, args.dim, norm=True, last_norm=True))
-        self.predictor = mlp(args.dim, args.hidden, args.dim, norm=True)
+        vit = args.arch.startswith("vit")          # one layer more, and a norm after the predictor
+        hidden = [args.hidden] * (1 + vit)
+        super().__init__(args, lambda features: mlp([features, *hidden, args.dim], norm=True, last_norm=True))
+        self.predictor = mlp([args.dim, args.hidden, args.dim], norm=True, last_norm=vit)
+        self.temperature = args.temperature
         self.chance = 4 * args.temperature * math.log(args.batch_size)            # two directions, each times 2t
 
-    def momentum_at(self, progress):
-        return 1 - (1 - self.momentum) * (1 + math.cos(math.pi * progress)) / 2   # rises to 1 by a cosine
-
-    def forward(self, view1, view2, weights, world):
-        q1, q2 = (F.normalize(self.predictor(self.query(v)).float(), dim=1) for v in (view1, view2))     # (N, D)
+    def forward(self, views, weights, world):
+        q1, q2 = (F.normalize(self.predictor(self.query(v)).float(), dim=1) for v in views)              # (N, D)
         with torch.no_grad():
-            k1, k2 = (world.gather(F.normalize(self.key(v).float(), dim=1)) for v in (view1, view2))     # (all N, D)
+            k1, k2 = (world.gather(F.normalize(self.key(v).float(), dim=1)) for v in views)              # (all N, D)
         offset = world.rank * len(q1)              # where this process's keys stand among all
         # Both directions carry the same w. The factor 2t keeps the size of the gradient when the temperature changes.
         loss = 2 * self.temperature * (info_nce_in_batch(q1, k2, self.temperature, weights, offset)
@@ -183,11 +198,12 @@ class MoCoV3(Momentum):
 
 
 METHODS = {"mocov2": MoCoV2, "mocov3": MoCoV3}
+NAMES = {"mocov2": "MoCo v2", "mocov3": "MoCo v3", "byol": "BYOL", "simsiam": "SimSiam", "swav": "SwAV"}
 
 
 def compile_method(method):
     """torch.compile for the networks alone: the loss and the queue are cheap, and stay what one reads."""
-    for network in (method.query, method.key):
+    for network in method.children():
         network.compile()
 
 
@@ -196,23 +212,29 @@ def similarities(q, k, negatives, positives=0):
     """Health read-outs: the mean cosine of positive pairs (should rise) and of others (should stay near 0).
     positives: how many of the negatives of each query are its own positive, to be taken out of the mean."""
     pos, all_pairs = (q * k).sum(1).mean(), (q.mean(0) * negatives.mean(0)).sum()
-    return {"pos": pos, "neg": (len(negatives) * all_pairs - positives * pos) / (len(negatives) - positives)}
+    return {"pos": pos, "neg": (len(negatives) * all_pairs - positives * pos) / (len(negatives) - positives),
+            "std": spread(q)}
+
+
+def spread(z):
+    """Standard deviation of embeddings (N, D) of unit length, times sqrt(D): 1 where they point everywhere, 0 in a collapse."""
+    return z.std(0).mean() * z.shape[1] ** 0.5
 
 
 # ------------------------------------------------------------------------------------------------------------- the step
 
-def train_step(method, optimizer, view1, view2, places, quality_of, gamma, progress, world):
+def train_step(method, optimizer, views, places, quality_of, gamma, progress, world):
     """One step of GenView. method: MoCo, wrapped for several processes or not; progress: share of training done.
-    places: of what the views are crops, for --quality cached. quality_of: views and places -> q, s^f, s^b of each pair
-    (section "quality-driven contrastive loss"), or None: equal weights.
+    views: P_1, P_2 (of SwAV more), each (N, 3, S, S); places: of what they are crops, for --quality cached. quality_of:
+    P_1, P_2, places -> q, s^f, s^b of each pair (section "quality-driven contrastive loss"), or None: equal weights.
     Returns the loss and read-outs, scalars on the device."""
     with world.autocast():
         weights = None
         if quality_of is not None:
-            quality, s_f, s_b = quality_of(view1, view2, places)                  # q_i = s_i^f - s_i^b           (N,)
+            quality, s_f, s_b = quality_of(*views[:2], places[:2])                # q_i = s_i^f - s_i^b           (N,)
             weights = quality_weights(quality, gamma, world.group)                # w_i = n exp(gamma q_i) / sum  (N,)
-        getattr(method, "module", method).update_key(progress)                    # theta_k <- m theta_k + (1 - m) theta_q
-        loss, readouts = method(view1, view2, weights, world)                     # L = (1/n) sum_i w_i l_i
+        getattr(method, "module", method).update(progress)                        # theta_k <- m theta_k + (1 - m) theta_q
+        loss, readouts = method(views, weights, world)                            # L = (1/n) sum_i w_i l_i
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -257,12 +279,17 @@ class LARS(torch.optim.Optimizer):
 
 
 def make_optimizer(args, method):
-    parameters = [p for p in method.parameters() if p.requires_grad]
+    """method.constant_lr, where there is one: modules whose learning rate stays at its peak (SimSiam's predictor)."""
+    constant = [p for module in getattr(method, "constant_lr", []) for p in module.parameters()]
+    chosen = set(constant)
+    groups = [{"params": [p for p in method.parameters() if p.requires_grad and p not in chosen]}]
+    if constant:
+        groups.append({"params": constant, "constant_lr": True})
     if args.optimizer == "lars":
-        return LARS(parameters, lr=0.0, weight_decay=args.weight_decay)
+        return LARS(groups, lr=0.0, weight_decay=args.weight_decay)
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=0.0, weight_decay=args.weight_decay)
-    return torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=args.weight_decay)
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
 
 
 def learning_rate(args, epoch):
@@ -276,10 +303,15 @@ def learning_rate(args, epoch):
 # ----------------------------------------------------------------------------------------------------- what to train on
 
 def augmentations(args):
-    """t1, t2. MoCo v3 blurs and solarises the two views unequally, as BYOL does, and jitters saturation less."""
+    """t1, t2. MoCo v3 blurs and solarises the two views unequally, as BYOL does, and jitters saturation less. SwAV jitters
+    twice as strongly and adds small crops."""
     scale = (args.crop_min, 1.0)
-    if args.method == "mocov2":
+    if args.method in ("mocov2", "simsiam"):
         return [Augmentation(scale, blur=args.blur)] * 2
+    if args.method == "swav":
+        large = Augmentation(scale, (0.8, 0.8, 0.8, 0.2), args.blur)
+        small = large._replace(scale=(args.small_min, args.crop_min), size=args.small_size)
+        return [large] * 2 + [small] * args.small_crops
     jitter = (0.4, 0.4, 0.2, 0.1)
     return [Augmentation(scale, jitter, blur=2 * args.blur), Augmentation(scale, jitter, blur=0.2 * args.blur, solarise=0.2)]
 
@@ -374,7 +406,7 @@ def expand(images, views):
 
 def train(args, world, make_method=METHODS.get):
     """Trains, evaluates, writes the run's folder. make_method: name of a method -> its class (args -> module with .query,
-    .chance, update_key and a forward as MoCo's)."""
+    .chance, update and a forward as MoCo's)."""
     images, test = (genview.load_images(args.dataset, args.data_dir, split, args.image_size, args.limit, args.skip_bad)
                     for split in ("train", "test"))
     if len(images.names) < args.batch_size:
@@ -390,9 +422,9 @@ def train(args, world, make_method=METHODS.get):
     loader.steps = len(images.names) // args.batch_size                # as many with extra samples: the same work
     if world.size > 1 and world.device.type == "cuda":                           # PyTorch's is for GPUs only
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
-    if start == 0 and args.start_batches:
+    if start == 0 and getattr(args, "start_batches", 0):
         with world.autocast():
-            method.start(view1 for _, view1, _, _ in itertools.islice(loader.epoch(0), args.start_batches))
+            method.start(views[0] for _, views, _ in itertools.islice(loader.epoch(0), args.start_batches))
     if args.compile:
         compile_method(method)
     wrapped = method
@@ -417,14 +449,14 @@ def train_epoch(args, world, epoch, loader, method, optimizer, quality_of, run):
     method.train()
     bar = genview.progress(loader.epoch(epoch), f"epoch {epoch + 1}/{args.epochs}", "batch", total=loader.steps)
     began, pending, chance = time.time(), [], getattr(method, "module", method).chance
-    for step, (_, view1, view2, places) in enumerate(bar):
-        view1, view2 = (v.contiguous(memory_format=torch.channels_last) for v in (view1, view2))
+    for step, (_, views, places) in enumerate(bar):
+        views = [v.contiguous(memory_format=torch.channels_last) for v in views]
         if epoch == step == 0:
-            draw_pairs(run, view1, view2, places, quality_of)
+            draw_pairs(run, *views[:2], places[:2], quality_of)
         done = epoch + step / loader.steps
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, done)
-        pending.append(train_step(method, optimizer, view1, view2, places, quality_of, args.gamma, done / args.epochs, world))
+            group["lr"] = learning_rate(args, args.warmup_epochs if group.get("constant_lr") else done)
+        pending.append(train_step(method, optimizer, views, places, quality_of, args.gamma, done / args.epochs, world))
         if (step + 1) % args.log_every == 0 or step + 1 == loader.steps:
             means = average(pending, epoch * loader.steps + step + 1, world, run)
             speed = (step + 1) * args.batch_size / (time.time() - began)
@@ -459,7 +491,7 @@ def evaluate(method, train_images, test_images, args, world):
 
 
 def label(args):
-    name = {"mocov2": "MoCo v2", "mocov3": "MoCo v3"}.get(args.method, args.method)
+    name = NAMES[args.method]
     if args.views_dir == "none":
         name = f"plain {name}, no generated views"
     else:
@@ -561,7 +593,7 @@ def parse_args(presets=PRESETS, argv=None):
     data.add_argument("--limit", type=genview.at_least(1), help="use so many images of each split")
     data.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
     model = parser.add_argument_group("model")
-    model.add_argument("--method", choices=sorted({m for _, m in presets}), default=next(iter(presets))[1])
+    model.add_argument("--method", choices=sorted({m.removesuffix("-vit") for _, m in presets}), default=next(iter(presets))[1])
     view = parser.add_argument_group("GenView")
     view.add_argument("--views-dir", help="folder of generated views, or none (default: where generate_views.py puts them)")
     view.add_argument("--views", choices=["pair", "extra"], default="pair",
@@ -588,7 +620,8 @@ def parse_args(presets=PRESETS, argv=None):
         least = 0 if name in ("warmup_epochs", "start_batches") else 1
         recipe.add_argument(f"--{name.replace('_', '-')}", type=genview.at_least(least) if kind is int else kind)
     args = parser.parse_args(argv)
-    preset = presets[args.dataset, args.method]
+    family = args.method + "-vit" * (args.arch or "").startswith("vit")           # vision transformers have their own recipe
+    preset = presets.get((args.dataset, family)) or presets[args.dataset, args.method]
     for name in kinds:
         if getattr(args, name) is None:
             setattr(args, name, preset.get(name))
@@ -605,7 +638,7 @@ def resolve(args):
     if args.views_dir is None:
         args.views_dir = genview.default_views_dir(args.dataset, args.data_dir)
         if args.dataset != "shapes" and not (Path(args.views_dir) / "manifest.jsonl").exists():
-            genview.say(f"*** No generated views in {args.views_dir}: this is plain MoCo, not GenView. They are made by\n"
+            genview.say(f"*** No generated views in {args.views_dir}: this is plain {NAMES[args.method]}, not GenView. They are made by\n"
                         f"***   python generate_views.py --dataset {args.dataset} --data-dir {args.data_dir}")
             args.views_dir = "none"
     if args.views == "extra" and args.views_dir == "none":
@@ -614,12 +647,13 @@ def resolve(args):
     if args.noise != "adaptive" and not (args.dataset == "shapes" and args.noise.isdecimal() and int(args.noise) < 1000):
         raise Trouble(f"--noise is adaptive or a level from 0 to 999, and for --dataset shapes alone, not {args.noise}: "
                       f"elsewhere generate_views.py decides on it")
-    if args.temperature <= 0:
+    recipe = lambda name: getattr(args, name, None)
+    if recipe("temperature") is not None and args.temperature <= 0:
         raise Trouble(f"--temperature {args.temperature:g} must be positive")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % processes:
         raise Trouble(f"--batch-size {args.batch_size} cannot be shared by {processes} processes: give a multiple")
-    if args.queue and args.queue % args.batch_size:
+    if recipe("queue") and args.queue % args.batch_size:
         raise Trouble(f"--queue {args.queue} is no multiple of --batch-size {args.batch_size} (all processes together): "
                       f"take {args.queue // args.batch_size * args.batch_size or args.batch_size}")
     run = f"runs/{args.dataset}-{args.method}-{'plain' if args.views_dir == 'none' else 'genview'}"

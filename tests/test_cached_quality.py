@@ -57,7 +57,7 @@ def test_cached_is_exact_where_the_encoder_sees_one_place_at_a_time(tmp_path, mo
     cached, exact = cached_quality.CachedQuality(maps, "cpu"), PairQuality(encoder, component)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (genview.CLIP_MEAN, genview.CLIP_STD))
     seen = 0
-    for _, view1, view2, (place1, place2) in PairLoader(images, views, [GEOMETRY] * 2, 28, 40, 0, CPU).epoch(0):
+    for _, (view1, view2), (place1, place2) in PairLoader(images, views, [GEOMETRY] * 2, 28, 40, 0, CPU).epoch(0):
         spread = [(v * std).sub(-mean).std(1).amax((1, 2)) for v in (view1, view2)]
         colourful = (spread[0] > 0.01) & (spread[1] > 0.01)        # a fifth is made grey
         seen += colourful.sum().item()

@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval")
     tiny.save_images(folder / "data", per_class=6, size=32)
     torch.manual_seed(0)
-    backbone, _ = genview.make_backbone("resnet18", False)
+    backbone, _ = genview.make_backbone("resnet18", 224)
     state = backbone.state_dict()
     args = {"dataset": "folder", "data_dir": str(folder / "data"), "arch": "resnet18", "image_size": 32}
     ours = {f"query.backbone.{k}": v for k, v in state.items()} | {f"key.backbone.{k}": v + 1 for k, v in state.items()}
@@ -46,7 +46,7 @@ def images(folder):
 
 
 def settings(**values):
-    usual = dict(lr=1.0, backbone_lr=0.01, epochs=20, batch_size=32, seed=0, labels=1.0, image_size=32, workers=0,
+    usual = dict(lr=1.0, backbone_lr=0.01, epochs=20, batch_size=32, seed=0, labels=1.0, labels_file=None, image_size=32, workers=0,
                  skip_bad=False)
     return SimpleNamespace(**usual | values)
 
@@ -72,7 +72,7 @@ def test_all_formats_give_the_same_features(folder, images):
 
 
 def test_the_small_stem_is_seen_and_settings_lie_beside_a_backbone(tmp_path):
-    backbone, _ = genview.make_backbone("resnet18", True)
+    backbone, _ = genview.make_backbone("resnet18", 32)
     torch.save(backbone.state_dict(), tmp_path / "backbone.pt")
     (tmp_path / "args.json").write_text(json.dumps({"dataset": "cifar10", "arch": "resnet18"}))
     loaded, _, args = ev.load_backbone(tmp_path / "backbone.pt")
@@ -233,6 +233,45 @@ def test_finetuning_trains_the_whole_network():
     head = ev.finetune(backbone, 3, images, settings(epochs=10, labels=0.5, batch_size=8, image_size=16), ONE)
     assert (backbone.factor != 1).all()
     assert ev.accuracy(head(ev.extract_features(backbone, images, 16, ONE)), images.labels) > 98
+
+
+def test_finetuning_on_a_list_of_names(tmp_path, capsys):
+    images = coloured()._replace(names=[f"train/{'ab'[i % 2]}/{i}.png" for i in range(60)])
+    listed = tmp_path / "names.txt"
+    listed.write_text("7.png\ntrain/a/12.png\r\n\nb/3.png\n")
+    assert ev.listed_subset(images.names, listed).tolist() == [3, 7, 12]
+    ev.finetune(Mean(), 3, images, settings(epochs=1, labels_file=listed, batch_size=2, image_size=16), ONE)
+    assert "fine-tuning on 3 labelled images" in capsys.readouterr().out
+    with pytest.raises(Trouble, match="lists 3 names, which fit 0 images"):
+        ev.listed_subset(["x.png"], listed)
+    with pytest.raises(Trouble, match="fit 4 images.*with their folders"):
+        ev.listed_subset([f"{c}/7.png" for c in "abcd"], listed)
+    with pytest.raises(Trouble, match="cannot be read as a list"):
+        ev.listed_subset(images.names, tmp_path / "nothing.txt")
+
+
+def test_the_subset_depends_on_the_seed_alone():
+    labels = torch.arange(1000) % 10
+    subset = lambda seed: ev.balanced_subset(labels, 0.1, genview.step_generator(seed))
+    assert torch.equal(subset(3), subset(3)) and not torch.equal(subset(3), subset(4))
+    assert (labels[subset(3)].bincount() == 10).all()
+
+
+def test_fewer_labels_another_recipe():
+    for labels, lr in ((0.01, 5.0), (0.1, 0.2)):
+        given = ev.parse(["--checkpoint", "x", "--dataset", "imagenet", "--protocol", "finetune", "--labels", str(labels)])
+        ev.resolve(given, {})
+        assert given.lr == lr
+
+
+def test_a_vision_transformer_is_recognised(tmp_path):
+    """From its tensors alone: architecture, patches, size."""
+    for arch, size in (("vit_narrow", 32), ("vit_narrow", 96)):
+        backbone, _ = genview.make_backbone(arch, size)
+        torch.save(backbone.state_dict(), tmp_path / "vit.pt")
+        loaded, dim, _ = ev.load_backbone(tmp_path / "vit.pt")
+        x = torch.randn(2, 3, size, size)
+        assert dim == 96 and torch.equal(loaded.eval()(x), backbone.eval()(x))
 
 
 # ------------------------------------------------------------------------------------------------------------ command line

@@ -1,4 +1,5 @@
 """genview.py: augmentations against torchvision's, pairs, the foreground component, files and checkpoints."""
+import math
 import os
 import pickle
 import sys
@@ -148,8 +149,7 @@ def test_crop_boxes_without_a_fit_is_the_central_square():
 def batches(images, views, epoch=0, world=None, seed=3, batch_size=4, augmentation=FULL, with_places=False, **options):
     loader = PairLoader(images, views, [augmentation] * 2, 16, batch_size, seed, world or one_process(), workers=0,
                         **options)
-    return [(index, view1, view2) + (tuple(places) if with_places else ())
-            for index, view1, view2, places in loader.epoch(epoch)]
+    return [(index, *views) + (tuple(places) if with_places else ()) for index, views, places in loader.epoch(epoch)]
 
 
 def same(a, b):
@@ -494,12 +494,43 @@ def test_trouble_is_one_line_and_status_2(capsys):
 
 @pytest.mark.parametrize("arch, small, dim", [("resnet18", True, 512), ("resnet18", False, 512)])
 def test_make_backbone(arch, small, dim):
-    backbone, features = genview.make_backbone(arch, small)
+    backbone, features = genview.make_backbone(arch, 64 if small else 65)
     assert features == dim and backbone.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, dim)
     assert backbone.conv1.stride == ((1, 1) if small else (2, 2)) and backbone.conv1.bias is None
+
+
+@pytest.mark.parametrize("arch, millions", [("vit_small", 21.67), ("vit_base", 85.80)])
+def test_vision_transformers_of_moco_v3(arch, millions):
+    """Class token, positions and last norm counted, no classifier; positions and patch projection do not learn."""
+    vit, _ = genview.make_backbone(arch, 224)
+    assert round(sum(p.numel() for p in vit.parameters()) / 1e6, 2) == millions
+    assert {name for name, p in vit.named_parameters() if not p.requires_grad} == {
+        "encoder.pos_embedding", "conv_proj.weight", "conv_proj.bias"}
+    assert vit.encoder.layers[0].self_attention.num_heads == 12
+
+
+def test_positions_are_sines_of_row_and_column():
+    positions = genview.sine_positions(16, 5)
+    assert positions.shape == (1, 26, 16) and not positions[0, 0].any()
+    for row in range(5):
+        for column in range(5):
+            expected = [f(x * 10_000 ** (-k / 4)) for x in (column, row) for f in (math.sin, math.cos) for k in range(4)]
+            torch.testing.assert_close(positions[0, 1 + 5 * row + column], torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def test_small_crops_come_in_turn_from_both_pictures(files):
+    """Views 3, 5, ... of the picture of view 1, views 4, 6, ... of that of view 2; the first two are as without them."""
+    tiny_crop = PLAIN._replace(size=8)
+    for images, views in ((in_memory(), random_pixels(12, seed=1)), files):
+        loader = PairLoader(images, views, [PLAIN] * 2 + [tiny_crop] * 3, 16, 4, 3, one_process(), workers=0)
+        for index, crops, places in loader.epoch(0):
+            assert [x.shape[-1] for x in crops] == [16, 16, 8, 8, 8] and len(places) == 5
+            for v in (2, 3, 4):
+                assert torch.equal(places[v].row, places[v % 2].row) and not torch.equal(places[v].box, places[v % 2].box)
+            assert torch.equal(places[0].row % 12, index) and ((places[0].row >= 12) ^ (places[1].row >= 12)).all()
 
 
 @pytest.mark.parametrize("arch", ["vit_b_16", "nothing", "fasterrcnn_resnet50_fpn"])
 def test_other_architectures_are_trouble(arch):
     with pytest.raises(Trouble, match="resnet50"):
-        genview.make_backbone(arch, False)
+        genview.make_backbone(arch, 224)

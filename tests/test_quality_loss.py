@@ -77,6 +77,30 @@ def cosine_oracle(p, z, w):
     return sum(w[i] * -cos(p[i], z[i]) for i in range(len(p))) / len(p)
 
 
+def sinkhorn_oracle(scores, epsilon, iterations=3):
+    """SwAV, section 3.1 and its pseudocode: columns to 1/P, rows to 1/N, by turns."""
+    n, p = len(scores), len(scores[0])
+    q = [[math.exp(x / epsilon) for x in row] for row in scores]
+    for _ in range(iterations):
+        columns = [sum(q[i][j] for i in range(n)) for j in range(p)]
+        q = [[q[i][j] / columns[j] / p for j in range(p)] for i in range(n)]
+        q = [[x / sum(row) / n for x in row] for row in q]
+    return np.array([[x * n for x in row] for row in q])
+
+
+def swapped_oracle(scores, codes, t, w):
+    total, views, (a_count, n, p) = 0.0, len(scores), codes.shape
+    for i in range(n):
+        losses = []
+        for a in range(a_count):
+            for v in range(views):
+                if v != a:
+                    against = sum(math.exp(x / t) for x in scores[v][i])
+                    losses.append(-sum(codes[a][i][j] * math.log(math.exp(scores[v][i][j] / t) / against) for j in range(p)))
+        total += w[i] * sum(losses) / len(losses)
+    return total / n
+
+
 # ------------------------------------------------------------------------------------------------------------------ data
 
 def maps(n=5, t=9, k=6, seed=0):
@@ -89,17 +113,25 @@ def unit(n, d=8, seed=0):
     return torch.nn.functional.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
+def views_of(x):
+    """Scores of three views against six prototypes, of which the first depends on x."""
+    return torch.stack([x, unit(5, seed=5).to(x), unit(5, seed=6).to(x)]) @ unit(6, seed=7).to(x).T
+
+
+CODES = torch.stack([unit(5, d=6, seed=s).softmax(1) for s in (8, 9)])            # of the first two views
 W = torch.tensor([0.2, 1.8, 1.0, 0.5, 1.5])
 # Every loss as a function of (its 5 query rows, weights).
 LOSSES = {
     "info_nce": lambda x, w=None: ql.info_nce(x, unit(5, seed=1), unit(7, seed=2), temperature=0.2, weights=w),
     "info_nce_in_batch": lambda x, w=None: ql.info_nce_in_batch(x, unit(11, seed=3), temperature=0.5, weights=w, offset=4),
     "negative_cosine": lambda x, w=None: ql.negative_cosine(x, unit(5, seed=4), weights=w),
+    "swapped_prediction": lambda x, w=None: ql.swapped_prediction(views_of(x), CODES, temperature=0.3, weights=w),
 }
 ORACLES = {
     "info_nce": lambda x, w: info_nce_oracle(x, unit(5, seed=1), unit(7, seed=2), 0.2, w),
     "info_nce_in_batch": lambda x, w: in_batch_oracle(x, unit(11, seed=3), 0.5, w, 4),
     "negative_cosine": lambda x, w: cosine_oracle(x, unit(5, seed=4), w),
+    "swapped_prediction": lambda x, w: swapped_oracle(views_of(x).tolist(), CODES.numpy(), 0.3, w),
 }
 each_loss = pytest.mark.parametrize("name", LOSSES)
 
@@ -141,6 +173,10 @@ def reference(name, x, w):
     elif name == "info_nce_in_batch":
         p = (x @ keys.T / 0.5).exp()
         losses = torch.stack([-(p[i, 4 + i] / p[i].sum()).log() for i in range(5)])
+    elif name == "swapped_prediction":
+        log_p = (views_of(x) / 0.3).log_softmax(2)
+        pairs = [-(CODES[a].double() * log_p[v]).sum(1) for a in (0, 1) for v in (0, 1, 2) if v != a]
+        losses = torch.stack(pairs).mean(0)
     else:
         losses = -(x * target).sum(1) / (x.norm(dim=1) * target.norm(dim=1))
     return (w.double() * losses).sum() / 5
@@ -152,6 +188,16 @@ def test_gradient_matches_autograd_of_the_formula(name):
     LOSSES[name](x, W).backward()
     reference(name, y, W).backward()
     torch.testing.assert_close(x.grad, y.grad.float(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 10])
+def test_sinkhorn_matches_the_loop(iterations):
+    scores = unit(7) @ unit(4, seed=1).T
+    ours = ql.sinkhorn(scores, epsilon=0.3, iterations=iterations)
+    np.testing.assert_allclose(ours, sinkhorn_oracle(scores.tolist(), 0.3, iterations), atol=1e-5)
+    np.testing.assert_allclose(ours.sum(1), 1, atol=1e-6)
+    if iterations == 10:
+        np.testing.assert_allclose(ours.sum(0), 7 / 4, atol=1e-2)                   # the prototypes are shared out equally
 
 
 # -------------------------------------------------------------------------------------------------- properties of weights
@@ -173,6 +219,8 @@ def test_one_pair_with_all_the_weight():
     assert LOSSES["negative_cosine"](x, w).item() == pytest.approx(alone.item(), abs=1e-6)
     alone = ql.info_nce_in_batch(x[2:3], unit(11, seed=3), temperature=0.5, offset=6)
     assert LOSSES["info_nce_in_batch"](x, w).item() == pytest.approx(alone.item(), abs=1e-6)
+    alone = ql.swapped_prediction(views_of(x)[:, 2:3], CODES[:, 2:3], temperature=0.3)
+    assert LOSSES["swapped_prediction"](x, w).item() == pytest.approx(alone.item(), abs=1e-6)
 
 
 def test_no_gradient_through_weights():
@@ -203,7 +251,8 @@ def test_computes_in_float32_whatever_the_input(dtype, autocast):
     x, key, negatives, keys = (y.to(dtype) for y in (unit(5), unit(5, seed=1), unit(7, seed=2), unit(9, seed=3)))
     calls = [(ql.foreground_attention, (f1, v1), {}), (ql.pair_quality, (f1, f2, v1), {}),
              (ql.quality_weights, (x[:, 0],), {}), (ql.info_nce, (x, key, negatives), dict(temperature=0.1, weights=W)),
-             (ql.info_nce_in_batch, (x, keys), dict(temperature=0.1, offset=2)), (ql.negative_cosine, (x, key), {})]
+             (ql.info_nce_in_batch, (x, keys), dict(temperature=0.1, offset=2)), (ql.negative_cosine, (x, key), {}),
+             (ql.sinkhorn, (x,), {}), (ql.swapped_prediction, (torch.stack([x, key]), x[None].abs()), dict(temperature=0.1))]
     for function, tensors, options in calls:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             ours = function(*tensors, **options)
@@ -232,10 +281,12 @@ def test_no_nan_for_extreme_input(value, other):
         x, y = torch.full((n, 4), value), torch.full((n, 4), other)
         x.requires_grad_()
         losses = [ql.info_nce(x, y, y, temperature=0.2), ql.info_nce_in_batch(x, y, temperature=0.2),
-                  ql.negative_cosine(x, y)]
+                  ql.negative_cosine(x, y),
+                  ql.swapped_prediction(torch.stack([x, y]), ql.sinkhorn(y)[None], temperature=0.2)]
         check(tuple(losses))
         sum(losses).backward()
         assert not x.grad.isnan().any()
+        check(ql.sinkhorn(torch.cat([x, y]).detach()))
     check(ql.quality_weights(torch.tensor([value, other])))
     half = torch.full((2, 4, 3), 65504.0, dtype=torch.float16)
     check(ql.pair_quality(half, -half, half[0, 0]))
@@ -267,6 +318,14 @@ X = torch.zeros
     (lambda: ql.negative_cosine(X(0, 4), X(0, 4)), "(0, 4)"),
     (lambda: ql.negative_cosine(X(2, 4), X(2, 4), weights=X(1)), "(1,)"),
     (lambda: ql.info_nce_in_batch(X(0, 4), X(5, 4), temperature=1.0), "(0, 4)"),
+    (lambda: ql.sinkhorn(X(4)), "(4,)"),
+    (lambda: ql.sinkhorn(X(4, 2), epsilon=0.0), "0.0"),
+    (lambda: ql.swapped_prediction(X(2, 4), X(2, 4), temperature=1.0), "(2, 4)"),
+    (lambda: ql.swapped_prediction(X(2, 4, 3), X(3, 4, 3), temperature=1.0), "(3, 4, 3)"),
+    (lambda: ql.swapped_prediction(X(2, 4, 3), X(2, 4, 5), temperature=1.0), "(2, 4, 5)"),
+    (lambda: ql.swapped_prediction(X(1, 4, 3), X(1, 4, 3), temperature=1.0), "(1, 4, 3)"),
+    (lambda: ql.swapped_prediction(X(2, 4, 3), X(2, 4, 3), temperature=0.0), "0.0"),
+    (lambda: ql.swapped_prediction(X(2, 4, 3), X(2, 4, 3), temperature=1.0, weights=X(3)), "(3,)"),
 ])
 def test_wrong_shapes_are_named(call, shape):
     with pytest.raises(ValueError) as error:
@@ -288,6 +347,9 @@ def _weights_of_a_half(rank, port, q, cuts, results):
     for name, cut in cuts.items():
         part = q[:cut] if rank == 0 else q[cut:]
         torch.save(ql.quality_weights(part, gamma=2.0, group=dist.group.WORLD), f"{results}/{name}-{rank}.pt")
+        scores = torch.outer(q, torch.tensor([1.0, -1.0, 0.3])).sin()
+        part = scores[:cut] if rank == 0 else scores[cut:]
+        torch.save(ql.sinkhorn(part, group=dist.group.WORLD), f"{results}/codes-{name}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -300,6 +362,8 @@ def test_two_processes_weight_like_one(tmp_path):
     for name in cuts:
         ours = torch.cat([torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1)])
         torch.testing.assert_close(ours, ql.quality_weights(q, gamma=2.0))
+        codes = torch.cat([torch.load(tmp_path / f"codes-{name}-{rank}.pt") for rank in (0, 1)])
+        torch.testing.assert_close(codes, ql.sinkhorn(torch.outer(q, torch.tensor([1.0, -1.0, 0.3])).sin()))
 
 
 # -------------------------------------------------------------------------------------------------------- the file by itself
@@ -316,7 +380,8 @@ def test_the_file_copied_alone_works(tmp_path):
     assert "subject lost" in done.stdout and "nan" not in done.stdout
 
 
-@pytest.mark.parametrize("name", ["quality_loss", "genview", "generate_views", "eval_linear", "train_moco", "shapes"])
+@pytest.mark.parametrize("name", ["quality_loss", "genview", "generate_views", "eval_linear", "train_moco", "shapes", "train_byol",
+                                  "train_swav"])
 def test_doctests(name):
     if not (ROOT / f"{name}.py").exists():
         pytest.skip("not written yet")

@@ -15,16 +15,20 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 import genview
+import train_byol
 import train_moco
+import train_swav
 from quality_loss import info_nce, quality_weights
 
 ROOT = Path(__file__).parents[1]
+METHODS = train_moco.METHODS | train_byol.METHODS | {"swav": train_swav.SwAV}
 CPU = genview.World(0, 1, torch.device("cpu"), torch.float32)
 
 
 def settings(method="mocov2", **changes):
     args = dict(method=method, arch="resnet10_narrow", image_size=32, dim=16, queue=16, hidden=32, temperature=0.2, momentum=0.9,
-                batch_size=8, optimizer="sgd", lr=0.05 * 32, weight_decay=1e-4, warmup_epochs=0, epochs=1)
+                batch_size=8, optimizer="sgd", lr=0.05 * 32, weight_decay=1e-4, warmup_epochs=0, epochs=1,
+                prototypes=6, epsilon=0.05, freeze_epochs=0)
     return types.SimpleNamespace(**args | changes)
 
 
@@ -80,11 +84,13 @@ def two_steps(name, world):
 
     The network computes in float64: batch norm over 8 pairs blows the rounding of float32 up to 1e-3 in the second step."""
     torch.manual_seed(0)
-    method = train_moco.METHODS[name](settings(name)).double().train()
+    method = METHODS[name](settings(name)).double().train()
     if name == "mocov2":
         method.queue = method.queue.float()                                       # as the embeddings, which the loss wants so
     features = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 8, 8), torch.nn.Flatten(2)).double()
-    view1, view2 = torch.randn(2, 2, 8, 3, 32, 32).double()                       # (steps, N, 3, S, S) each
+    views = list(torch.randn(2, 2, 8, 3, 32, 32).double())                        # each (steps, N, 3, S, S)
+    if name == "swav":
+        views += torch.randn(2, 2, 8, 3, 16, 16).double()
     component = torch.randn(6)
     share = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
     seen_weights = []
@@ -101,7 +107,7 @@ def two_steps(name, world):
     optimizer.param_groups[0]["lr"] = 0.05
     losses, gradients = [], None
     for step in range(2):
-        readouts = train_moco.train_step(wrapped, optimizer, view1[step, share], view2[step, share], None, quality_of, 1.0,
+        readouts = train_moco.train_step(wrapped, optimizer, [v[step, share] for v in views], (), quality_of, 1.0,
                                          step / 2, world)
         losses.append(readouts["loss"])
         gradients = gradients or [p.grad.clone() for p in method.parameters() if p.grad is not None]
@@ -119,7 +125,7 @@ def one_of_two(rank, name, port, folder):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["mocov2", "mocov3"])
+@pytest.mark.parametrize("name", METHODS)
 def test_two_processes_equal_one(name, tmp_path):
     """Half the batch each, with the weights normalised over both: loss, weights, gradients and state of one process."""
     with socket.socket() as s:
@@ -144,12 +150,12 @@ def test_v2_step_by_hand():
     queue, view1, view2 = method.queue.clone(), *torch.randn(2, 8, 3, 32, 32)
     w = torch.arange(8.0) / 3.5
     k = F.normalize(method.key(view2), dim=1)
-    loss, _ = method(view1, view2, w, CPU)
+    loss, _ = method((view1, view2), w, CPU)
     q = F.normalize(method.query(view1), dim=1)                                   # same batch statistics as in the call
     torch.testing.assert_close(loss, info_nce(q, k, queue, 0.2, w))
     torch.testing.assert_close(method.queue[:8], k)
     assert torch.equal(method.queue[8:], queue[8:]) and method.pointer == 8
-    method(view1, view2, None, CPU)
+    method((view1, view2), None, CPU)
     assert method.pointer == 0 and not torch.equal(method.queue[8:], queue[8:])
     assert not any(p.requires_grad for p in method.key.parameters())
 
@@ -170,7 +176,7 @@ def test_v3_step_by_hand():
     method = train_moco.MoCoV3(settings("mocov3")).train()
     view1, view2 = torch.randn(2, 8, 3, 32, 32)
     w = quality_weights(torch.randn(8))
-    loss, _ = method(view1, view2, w, CPU)
+    loss, _ = method((view1, view2), w, CPU)
     norm = lambda x: F.normalize(x, dim=1).detach().double().numpy()
     q1, q2 = (norm(method.predictor(method.query(v))) for v in (view1, view2))
     k1, k2 = (norm(method.key(v)) for v in (view1, view2))
@@ -188,7 +194,7 @@ def test_momentum_update():
             p.add_(1.0)
         method.query.backbone[1].running_mean.add_(1.0)
     before = method.key.backbone[0].weight.clone()
-    method.update_key(0.5)
+    method.update(0.5)
     torch.testing.assert_close(method.key.backbone[0].weight, before + 0.1)       # m = 0.9
     torch.testing.assert_close(method.key.backbone[1].running_mean, torch.full((16,), 0.1))
     v3 = train_moco.MoCoV3(settings("mocov3", momentum=0.99))
