@@ -1,12 +1,14 @@
-"""The ablation on CIFAR-10: what do views, adaptive noise and quality weights each add to MoCo v2?
+"""The ablation: what do views, adaptive noise and quality weights each add to MoCo v2, on CIFAR-10? Or to every method?
 
     python ablation.py --data-dir data/cifar10-jpeg --jobs 2              # 2 CPU cores; writes runs/ablation/table.md
     python ablation.py --arch resnet18 --limit 50000 --epochs 200         # a GPU
+    python ablation.py --dataset shapes --methods all --rows plain quality --jobs 2 --output-dir runs/methods
 
-Every row is one command line of generate_views.py, train_moco.py and eval_linear.py, run as a user would; what is finished
+Every row is one command line of generate_views.py, a training script and eval_linear.py, run as a user would; what is finished
 stays finished, so the same command goes on after an interruption. Equal images, epochs, steps and seeds in all rows.
 """
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -20,9 +22,18 @@ import genview
 from generate_views import MINI
 from genview import Trouble, say
 
-# row: (name in the table, noise of its views, further flags of train_moco.py)
+# method: (name in the table, training script, its flags)
+METHODS = {
+    "mocov2": ("MoCo v2", "train_moco.py", []),
+    "mocov3": ("MoCo v3", "train_moco.py", ["--method", "mocov3"]),
+    "vit": ("MoCo v3, small ViT", "train_moco.py", ["--method", "mocov3", "--arch", "vit_narrow"]),
+    "byol": ("BYOL", "train_byol.py", []),
+    "simsiam": ("SimSiam", "train_byol.py", ["--method", "simsiam"]),
+    "swav": ("SwAV", "train_swav.py", []),
+}
+# row: (name in the table, noise of its views, further flags of the training script)
 ROWS = {
-    "plain": ("plain MoCo v2", None, ["--quality", "off"]),
+    "plain": ("plain", None, ["--quality", "off"]),
     "noise0": ("+ views, constant noise 0", 0, ["--quality", "off"]),
     "noise200": ("+ views, constant noise 200", 200, ["--quality", "off"]),
     "noise400": ("+ views, constant noise 400", 400, ["--quality", "off"]),
@@ -55,75 +66,91 @@ def make_views(args, noise):
     say(f"views, noise {noise}: {text.strip().splitlines()[-1]} ({time.time() - start:.0f} s)")
 
 
-def run_one(args, row, seed):
-    """Trains and evaluates one row with one seed; its folder keeps the result."""
+def flags_of(args, method, row):
+    """The training script's flags for a method and a row."""
     _, noise, more = ROWS[row]
-    folder, start = args.output_dir / f"{row}-{seed}", time.time()
-    if not {"kNN", "linear"} <= result(args, row, seed).keys():
-        flags = ["--views-dir", "none" if noise is None else views_dir(args, noise), *more]
+    flags = ["--dataset", args.dataset, "--epochs", args.epochs, "--knn-every", args.epochs, *more]
+    if args.dataset == "shapes":                   # makes its views itself
+        flags += ["--views-dir", "none"] if noise is None else ["--noise", noise]
+    else:
+        flags += ["--views-dir", "none" if noise is None else views_dir(args, noise), "--data-dir", args.data_dir, "--limit",
+                  args.limit, "--arch", args.arch]
         if row in ("quality", "cached"):           # E is the generator's own image encoder; its component is fitted already
             encoder = "mini" if args.model == "mini" else Path(args.model) / "image_encoder"
             flags += ["--encoder", encoder, "--component", views_dir(args, noise) / "foreground.npz"]
+    return flags + METHODS[method][2]
+
+
+def run_one(args, method, row, seed):
+    """Trains and evaluates one row of a method with one seed; its folder keeps the result."""
+    folder, start = args.output_dir / f"{method}-{row}-{seed}", time.time()
+    if not {"kNN", "linear"} <= result(args, method, row, seed).keys():
         resume = ["--resume"] if (folder / "last.pt").exists() else []
-        call(args.jobs, "train_moco.py", "--dataset", "cifar10", "--data-dir", args.data_dir, "--limit", args.limit, "--arch",
-             args.arch, "--epochs", args.epochs, "--knn-every", args.epochs, "--seed", seed, "--output-dir", folder, *flags,
-             *resume)
+        call(args.jobs, METHODS[method][1], *flags_of(args, method, row), "--seed", seed, "--output-dir", folder, *resume)
         call(args.jobs, "eval_linear.py", "--checkpoint", folder / "last.pt", "--seed", seed)
-    top1 = result(args, row, seed)
-    say(f"{row}, seed {seed}: kNN {top1['kNN']:.1f}%, linear {top1['linear']:.1f}% ({time.time() - start:.0f} s)")
+    top1 = result(args, method, row, seed)
+    say(f"{method}, {row}, seed {seed}: kNN {top1['kNN']:.1f}%, linear {top1['linear']:.1f}% ({time.time() - start:.0f} s)")
 
 
-def result(args, row, seed):
+def result(args, method, row, seed):
     """{protocol: top-1} as far as a run has been evaluated."""
-    path = args.output_dir / f"{row}-{seed}" / "eval.jsonl"
+    path = args.output_dir / f"{method}-{row}-{seed}" / "eval.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return {entry["protocol"]: entry["top1"] for entry in map(json.loads, lines)}
 
 
 def table(args):
     """Mean and standard deviation over the seeds, in Markdown."""
-    lines = ["| MoCo v2 | kNN | linear | kNN, each seed |", "| --- | --- | --- | --- |"]
-    for row, (name, _, _) in ROWS.items():
-        runs = [result(args, row, seed) for seed in args.seeds]
+    lines = ["| method | pairs | kNN | linear | kNN, each seed |", "| --- | --- | --- | --- | --- |"]
+    for method, row in itertools.product(args.methods, args.rows):
+        runs = [result(args, method, row, seed) for seed in args.seeds]
         cells = []
         for protocol in ("kNN", "linear"):
             values = [run[protocol] for run in runs]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
         each = ", ".join(f"{run['kNN']:.1f}" for run in runs)
-        lines.append(f"| {name} | {' | '.join(cells)} | {each} |")
+        lines.append(f"| {METHODS[method][0]} | {ROWS[row][0]} | {' | '.join(cells)} | {each} |")
     return "\n".join(lines) + "\n"
 
 
 def check_settings(args):
     """Results of different settings must not share a folder."""
     path = args.output_dir / "settings.json"
-    settings = {name: getattr(args, name) for name in ("data_dir", "model", "arch", "limit", "epochs")}
+    settings = {name: getattr(args, name) for name in ("dataset", "data_dir", "model", "arch", "limit", "epochs")}
     if path.exists() and json.loads(path.read_text()) != settings:
         raise Trouble(f"{args.output_dir} holds runs of other settings ({path.read_text().strip()}): name another --output-dir")
     genview.write_whole(path, lambda temporary: temporary.write_text(json.dumps(settings) + "\n"))
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="MoCo v2 on CIFAR-10 with and without each part of GenView.")
+    parser = argparse.ArgumentParser(description="Contrastive learning with and without each part of GenView.")
+    parser.add_argument("--dataset", choices=["cifar10", "shapes"], default="cifar10")
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, "all"], default=["mocov2"], help="default: mocov2")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="default: all")
     parser.add_argument("--data-dir", default="data", help="CIFAR-10 (default: data)")
     parser.add_argument("--model", default="mini", help="mini, or a folder of train_generator.py (default: mini)")
     parser.add_argument("--arch", default="resnet10_narrow", help="default: resnet10_narrow, for CPUs")
     parser.add_argument("--limit", type=genview.at_least(256), default=10_000, help="training images (default: 10000)")
-    parser.add_argument("--epochs", type=genview.at_least(1), default=20, help="default: 20")
+    parser.add_argument("--epochs", type=genview.at_least(1), help="default: 20, of shapes 30")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--jobs", type=genview.at_least(1), default=1, help="runs side by side (default: 1)")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/ablation"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.methods = list(METHODS) if "all" in args.methods else args.methods
+    args.epochs = args.epochs or (30 if args.dataset == "shapes" else 20)
+    return args
 
 
 def main():
     args = parse_args()
     check_settings(args)
-    for noise in dict.fromkeys(noise for _, noise, _ in ROWS.values() if noise is not None):
-        make_views(args, noise)
+    for noise in dict.fromkeys(ROWS[row][1] for row in args.rows):
+        if noise is not None and args.dataset != "shapes":
+            make_views(args, noise)
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(run_one, args, row, seed) for seed in args.seeds for row in ROWS]
+        jobs = [pool.submit(run_one, args, method, row, seed)
+                for seed, method, row in itertools.product(args.seeds, args.methods, args.rows)]
         try:
             for job in jobs:
                 job.result()

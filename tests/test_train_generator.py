@@ -1,4 +1,5 @@
 """train_generator.py, its judge and the ablation: formulas, a run to the end, resume, troubles."""
+import importlib
 import json
 import math
 import sys
@@ -204,8 +205,8 @@ def test_ablation_runs_each_row_once_and_writes_the_table(tmp_path, monkeypatch,
 
     def record(jobs, script, *flags):
         flags = list(map(str, flags))
-        if script == "train_moco.py":
-            parsed = train_moco.parse_args(argv=flags)
+        if script.startswith("train_"):
+            parsed = train_moco.parse_args(importlib.import_module(script[:-3]).PRESETS, flags)
             calls.append((Path(parsed.output_dir).name, parsed.views_dir, parsed.views, parsed.quality, parsed.seed))
             Path(parsed.output_dir).mkdir(parents=True)
             (Path(parsed.output_dir) / "last.pt").touch()
@@ -219,14 +220,18 @@ def test_ablation_runs_each_row_once_and_writes_the_table(tmp_path, monkeypatch,
     for _ in range(2):                                                  # the second time nothing is left to do
         call(ablation, "--output-dir", tmp_path, "--jobs", 2)
     assert len(calls) == len(set(calls)) == 24
-    views = {name.split("-")[0]: (views_dir.rsplit("-")[-1], views, quality) for name, views_dir, views, quality, _ in calls}
+    views = {name.split("-")[1]: (views_dir.rsplit("-")[-1], views, quality) for name, views_dir, views, quality, _ in calls}
     assert views == {"plain": ("none", "pair", "off"), "noise0": ("0", "pair", "off"), "noise200": ("200", "pair", "off"),
                      "noise400": ("400", "pair", "off"), "adaptive": ("adaptive", "pair", "off"),
                      "quality": ("adaptive", "pair", "exact"), "cached": ("adaptive", "pair", "cached"),
                      "extra": ("adaptive", "extra", "off")}
-    assert "| plain MoCo v2 | 42.0 ± 2.0 | 50.0 ± 0.0 | 40.0, 42.0, 44.0 |" in (tmp_path / "table.md").read_text()
+    assert "| MoCo v2 | plain | 42.0 ± 2.0 | 50.0 ± 0.0 | 40.0, 42.0, 44.0 |" in (tmp_path / "table.md").read_text()
     with pytest.raises(Trouble, match="other settings"):
         call(ablation, "--output-dir", tmp_path, "--epochs", 3)
+    calls.clear()
+    call(ablation, "--dataset", "shapes", "--methods", "all", "--rows", "plain", "quality", "--output-dir", tmp_path / "shapes")
+    assert {call[0] for call in calls} == {f"{method}-{row}-{seed}" for method in ablation.METHODS for row in ("plain", "quality")
+                                           for seed in (0, 1, 2)}
 
 
 def test_a_failing_row_is_named(tmp_path):
