@@ -7,6 +7,7 @@ CIFAR-10's sizes with random pixels and random weights: time does not depend on 
 architecture. Nothing is trained, downloaded or left behind.
 """
 import argparse
+import contextlib
 import itertools
 import multiprocessing
 import resource
@@ -107,6 +108,28 @@ class PlainLoop:
         return loss.item()
 
 
+def plain_steps(pipe, device):
+    """Runs a plain loop in a process of its own, which has nothing of genview.setup: a step for each message."""
+    loop = PlainLoop(genview.World(0, 1, torch.device(device), torch.float32))
+    while True:
+        pipe.send("ready")
+        if pipe.recv() is None:
+            return
+        loop.step()
+
+
+@contextlib.contextmanager
+def plain_loop(world):
+    """Yields a function that makes one step of a plain loop."""
+    pipe, theirs = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=plain_steps, args=(theirs, str(world.device)))
+    process.start()
+    pipe.recv()
+    yield lambda: (pipe.send("step"), pipe.recv())
+    pipe.send(None)
+    process.join()
+
+
 def exact_quality(world):
     from transformers import CLIPVisionConfig, CLIPVisionModel
     encoder = genview.FrozenEncoder.__new__(genview.FrozenEncoder)     # its architecture, without a download
@@ -127,11 +150,11 @@ def cached_quality(world, folder, pictures=100_000):
 
 def steps(world, sync, windows):
     """A step without, with cached and with exact quality; end to end; against a plain loop."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, plain_loop(world) as plain:
         runs = {"off": Training(world), "cached": Training(world, quality_of=cached_quality(world, folder)),
                 "exact": Training(world, quality_of=exact_quality(world))}
         functions = {"bare": runs["off"].bare} | {name: run.step for name, run in runs.items()}
-        functions["plain"] = PlainLoop(world).step
+        functions["plain"] = plain
         if world.device.type == "cuda":
             functions["compiled"] = Training(world, compiled=True).step
         t = take_turns(functions, windows, sync)

@@ -67,7 +67,7 @@ def load_backbone(path, arch=None):
     beside = Path(path).with_name("args.json")     # of a run's backbone.pt
     args = checkpoint.get("args", {}) if isinstance(checkpoint, dict) else {}
     if Path(path).name == "backbone.pt" and beside.exists():
-        args = json.loads(beside.read_text())
+        args = genview.read_settings(beside)
     state = strip_prefix(checkpoint)
     image_size = guess_size(state)
     theirs = args.get("arch") or next((name for name in GUESSES if not misfit(state, name, image_size)), None)

@@ -283,6 +283,8 @@ def write_views(args, images, level, batch, seeds, views):
     for (index, proportion, _), seed, view in zip(batch, seeds, views):
         name = images.names[index]
         path = view_path(args, name)
+        if not path.parent.resolve().is_relative_to(args.views_dir.resolve()):                  # by a link of a stranger's
+            raise Trouble(f"{path.parent} leads out of {args.views_dir}: remove that link")
         kind = dict(format="PNG") if path.suffix == ".png" else dict(format="JPEG", quality=95)
         genview.write_whole(path, lambda temporary: view.save(temporary, **kind))
         append(args.views_dir / "manifest.jsonl", json.dumps(
@@ -330,7 +332,7 @@ def prepare_folder(args, images, world):
     path, settings = args.views_dir / "settings.json", settings_of(args, images)
     advice = "name another --views-dir or remove the folder"
     if path.exists():
-        before = json.loads(path.read_text())
+        before = genview.read_settings(path)
         for key in settings:
             if before.get(key) != settings[key]:
                 raise Trouble(f"{args.views_dir} holds views of other settings: {key} is {before.get(key)} there and "

@@ -4,10 +4,18 @@ the foreground component, and helpers for devices, processes and checkpoints.
 Legend of the shapes: N images, S side of a view in pixels, T tokens (positions of a feature map), K features of a token.
 """
 import argparse
+import contextlib
+import ctypes
 import datetime
+import errno
 import json
 import os
+import re
+import shutil
+import signal
 import sys
+import time
+import warnings
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.ops import roi_align
 
 # Views are normalised with CLIP's numbers throughout, so that one tensor feeds the frozen encoder and the trained one.
@@ -25,11 +33,16 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 IN_MEMORY_SIZE = 64           # pictures up to this side are kept in memory as one uint8 tensor and augmented in batches
 FIT_IMAGES = 10_000           # images the foreground component is fitted on (release)
 MINI = Path(__file__).with_name("weights") / "mini-unclip"           # the miniature of Stable unCLIP, by train_generator.py
+NO_MEMORY = "the memory does not suffice: lower --batch-size or the size of the pictures; a run goes on with --resume"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
 
 class Trouble(Exception):
     """Something that the user can put right: shown as one line, exit status 2."""
+
+
+class Terminated(Exception):
+    """SIGTERM came and what is needed to go on has been saved: its text says where."""
 
 
 def run(main):
@@ -38,11 +51,42 @@ def run(main):
         main()
     except Trouble as trouble:                     # a loader's worker hands over its whole traceback: keep the last line
         sys.exit(_report(str(trouble).strip().splitlines()[-1].removeprefix("genview.Trouble: "), 2))
+    except OSError as error:                       # a disk that is full, a folder that may not be written, a file that is gone
+        sys.exit(_report(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 2))
+    except MemoryError:
+        sys.exit(_report(NO_MEMORY, 2))
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            sys.exit(_report(NO_MEMORY, 2))
+        if "DataLoader worker" in str(error):
+            sys.exit(_report("a process that reads images was killed, perhaps for its memory: lower --workers", 1))
+        if not dist.is_initialized() or not re.search("peer|gloo|NCCL|[Cc]onnection|[Tt]imed out", str(error)):
+            raise
+        sys.exit(_report_lost())
+    except Terminated as terminated:
+        sys.exit(_report(str(terminated), 128 + signal.SIGTERM))
     except KeyboardInterrupt:
         sys.exit(_report("interrupted; the same command goes on from the last finished file, training with --resume", 130))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _report_lost():
+    """Says which processes are gone: those that do not raise their hand within some seconds."""
+    rank, size, lost = dist.get_rank(), dist.get_world_size(), []
+    try:
+        _store[0].set(f"alive {rank}", "yes")
+        time.sleep(5)
+        lost = [r for r in range(size) if not _store[0].check([f"alive {r}"])]
+    except (RuntimeError, dist.DistError):         # the first process keeps the store
+        lost = [0]
+    print(f"error: process {rank} stops, since process {', '.join(map(str, lost)) or '?'} of {size} ended or does not answer; "
+          f"its own message says why; --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
+    os._exit(1)                                    # the lost one would be waited for
+
+
+_store = []                                        # where the processes meet, set by setup
 
 
 def _report(message, status):
@@ -70,8 +114,13 @@ class Images(NamedTuple):
 
 def open_image(path):
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)          # far too large: named like the others
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)                              # upright
+                if image.mode.startswith("I"):     # 16 bits
+                    image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+                return image.convert("RGB")
     except Exception as error:                     # PIL raises OSError, SyntaxError, ValueError, DecompressionBombError
         raise Trouble(f"{path} cannot be read as an image ({' '.join(str(error).split())}); "
                       f"mend or remove it, or leave such images out with --skip-bad") from None
@@ -195,7 +244,7 @@ def find_views(images, views_dir, dataset):
         raise Trouble(f"there are no generated views: {views_dir} is no folder; generate_views.py makes them, "
                       f"--views-dir none trains without")
     settings = views_dir / "settings.json"         # not in a folder of the release
-    made_for = json.loads(settings.read_text()) if settings.exists() else {}
+    made_for = read_settings(settings) if settings.exists() else {}
     same = made_for.get("dataset", dataset) == dataset and made_for.get("classes", images.num_classes) == images.num_classes
     files = {}
     for base, _, found in os.walk(views_dir):
@@ -209,6 +258,17 @@ def find_views(images, views_dir, dataset):
                       f"classes, the folder has {len(files)} pictures, made for {made_for.get('dataset', 'what is not known')} "
                       f"with {made_for.get('classes', 'unknown')} classes")
     return paths
+
+
+def read_settings(path):
+    """The settings of a views folder, a dict; Trouble where the file is not generate_views.py's."""
+    try:
+        settings = json.loads(path.read_text())
+        if not isinstance(settings, dict):
+            raise ValueError("no settings in it")
+        return settings
+    except ValueError as error:
+        raise Trouble(f"{path} is damaged or not by generate_views.py ({error}): remove that folder or name another") from None
 
 
 def load_views(images, paths, skip_bad=False):
@@ -359,20 +419,21 @@ class PairLoader:
             self.pixels = images.pixels.to(world.device)
             self.others = self.pixels if views is None else views.to(world.device)
 
-    def epoch(self, epoch):
-        """Yields index (n,), the views, each (n, 3, S, S), and their Places: this process's share of each batch."""
-        for index, crops, u, orders, places in self.crops(epoch):
+    def epoch(self, epoch, start=0):
+        """Yields index (n,), the views, each (n, 3, S, S), and their Places: this process's share of each batch from step
+        start on."""
+        for index, crops, u, orders, places in self.crops(epoch, start):
             yield index, [recolour(x, u[:, v], orders[v], self.augmentations[v]) for v, x in enumerate(crops)], places
 
-    def crops(self, epoch):
+    def crops(self, epoch, start=0):
         """The same before the colours: index (n,), V crops (n, 3, S, S) in [0, 1], and for recolour u (n, V, 10) and V
         orders; the V Places."""
         order = torch.randperm(len(self.images.names), generator=step_generator(self.seed, epoch))
         n = self.batch_size // self.world.size
         share = slice(self.world.rank * n, (self.world.rank + 1) * n)
-        batches = [order[i * self.batch_size:][:self.batch_size][share] for i in range(self.steps)]
+        batches = [order[i * self.batch_size:][:self.batch_size][share] for i in range(start, self.steps)]
         crops = self._crops_in_memory if self.images.pixels is not None else self._crops_of_files
-        draws = (self._draw(epoch, step, share) for step in range(self.steps))
+        draws = (self._draw(epoch, step, share) for step in range(start, self.steps))
         for index, (_, u, orders), views, boxes, generated in crops(batches, draws, epoch):
             rows = index[:, None] + len(self.images.names) * generated              # (n, V)
             yield index, views, u[:, :, -10:], orders, [Place(rows[:, v], boxes[:, v]) for v in range(len(views))]
@@ -659,6 +720,21 @@ class World(NamedTuple):
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
+    def any(self, x):
+        """Is x true in any process?"""
+        if self.size == 1:
+            return bool(x)
+        flag = torch.tensor(float(x), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def gather_objects(self, x):
+        """A list of x of all processes."""
+        everywhere = [x] * self.size
+        if self.size > 1:
+            dist.all_gather_object(everywhere, x)
+        return everywhere
+
     def wait(self):
         if self.size > 1:
             dist.barrier()
@@ -673,14 +749,29 @@ def setup(device=None, patience=datetime.timedelta(minutes=30)):
         chosen = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise Trouble(f"--device {kind} is not to be had here ({str(error).splitlines()[0]})") from None
+        why = str(error).splitlines()[0].split(": ")[0]
+        raise Trouble(f"--device {kind} is not to be had here ({why}): take cuda, mps or cpu") from None
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True
+    elif chosen.type == "cpu":
+        _keep_memory()
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=patience)
+        _store[:] = next(dist.rendezvous("env://", timeout=patience))[:1]
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=_store[0], rank=int(os.environ["RANK"]),
+                                world_size=size, timeout=patience)
     return World(int(os.environ.get("RANK", 0)), size, chosen, fast_dtype(chosen))
+
+
+def _keep_memory():
+    """Linux's malloc gives blocks above 32 MB back after each use and gets them cleared again at the next: a seventh of the
+    time of a training step on a CPU, with large batches 40%. This makes it keep them (mallopt's M_MMAP_THRESHOLD and
+    M_TRIM_THRESHOLD)."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):                   # elsewhere there is no mallopt
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2 ** 30)
+        libc.mallopt(-1, 2 ** 31 - 1)
 
 
 def fast_dtype(device):
@@ -693,21 +784,46 @@ def fast_dtype(device):
     return torch.bfloat16 if fast else torch.float32
 
 
-def write_whole(path, write):
-    """Calls write(temporary path) and renames the result to path: the file appears whole or not at all."""
+def write_whole(path, write, previous=None):
+    """Calls write(temporary path) and renames the result to path: the file appears whole or not at all.
+
+    previous: for checkpoints, where to the file goes that was there before; the new one is on the disk before it moves.
+    Raises Trouble where the file cannot be written; what was there stays.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        if previous:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            if path.exists():
+                os.replace(path, previous)
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:       # RuntimeError: torch.save's
+        if not isinstance(error, OSError) and not re.search("writ|iostream|inline_container", str(error)):
+            raise
+        why, code = getattr(error, "strerror", None) or "the disk is full?", getattr(error, "errno", None)
+        if code not in (None, errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise Trouble(f"{path} could not be written ({why}): name another folder") from None
+        needed = f", about {path.stat().st_size / 1e6:.1f} MB are needed" if path.exists() else ""
+        raise Trouble(f"{path} could not be written ({why}): {_free(path)}{needed}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _free(path):
+    there = next(p for p in path.absolute().parents if p.exists())
+    return f"{shutil.disk_usage(there).free / 1e6:.1f} MB are free in {there}"
 
 
 def load_checkpoint(path):
-    """torch.load for files from anywhere: never unpickles code; Trouble where the file is none of ours."""
+    """torch.load for files from anywhere: never unpickles code; Trouble where the file is none of ours or damaged."""
     try:
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):       # torch.save writes checksums
+            raise ValueError(f"{damaged} is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                     # torch raises OSError, UnpicklingError, RuntimeError, EOFError, KeyError
         raise Trouble(f"{path} cannot be loaded as a checkpoint ({str(error).splitlines()[0] if str(error) else 'empty'}); "
@@ -715,11 +831,14 @@ def load_checkpoint(path):
 
 
 def at_least(least):
-    """A type for argparse: whole numbers from least on."""
+    """A type for argparse: whole numbers from least to 10^12."""
     def number(text):
         if int(text) < least:
             raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        if int(text) > 10 ** 12:
+            raise argparse.ArgumentTypeError(f"{text} is too large")
         return int(text)
+    number.__name__ = "whole number"               # argparse says: invalid whole number value
     return number
 
 

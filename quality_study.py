@@ -65,13 +65,15 @@ def rank_correlation(a, b):
 
 @torch.no_grad()
 def measure(args, world):
-    """(3, 3, pairs): exact, exact with other colours, cached; s^f, s^b, q."""
+    """(2 + counts of components, 3, pairs): exact, exact with other colours, cached with each count; s^f, s^b, q."""
     images, views, encoder, component = set_up(args, world)
     augmentations = [genview.Augmentation((0.2, 1.0), blur=0.0)] * 2                # CIFAR-10's preset
     with tempfile.TemporaryDirectory() as folder:
         args.output_dir = folder
-        maps = cached_quality.features_file(encoder, images, views, component, args, world)
-        cached, exact = cached_quality.CachedQuality(maps, world.device), train_moco.PairQuality(encoder, component)
+        most = SimpleNamespace(**vars(args) | {"cached_components": max(args.cached_components)})
+        maps = cached_quality.features_file(encoder, images, views, component, most, world)            # the others begin alike
+        cached = [cached_quality.CachedQuality(maps[..., :count], world.device) for count in args.cached_components]
+        exact = train_moco.PairQuality(encoder, component)
         loader = PairLoader(images, views, augmentations, 32, min(64, len(images.names)), args.seed, world)
         results = []
         bar = genview.progress(loader.crops(0), "pairs", "batch", total=loader.steps)
@@ -83,7 +85,7 @@ def measure(args, world):
                 pair = [genview.recolour(x.clone(), numbers[:, v], orders[v], augmentations[v]) for v, x in enumerate(crops)]
                 with world.autocast():
                     looks.append(exact(*pair, places))
-            looks.append(cached(*pair, places))
+            looks += [quality(*pair, places) for quality in cached]
             results.append(torch.stack([torch.stack([s_f, s_b, q]) for q, s_f, s_b in looks]).cpu())
     return torch.cat(results, 2)
 
@@ -94,7 +96,7 @@ def parse_args():
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--views-dir", default="none", help="generated views; none: pairs of two crops of one image")
     parser.add_argument("--encoder", default="efficientnet-lite0", help="or what train_moco.py --encoder takes")
-    parser.add_argument("--images", type=genview.at_least(64), default=2048, help="pairs")
+    parser.add_argument("--images", type=genview.at_least(64), default=1024, help="pairs")
     parser.add_argument("--cached-components", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--seed", type=genview.at_least(0), default=0)
     parser.add_argument("--device")
@@ -104,12 +106,12 @@ def parse_args():
 def main():
     args = parse_args()
     world = genview.setup(args.device)
+    exact, *others = measure(args, world)
+    names = ["the exact value, colours drawn again"]
+    names += [f"the cached value, {count} components" for count in args.cached_components]
     lines = ["| rank correlation with the exact value of | s_f | s_b | q |", "| --- | --- | --- | --- |"]
-    for position, count in enumerate(args.cached_components):
-        exact, again, cached = measure(SimpleNamespace(**vars(args) | {"cached_components": count}), world)
-        rows = [("the exact value, colours drawn again", again)] if position == 0 else []
-        for name, other in rows + [(f"the cached value, {count} components", cached)]:
-            lines.append(f"| {name} | " + " | ".join(f"{rank_correlation(a, b):.2f}" for a, b in zip(exact, other)) + " |")
+    for name, other in zip(names, others):
+        lines.append(f"| {name} | " + " | ".join(f"{rank_correlation(a, b):.2f}" for a, b in zip(exact, other)) + " |")
     say("\n".join(lines))
 
 

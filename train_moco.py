@@ -15,7 +15,9 @@ import itertools
 import json
 import math
 import os
+import signal
 import textwrap
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -71,6 +73,9 @@ PRESETS["shapes", "mocov3-vit"] = PRESETS["shapes", "mocov3"] | dict(arch="vit_n
 for method in ("mocov2", "mocov3", "mocov3-vit"):
     PRESETS["cifar100", method] = PRESETS["cifar10", method]
     PRESETS["folder", method] = PRESETS["imagenet", method]
+
+RANGES = dict(lr=(0, 1e4), weight_decay=(0, 1e4), temperature=(1e-4, 1e4), epsilon=(1e-4, 1e4), momentum=(0, 1), blur=(0, 1),
+              crop_min=(1e-3, 1), small_min=(1e-3, 1), gamma=(-1e3, 1e3), save_minutes=(0, 1e6))   # of flags that are no whole numbers
 
 
 # --------------------------------------------------------------------------------------------------------------- models
@@ -414,7 +419,7 @@ def train(args, world, make_method=METHODS.get):
     torch.manual_seed(args.seed)
     method = make_method(args.method)(args).to(world.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args, method)
-    start = resume(args, method, optimizer) if args.resume else 0
+    first, step = resume(args, method, optimizer, world) if args.resume else (0, 0)
     views, quality_of = prepare(args, images, world)
     pool, views = (expand(images, views), None) if args.views == "extra" else (images, views)
     loader = PairLoader(pool, views, augmentations(args), args.image_size, args.batch_size, args.seed, world, args.workers,
@@ -422,7 +427,7 @@ def train(args, world, make_method=METHODS.get):
     loader.steps = len(images.names) // args.batch_size                # as many with extra samples: the same work
     if world.size > 1 and world.device.type == "cuda":                           # PyTorch's is for GPUs only
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
-    if start == 0 and getattr(args, "start_batches", 0):
+    if first == step == 0 and getattr(args, "start_batches", 0):
         with world.autocast():
             method.start(views[0] for _, views, _ in itertools.islice(loader.epoch(0), args.start_batches))
     if args.compile:
@@ -431,25 +436,29 @@ def train(args, world, make_method=METHODS.get):
     if world.size > 1:
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")    # its successor is only in newer versions
         wrapped = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
-    run = Run(args, world, loader.steps, start)
+    run = Run(args, world, loader.steps, round(first + step / loader.steps, 4))
     accuracy = None
-    for epoch in range(start, args.epochs):
-        train_epoch(args, world, epoch, loader, wrapped, optimizer, quality_of, run)
+    for epoch in range(first, args.epochs):
+        train_epoch(args, world, epoch, step if epoch == first else 0, loader, wrapped, optimizer, quality_of, run)
         if epoch + 1 in (1, args.epochs) or (epoch + 1) % args.knn_every == 0:
             accuracy = evaluate(method, images, test, args, world)
             run.log(epoch=epoch + 1, knn=accuracy, label=label(args))
         run.save(method, optimizer, epoch + 1)
+        if run.asked_to_stop(now=True):
+            run.stop()
     if accuracy is None:                           # resumed after its end
         accuracy = evaluate(method, images, test, args, world)
     genview.say(f"{run.folder}: last.pt, backbone.pt, log.jsonl, args.json, pairs.png")
     genview.say(f"kNN top-1 {accuracy:.1f}% ({label(args)})")
 
 
-def train_epoch(args, world, epoch, loader, method, optimizer, quality_of, run):
+def train_epoch(args, world, epoch, start, loader, method, optimizer, quality_of, run):
+    """One epoch from step start on."""
     method.train()
-    bar = genview.progress(loader.epoch(epoch), f"epoch {epoch + 1}/{args.epochs}", "batch", total=loader.steps)
-    began, pending, chance = time.time(), [], getattr(method, "module", method).chance
-    for step, (_, views, places) in enumerate(bar):
+    bar = genview.progress(loader.epoch(epoch, start), f"epoch {epoch + 1}/{args.epochs}", "batch", total=loader.steps,
+                           initial=start)
+    began, pending, bare = time.time(), [], getattr(method, "module", method)
+    for step, (_, views, places) in enumerate(bar, start):
         views = [v.contiguous(memory_format=torch.channels_last) for v in views]
         if epoch == step == 0:
             draw_pairs(run, *views[:2], places[:2], quality_of)
@@ -457,20 +466,26 @@ def train_epoch(args, world, epoch, loader, method, optimizer, quality_of, run):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, args.warmup_epochs if group.get("constant_lr") else done)
         pending.append(train_step(method, optimizer, views, places, quality_of, args.gamma, done / args.epochs, world))
-        if (step + 1) % args.log_every == 0 or step + 1 == loader.steps:
-            means = average(pending, epoch * loader.steps + step + 1, world, run)
-            speed = (step + 1) * args.batch_size / (time.time() - began)
+        last, stop = step + 1 == loader.steps, run.asked_to_stop(now=world.size == 1)
+        if (step + 1) % args.log_every == 0 or last or stop:
+            means = average(pending, epoch * loader.steps + step + 1, optimizer, world, run)
+            speed = (step + 1 - start) * args.batch_size / (time.time() - began)
             left = ((args.epochs - epoch) * loader.steps - step - 1) * args.batch_size / speed
-            run.log(epoch=round(done + 1 / loader.steps, 4), **means, chance=chance, lr=learning_rate(args, done),
+            run.log(epoch=round(done + 1 / loader.steps, 4), **means, chance=bare.chance, lr=learning_rate(args, done),
                     images_per_s=speed)
-            bar.set_postfix_str(f"loss {means['loss']:.3f} (chance {chance:.2f}), {speed:.0f} images/s", refresh=False)
+            bar.set_postfix_str(f"loss {means['loss']:.3f} (chance {bare.chance:.2f}), {speed:.0f} images/s", refresh=False)
             pending.clear()
-    genview.say(f"epoch {epoch + 1}/{args.epochs}  loss {means.pop('loss'):.3f} (chance {chance:.2f})  "
+            stop = run.asked_to_stop(now=True)
+            if not last and (stop or run.save_is_due()):
+                run.save(bare, optimizer, epoch, step + 1)
+                if stop:
+                    run.stop()
+    genview.say(f"epoch {epoch + 1}/{args.epochs}  loss {means.pop('loss'):.3f} (chance {bare.chance:.2f})  "
             + "".join(f"{name} {value:.3f}  " for name, value in means.items())
             + f"{speed:.0f} images/s  {duration(left)} left")
 
 
-def average(pending, step, world, run):
+def average(pending, step, optimizer, world, run):
     """Means of the read-outs of the last steps over all processes; stops the run at the first loss that is not finite."""
     table = torch.stack([torch.stack(list(readouts.values())).float() for readouts in pending])      # (steps, read-outs)
     if world.size > 1:
@@ -478,7 +493,7 @@ def average(pending, step, world, run):
         table /= world.size
     bad = (~table[:, 0].isfinite()).nonzero()
     if len(bad):
-        raise Trouble(run.not_finite("loss", step - len(pending) + 1 + bad[0].item()))
+        raise Trouble(run.not_finite("loss", step - len(pending) + 1 + bad[0].item(), optimizer))
     return dict(zip(pending[0], table.mean(0).tolist()))
 
 
@@ -504,7 +519,9 @@ class Run:
 
     def __init__(self, args, world, steps, start):
         self.args, self.world, self.first, self.steps = args, world, world.rank == 0, steps
-        self.folder = Path(args.output_dir)
+        self.folder, self.saved, self.terminated = Path(args.output_dir), time.time(), False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))         # what clusters send first
         if self.first:
             log = self.folder / "log.jsonl"        # lines after the checkpoint will be written again
             lines = log.read_text().splitlines(keepends=True) if log.exists() else []
@@ -523,33 +540,63 @@ class Run:
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(values) + "\n")
 
-    def not_finite(self, what, step):
+    def not_finite(self, what, step, optimizer):
         checkpoint = self.folder / "last.pt"
-        return (f"the {what} is not finite at step {step}: lower --lr or raise --temperature"
-                + (f"; the last good checkpoint is {checkpoint}" if checkpoint.exists() else ""))
+        return (f"the {what} is not finite at step {step}, learning rate {optimizer.param_groups[0]['lr']:.3g}: lower --lr or "
+                f"raise --temperature" + (f"; the last good checkpoint is {checkpoint}" if checkpoint.exists() else ""))
 
-    def save(self, method, optimizer, epoch):
+    def save_is_due(self):
+        """Have --save-minutes passed? By the first process's clock."""
+        return self.world.any(self.first and time.time() - self.saved > 60 * self.args.save_minutes)
+
+    def asked_to_stop(self, now):
+        """Has SIGTERM come to any process? now: ask them all."""
+        return self.world.any(self.terminated) if now else False
+
+    def stop(self):
+        raise genview.Terminated(f"terminated after saving {self.folder / 'last.pt'}; the same command with --resume goes on")
+
+    def save(self, method, optimizer, epoch, step=0):
+        """Everything to go on after so many epochs and steps: last.pt; the one before stays as previous.pt."""
         if not all(p.isfinite().all() for p in method.parameters()):
-            raise Trouble(self.not_finite("network", epoch * self.steps))
+            raise Trouble(self.not_finite("network", epoch * self.steps + step, optimizer))
+        # Without SyncBatchNorm each process has batch-norm statistics of its own.
+        statistics = self.world.gather_objects({name: x.cpu() for name, x in method.state_dict().items() if ".running_" in name})
         if self.first:
-            state = {"model": method.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "args": vars(self.args)}
-            genview.write_whole(self.folder / "last.pt", lambda path: torch.save(state, path))
+            state = {"model": method.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "step": step,
+                     "statistics": statistics, "args": vars(self.args)}
+            genview.write_whole(self.folder / "last.pt", lambda path: torch.save(state, path), self.folder / "previous.pt")
             backbone = method.query.backbone.state_dict()
             genview.write_whole(self.folder / "backbone.pt", lambda path: torch.save(backbone, path))
+        self.saved = time.time()
 
 
-def resume(args, method, optimizer):
-    """Loads --resume's checkpoint into method and optimizer; returns the number of epochs done."""
-    state = genview.load_checkpoint(args.resume)
-    free = {"output_dir", "resume", "device", "compile", "workers", "knn_every", "log_every"}                   # may change
+def resume(args, method, optimizer, world):
+    """Loads --resume's checkpoint, or where it is damaged the one before, into method and optimizer; returns the numbers of
+    epochs and of further steps done."""
+    previous = Path(args.resume).with_name("previous.pt")
+    try:
+        state = genview.load_checkpoint(args.resume)
+    except Trouble as trouble:
+        if not previous.exists():
+            raise
+        genview.say(f"*** {str(trouble).split('; ')[0]}: going on from {previous}")
+        state = genview.load_checkpoint(previous)
+    free = {"output_dir", "resume", "device", "compile", "workers", "knn_every", "log_every", "save_minutes"}   # may change
     now, then = vars(args), state.get("args", {}) if isinstance(state, dict) else {}
     for key in now.keys() - free:
         if key not in then or then[key] != now[key]:
             raise Trouble(f"{args.resume} is of a run with another --{key.replace('_', '-')} ({then.get(key)}, now "
                           f"{now[key]}): resume with the flags of that run")
+    statistics = state["statistics"]
+    if len(statistics) == world.size:
+        state["model"] |= statistics[world.rank]
+    else:
+        genview.say(f"*** {args.resume} is of a run of {len(statistics)} processes, here are {world.size}: the same batches, "
+                    f"but not the same result to the last bit")
     method.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return state["epoch"]
+    return state["epoch"], state["step"]
 
 
 def duration(seconds):
@@ -613,11 +660,12 @@ def parse_args(presets=PRESETS, argv=None):
     runtime.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     runtime.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps on GPUs")
     runtime.add_argument("--workers", type=genview.at_least(0), default=4, help="processes that read large images")
+    runtime.add_argument("--save-minutes", type=float, default=15, help="a checkpoint so often, and after each epoch")
     runtime.add_argument("--log-every", type=genview.at_least(1), default=10, help="steps")
     recipe = parser.add_argument_group("recipe (default: the preset of --dataset and --method)")
     kinds = {name: type(value) for preset in presets.values() for name, value in preset.items()}
     for name, kind in kinds.items():
-        least = 0 if name in ("warmup_epochs", "start_batches") else 1
+        least = 0 if name in ("warmup_epochs", "start_batches", "freeze_epochs", "small_crops") else 1
         recipe.add_argument(f"--{name.replace('_', '-')}", type=genview.at_least(least) if kind is int else kind)
     args = parser.parse_args(argv)
     family = args.method + "-vit" * (args.arch or "").startswith("vit")           # vision transformers have their own recipe
@@ -647,19 +695,23 @@ def resolve(args):
     if args.noise != "adaptive" and not (args.dataset == "shapes" and args.noise.isdecimal() and int(args.noise) < 1000):
         raise Trouble(f"--noise is adaptive or a level from 0 to 999, and for --dataset shapes alone, not {args.noise}: "
                       f"elsewhere generate_views.py decides on it")
-    recipe = lambda name: getattr(args, name, None)
-    if recipe("temperature") is not None and args.temperature <= 0:
-        raise Trouble(f"--temperature {args.temperature:g} must be positive")
+    for name, (least, most) in RANGES.items():
+        value = getattr(args, name, None)
+        if value is not None and not least <= value <= most:                        # nan is not, either
+            raise Trouble(f"--{name.replace('_', '-')} {value:g} must be from {least:g} to {most:g}")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % processes:
         raise Trouble(f"--batch-size {args.batch_size} cannot be shared by {processes} processes: give a multiple")
-    if recipe("queue") and args.queue % args.batch_size:
+    if getattr(args, "queue", None) and args.queue % args.batch_size:
         raise Trouble(f"--queue {args.queue} is no multiple of --batch-size {args.batch_size} (all processes together): "
                       f"take {args.queue // args.batch_size * args.batch_size or args.batch_size}")
     run = f"runs/{args.dataset}-{args.method}-{'plain' if args.views_dir == 'none' else 'genview'}"
     if args.resume == "last":
         candidates = [Path(args.output_dir, "last.pt")] if args.output_dir else Path().glob(f"{run}-*/last.pt")
         args.resume = str(max(candidates, key=lambda p: p.stat().st_mtime if p.exists() else 0, default=f"{run}-*/last.pt"))
+        if args.output_dir and not any(Path(args.output_dir, name).exists() for name in ("last.pt", "previous.pt")):
+            genview.say(f"nothing to go on from in {args.output_dir}: a new run")
+            args.resume = None
     default = Path(args.resume).parent if args.resume else f"{run}-{time.strftime('%Y%m%d-%H%M%S')}"
     args.output_dir = str(args.output_dir or default)
     if not args.resume and Path(args.output_dir, "last.pt").exists():

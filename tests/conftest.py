@@ -23,3 +23,13 @@ def encoder_folder(tmp_path_factory):
     """A tiny CLIP vision model."""
     import tiny
     return tiny.save_clip(tmp_path_factory.mktemp("encoder"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--instants", type=int, default=3, help="test_kill.py: random instants of each case")
+    parser.addoption("--messages", action="store_true", help="test_fuzz.py: print what it was told")
+
+
+@pytest.fixture
+def instants(request):
+    return request.config.getoption("--instants")

@@ -7,7 +7,7 @@ import pytest
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SCRIPTS = ("quality_loss", "generate_views", "train_moco", "eval_linear", "genview", "shapes", "train_generator",
-           "eval_generator", "ablation")
+           "eval_generator", "ablation", "train_byol", "train_swav", "eval_detection", "cached_quality", "quality_study", "bench")
 
 
 def test_every_name_exists():

@@ -349,7 +349,7 @@ def test_troubles_with_settings(image_folder, views, encoder_folder, tmp_path, c
              ("--data-dir", tmp_path): "needs train/",
              ("--arch", "resnet99"): "resnet99",
              ("--noise", "100"): "generate_views.py decides on it",
-             ("--temperature", 0): "must be positive",
+             ("--temperature", 0): "--temperature 0 must be from 0.0001",
              ("--hidden", 32): "--hidden is no setting of mocov2",
              ("--resume", tmp_path / "none.pt"): "none.pt",
              ("--quality", "exact", "--encoder", tmp_path / "clip"): "--encoder",
