@@ -64,9 +64,8 @@ def rank_correlation(a, b):
 
 
 @torch.no_grad()
-def measure(args, world):
+def measure(args, world, images, views, encoder, component):
     """(2 + counts of components, 3, pairs): exact, exact with other colours, cached with each count; s^f, s^b, q."""
-    images, views, encoder, component = set_up(args, world)
     augmentations = [genview.Augmentation((0.2, 1.0), blur=0.0)] * 2                # CIFAR-10's preset
     with tempfile.TemporaryDirectory() as folder:
         args.output_dir = folder
@@ -106,7 +105,7 @@ def parse_args():
 def main():
     args = parse_args()
     world = genview.setup(args.device)
-    exact, *others = measure(args, world)
+    exact, *others = measure(args, world, *set_up(args, world))
     names = ["the exact value, colours drawn again"]
     names += [f"the cached value, {count} components" for count in args.cached_components]
     lines = ["| rank correlation with the exact value of | s_f | s_b | q |", "| --- | --- | --- | --- |"]

@@ -178,3 +178,29 @@ def test_the_study_says_how_cached_and_exact_agree(image_folder, encoder_folder)
     assert [row[0].strip() for row in rows[2:]] == ["the exact value, colours drawn again", "the cached value, 4 components",
                                                     "the cached value, 32 components"]
     assert all(-1 <= float(cell) <= 1 for row in rows[2:] for cell in row[1:])
+
+
+def test_the_study_prints_its_table(monkeypatch, capsys):
+    """On shapes, with an encoder that is trained there."""
+    import quality_study
+    import shapes
+
+    def train_encoder(amp):
+        assert torch.is_grad_enabled()
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 16, 4, 4), torch.nn.ReLU(), torch.nn.Flatten(2), Transposed()).requires_grad_(False)
+    monkeypatch.setattr(shapes, "train_encoder", train_encoder)
+    monkeypatch.setattr("sys.argv", ["quality_study.py", "--dataset", "shapes", "--images", "64", "--cached-components", "4", "16",
+                                     "--device", "cpu"])
+    quality_study.main()
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| the ")]
+    assert [row[0].strip() for row in rows] == ["the exact value, colours drawn again", "the cached value, 4 components",
+                                                "the cached value, 16 components"]
+    assert all(-1 <= float(x) <= 1 for row in rows for x in row[1:])
+    ranks = torch.tensor([3.0, 1, 2, 10])
+    assert quality_study.rank_correlation(ranks, ranks ** 3) == 1 and quality_study.rank_correlation(ranks, -ranks) == -1
+
+
+class Transposed(torch.nn.Module):
+    def forward(self, x):
+        return x.mT

@@ -409,8 +409,8 @@ def test_network_not_finite(image_folder, tmp_path, capsys, monkeypatch):
     """A last step that ruins the weights after a finite loss does not get into a checkpoint."""
     epoch = train_moco.train_epoch
 
-    def ruined(args, world, number, loader, method, *rest):
-        epoch(args, world, number, loader, method, *rest)
+    def ruined(args, world, number, step, loader, method, *rest):
+        epoch(args, world, number, step, loader, method, *rest)
         if number == 1:
             next(method.parameters()).data.fill_(float("inf"))
     monkeypatch.setattr(train_moco, "train_epoch", ruined)
