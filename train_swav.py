@@ -31,7 +31,7 @@ PRESETS = {
         crop_min=0.2, small_crops=2, small_size=16, small_min=0.08, blur=0.0, knn_every=10),
     ("shapes", "swav"): dict(
         arch="resnet10_narrow", image_size=32, epochs=30, batch_size=128, optimizer="adamw", lr=4e-3, weight_decay=1e-4,
-        warmup_epochs=1, dim=128, hidden=512, prototypes=64, temperature=0.1, epsilon=0.05, freeze_epochs=1,
+        warmup_epochs=1, dim=128, hidden=512, prototypes=64, temperature=0.1, epsilon=0.01, freeze_epochs=1,
         crop_min=0.3, small_crops=2, small_size=16, small_min=0.15, blur=0.0, knn_every=5),
 }
 PRESETS["cifar100", "swav"] = PRESETS["cifar10", "swav"]
