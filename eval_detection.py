@@ -72,18 +72,27 @@ class Coco(Dataset):
 def mask_rcnn(path, arch, num_classes, world):
     """Mask R-CNN whose backbone is a checkpoint's; batch norm is trained, over all processes on GPUs."""
     network, _, args = load_backbone(path, arch)
-    arch = arch or args.get("arch", "resnet50")
     state = network.state_dict()
     if "layer4.0.conv1.weight" not in state or state["conv1.weight"].shape[-1] != 7:
         raise Trouble(f"{path} is no ResNet for large pictures, which detection needs: train it at more than "
                       f"{genview.IN_MEMORY_SIZE} pixels")
-    backbone = resnet_fpn_backbone(backbone_name=arch, weights=None, norm_layer=torch.nn.BatchNorm2d, trainable_layers=5)
+    backbone = resnet_fpn_backbone(backbone_name=args["arch"], weights=None, norm_layer=torch.nn.BatchNorm2d, trainable_layers=5)
     backbone.body.load_state_dict(state)
+    backbone.forward = in_half_precision(backbone.forward, world)
     model = MaskRCNN(backbone, num_classes, min_size=SHORT_SIDES, max_size=LONG_SIDE, image_mean=genview.CLIP_MEAN,
                      image_std=genview.CLIP_STD)
     if world.size > 1 and world.device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.to(world.device)
+
+
+def in_half_precision(forward, world):
+    """A backbone's forward in bfloat16 where it is fast. What follows stays in float32: torchvision would round the boxes, too."""
+    def run(pictures):
+        with world.autocast():
+            features = forward(pictures)
+        return {name: x.float() for name, x in features.items()}
+    return run
 
 
 def mirrored(picture, target):
@@ -134,8 +143,7 @@ def train(model, data, args, world):
                    for _, target in pairs]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step)
-        with torch.autocast(world.device.type, world.dtype, enabled=world.device.type == "cuda"):
-            losses = wrapped(pictures, targets)    # of proposals and heads, five terms
+        losses = wrapped(pictures, targets)        # of proposals and heads, five terms
         loss = sum(losses.values())
         optimizer.zero_grad()
         loss.backward()

@@ -29,7 +29,7 @@ SMALL = dict(epochs=100, batch_size=256, lr=1.0, augment=False)                 
 PRESETS = {
     "linear": {
         "shapes": SMALL, "cifar10": SMALL, "cifar100": SMALL, "folder": SMALL,
-        # release, for MoCo v3's ResNet-50. Customary for MoCo v2: --epochs 100 --batch-size 256 --lr 30
+        # release, for MoCo v3's ResNet-50; its ViTs: --lr 12. Customary for MoCo v2: --epochs 100 --batch-size 256 --lr 30
         "imagenet": dict(epochs=90, batch_size=1024, lr=0.4, augment=True),
     },
     "finetune": {  # lr: of the new classifier; backbone_lr: of the rest
@@ -59,7 +59,7 @@ def load_backbone(path, arch=None):
         path: a last.pt or backbone.pt of train_moco.py, a torchvision state dict, or a checkpoint of the authors' release.
         arch: its architecture in torchvision; None: as the checkpoint says, or the ResNet that its tensors fit.
     Returns:
-        backbone, D, the settings it was trained with (a dict, empty where unknown).
+        backbone, D, the settings it was trained with (a dict of those known, "arch" always).
     Raises:
         Trouble: it cannot be loaded, or is of another architecture.
     """
@@ -80,7 +80,7 @@ def load_backbone(path, arch=None):
                       f"it was made with {theirs or 'an architecture not known here'} (--arch)")
     backbone, dim = genview.make_backbone(arch, image_size)
     backbone.load_state_dict(state, strict=False)  # not strict: num_batches_tracked may be missing
-    return backbone, dim, args
+    return backbone, dim, args | {"arch": arch}
 
 
 def strip_prefix(checkpoint):
@@ -224,16 +224,19 @@ def balanced_subset(labels, fraction, generator):
 def listed_subset(names, path):
     """The images that a text file lists, a name a line, with or without folders: sorted indices into names (N,).
 
-    Raises Trouble where it lists none of them, or where a name without its folder fits several.
+    Raises Trouble where it lists none of them, or where a name without its folder fits several; says how many are missing.
     """
     try:
         wanted = {line.strip() for line in Path(path).read_text().splitlines()} - {""}
     except (OSError, UnicodeDecodeError) as error:
         raise Trouble(f"--labels-file {path} cannot be read as a list of names ({error})") from None
-    chosen = [i for i, name in enumerate(names) if wanted & {name, name.removeprefix("train/"), Path(name).name}]
-    if not chosen or len(chosen) > len(wanted):
-        raise Trouble(f"--labels-file {path} lists {len(wanted)} names, which fit {len(chosen)} images: it must name images of "
-                      f"the data set, with their folders where the names alone are not unique")
+    fits = [wanted & {name, name.removeprefix("train/"), Path(name).name} for name in names]
+    chosen, found = [i for i, fit in enumerate(fits) if fit], set().union(*fits)
+    if not chosen or len(chosen) > len(found):
+        raise Trouble(f"--labels-file {path} lists {len(wanted)} names, of which {len(found)} fit {len(chosen)} images: it must "
+                      f"name images of the data set, with their folders where the names alone are not unique")
+    if len(found) < len(wanted):
+        genview.say(f"*** {path}: {len(wanted) - len(found)} of its {len(wanted)} names are not in the data set")
     return torch.tensor(chosen)
 
 
@@ -320,17 +323,29 @@ def finetune(backbone, dim, images, settings, world):
     """Trains backbone and classifier on a share of the labels (semi-supervised). Changes the backbone; returns the head."""
     index = (listed_subset(images.names, settings.labels_file) if settings.labels_file else
              balanced_subset(images.labels, settings.labels, genview.step_generator(settings.seed)))
-    images = images._replace(names=[images.names[i] for i in index.tolist()], labels=images.labels[index],
+    labels = images.labels
+    images = images._replace(names=[images.names[i] for i in index.tolist()], labels=labels[index],
                              pixels=None if images.pixels is None else images.pixels[index])
     genview.say(f"fine-tuning on {len(index)} labelled images")
+    backbone.requires_grad_(True)                  # also what MoCo v3 keeps fixed, but for the positions
+    if settings.labels_file and (len(index) < 0.05 * len(labels)) != (settings.labels < 0.05):
+        genview.say(f"*** the list holds {100 * len(index) / len(labels):.1f}% of the images, but the recipe is that of "
+                    f"--labels {settings.labels:g}")
+    if hasattr(backbone, "encoder"):
+        backbone.encoder.pos_embedding.requires_grad_(False)
     head = zero_linear(dim, images.num_classes).to(world.device)
-    groups = [{"params": backbone.parameters(), "lr": settings.backbone_lr},
+    groups = [{"params": [p for p in backbone.parameters() if p.requires_grad], "lr": settings.backbone_lr},
               {"params": head.parameters(), "lr": settings.lr}]
     model = torch.nn.Sequential(backbone, head).train()
     if world.size > 1:
+        if world.device.type == "cuda":            # PyTorch's is for GPUs only
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         model = DistributedDataParallel(model)
     batches, steps = augmented(images, settings, world)
     fit(model, groups, batches, steps, settings.epochs, world.autocast)
+    if world.size > 1:                             # one network for all: batch-norm statistics, too
+        for buffer in backbone.buffers():
+            torch.distributed.broadcast(buffer, 0)
     return head
 
 

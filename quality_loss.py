@@ -147,7 +147,7 @@ def info_nce(query, key, negatives, temperature, weights=None):
 
 
 def info_nce_in_batch(query, keys, temperature, weights=None, offset=0):
-    r"""InfoNCE with the other keys of the (gathered) batch as negatives, as in MoCo v3 and SimCLR.
+    r"""InfoNCE with the other keys of the (gathered) batch as negatives, as in MoCo v3.
 
     l_i = -log( exp(q_i.k_(offset+i) / t) / sum_m exp(q_i.k_m / t) ),    L = (1/N) sum_i w_i l_i
 

@@ -22,7 +22,7 @@ from train_moco import Encoder, mlp, parse_args, similarities, train
 PRESETS = {
     ("imagenet", "swav"): dict(
         arch="resnet50", image_size=224, epochs=200, batch_size=4096,             # [swav]
-        optimizer="lars", lr=0.3, weight_decay=1e-6, warmup_epochs=0,             # [swav] 4.8 for 4096, which ends at 0.0048
+        optimizer="lars", lr=0.3, weight_decay=1e-6, warmup_epochs=0,             # [swav] 4.8 for 4096; the paper warms up for 10
         dim=128, hidden=2048, prototypes=3000, temperature=0.1, epsilon=0.05, freeze_epochs=1,     # [swav]
         crop_min=0.14, small_crops=6, small_size=96, small_min=0.05, blur=0.5, knn_every=20),      # [swav]
     ("cifar10", "swav"): dict(
@@ -71,6 +71,8 @@ class SwAV(nn.Module):
 
 def main():
     args = parse_args(PRESETS)
+    if args.small_size > args.image_size:
+        raise genview.Trouble(f"--small-size {args.small_size} must be at most --image-size {args.image_size}")
     train(args, genview.setup(args.device), {"swav": SwAV}.get)
 
 

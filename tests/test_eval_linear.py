@@ -240,9 +240,15 @@ def test_finetuning_on_a_list_of_names(tmp_path, capsys):
     listed = tmp_path / "names.txt"
     listed.write_text("7.png\ntrain/a/12.png\r\n\nb/3.png\n")
     assert ev.listed_subset(images.names, listed).tolist() == [3, 7, 12]
-    ev.finetune(Mean(), 3, images, settings(epochs=1, labels_file=listed, batch_size=2, image_size=16), ONE)
-    assert "fine-tuning on 3 labelled images" in capsys.readouterr().out
-    with pytest.raises(Trouble, match="lists 3 names, which fit 0 images"):
+    ev.finetune(Mean(), 3, images, settings(epochs=1, labels=0.01, labels_file=listed, batch_size=2, image_size=16), ONE)
+    said = capsys.readouterr().out
+    assert "fine-tuning on 3 labelled images" in said and "not in the data set" not in said
+    assert "the list holds 5.0% of the images, but the recipe is that of --labels 0.01" in said
+    with open(listed, "a") as file:
+        file.write("99.png\n")
+    assert ev.listed_subset(images.names, listed).tolist() == [3, 7, 12]
+    assert "1 of its 4 names are not in the data set" in capsys.readouterr().out
+    with pytest.raises(Trouble, match="lists 4 names, of which 0 fit 0 images"):
         ev.listed_subset(["x.png"], listed)
     with pytest.raises(Trouble, match="fit 4 images.*with their folders"):
         ev.listed_subset([f"{c}/7.png" for c in "abcd"], listed)
@@ -272,6 +278,10 @@ def test_a_vision_transformer_is_recognised(tmp_path):
         loaded, dim, _ = ev.load_backbone(tmp_path / "vit.pt")
         x = torch.randn(2, 3, size, size)
         assert dim == 96 and torch.equal(loaded.eval()(x), backbone.eval()(x))
+    before = {name: x.clone() for name, x in backbone.state_dict().items()}           # fine-tuning: all but the positions
+    ev.finetune(backbone, dim, coloured(), settings(epochs=2, lr=0.01, labels=1.0, batch_size=8, image_size=96), ONE)
+    same = [name for name, x in backbone.state_dict().items() if torch.equal(x, before[name])]
+    assert same == ["encoder.pos_embedding"]
 
 
 # ------------------------------------------------------------------------------------------------------------ command line

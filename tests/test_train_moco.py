@@ -217,6 +217,7 @@ def test_start_gives_the_keys_true_statistics():
 def test_learning_rate_and_lars():
     args = settings(lr=0.3, batch_size=512, warmup_epochs=2, epochs=10)
     assert [round(train_moco.learning_rate(args, e), 6) for e in (0, 1, 2, 6, 10)] == [0, 0.3, 0.6, 0.3, 0]
+    assert train_moco.learning_rate(settings(lr=0.3, batch_size=512, warmup_epochs=1, epochs=1), 1) == 0.6      # SimSiam's predictor
     w, b = torch.nn.Parameter(torch.tensor([[3.0, 4.0]])), torch.nn.Parameter(torch.tensor([1.0]))
     optimizer = train_moco.LARS([w, b], lr=0.5, weight_decay=0.1)
     for _ in range(2):
