@@ -33,8 +33,8 @@ def train_judge(args, num_classes, world):
         backbone.load_state_dict(state["backbone"])
         head.load_state_dict(state["head"])
     else:
-        settings = SimpleNamespace(labels=1.0, labels_file=None, seed=args.seed, lr=0.1, backbone_lr=0.1, batch_size=128, epochs=args.epochs,
-                                   image_size=32, workers=0, skip_bad=False)
+        settings = SimpleNamespace(labels=1.0, labels_file=None, seed=args.seed, lr=0.1, backbone_lr=0.1, batch_size=128,
+                                   epochs=args.epochs, image_size=32, workers=0, skip_bad=False)
         images = genview.load_images(args.dataset, args.data_dir, "train", 32)
         head = eval_linear.finetune(backbone, dim, images, settings, world)
         genview.write_whole(path, lambda temporary: torch.save(
