@@ -85,8 +85,7 @@ def run_one(args, method, row, seed):
     """Trains and evaluates one row of a method with one seed; its folder keeps the result."""
     folder, start = args.output_dir / f"{method}-{row}-{seed}", time.time()
     if not {"kNN", "linear"} <= result(args, method, row, seed).keys():
-        resume = ["--resume"] if (folder / "last.pt").exists() else []
-        call(args.jobs, METHODS[method][1], *flags_of(args, method, row), "--seed", seed, "--output-dir", folder, *resume)
+        call(args.jobs, METHODS[method][1], *flags_of(args, method, row), "--seed", seed, "--output-dir", folder, "--resume")
         call(args.jobs, "eval_linear.py", "--checkpoint", folder / "last.pt", "--seed", seed)
     top1 = result(args, method, row, seed)
     say(f"{method}, {row}, seed {seed}: kNN {top1['kNN']:.1f}%, linear {top1['linear']:.1f}% ({time.time() - start:.0f} s)")

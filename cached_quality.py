@@ -77,21 +77,29 @@ def features_file(encoder, images, views, component, args, world):
     there = args.views_dir != "none" and args.dataset != "shapes"
     path = Path(args.views_dir if there else args.output_dir) / f"features-{fingerprint(images, views, component, args)}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
+    total = len(images.names) * (1 if views is None else 2)
     if not path.exists():
-        make_features(path, encoder, images, views, component, args, world)
-    return np.load(path, mmap_mode="r")
+        make_features(path, encoder, images, views, component, total, args, world)
+    try:
+        maps = np.load(path, mmap_mode="r")
+    except (OSError, ValueError):                  # cut short, or no array
+        maps = np.zeros(0)
+    if maps.ndim != 4 or len(maps) != total or maps.dtype != np.float16:
+        raise genview.Trouble(f"{path} is damaged: remove it, and it will be made again")
+    return maps
 
 
 def fingerprint(images, views, component, args):
     """Eight characters that change with anything the features depend on."""
     settings = Path(args.views_dir, "settings.json")
     without = [path is None for path in views] if isinstance(views, list) else views is None
-    facts = [args.dataset, args.encoder, args.image_size, args.cached_components, [round(x, 4) for x in component.tolist()],
+    content = [hashlib.sha256(x.numpy()).hexdigest() for x in (images.pixels, views) if torch.is_tensor(x)]
+    facts = [content, args.dataset, args.encoder, args.image_size, args.cached_components, [round(x, 4) for x in component.tolist()],
              images.names, without, settings.read_text() if settings.exists() else ""]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
 
 
-def make_features(path, encoder, images, views, component, args, world):
+def make_features(path, encoder, images, views, component, total, args, world):
     @torch.no_grad()
     def features(rows):
         """E(X) of pictures, (n, T, K)."""
@@ -99,13 +107,16 @@ def make_features(path, encoder, images, views, component, args, world):
         with world.autocast():
             return encoder(genview.normalise(pixels / 255)).float()
 
-    total, temporary = len(images.names) * (1 if views is None else 2), path.with_suffix(".tmp.npy")
-    sample = torch.cat([features(rows) for rows in genview.spaced(total, 2000).split(BATCH)])           # in all processes alike
+    temporary = path.with_suffix(f".{world.gather_objects(os.getpid())[0]}.tmp.npy")    # another run may make the same
+    sample = torch.cat([features(rows).cpu() for rows in genview.spaced(total, 2000).split(BATCH)])           # in all processes alike
     basis, kept = fit_projection(sample, component, args.cached_components)
-    basis, side = basis.to(world.device), round(sample.shape[1] ** 0.5)
+    basis = world.gather_objects(basis)[0].to(world.device)                        # not rounded by each GPU in its own way
+    side = round(sample.shape[1] ** 0.5)
     grid = min(side, GRID)
     if world.rank == 0:
+        temporary.unlink(missing_ok=True)
         np.lib.format.open_memmap(temporary, "w+", np.float16, (total, grid, grid, basis.shape[1]))
+        reserve(temporary)
     world.wait()
     file = np.lib.format.open_memmap(temporary, "r+")
     for rows in genview.progress(torch.arange(total).split(BATCH)[world.rank::world.size], "features of E", "batch"):
@@ -118,6 +129,13 @@ def make_features(path, encoder, images, views, component, args, world):
         genview.say(f"{path}: features of {total} pictures, {basis.shape[1]} numbers at {grid} x {grid} positions, "
                     f"{100 * kept:.1f}% of the variance, {path.stat().st_size / 1e6:.0f} MB")
     world.wait()
+
+
+def reserve(path):
+    """Takes the file's space on the disk now: a full disk is an OSError here, a crash in the middle of a memory-mapped write."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def picture(images, views, row, args):

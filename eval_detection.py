@@ -132,7 +132,8 @@ def train(model, data, args, world):
         start = state["step"]
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world.size > 1 else model
     loader = DataLoader(data, batch_sampler=list(batches(len(data), args, world, start)), num_workers=args.workers,
-                        collate_fn=lambda pairs: pairs, pin_memory=world.device.type == "cuda")
+                        collate_fn=lambda pairs: pairs, pin_memory=world.device.type == "cuda",
+                        worker_init_fn=genview.ignore_sigterm)
     bar, saved, parts = genview.progress(loader, "training", "step", total=args.steps - start), time.time(), []
     model.train()
     for step, pairs in enumerate(bar, start):

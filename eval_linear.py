@@ -150,7 +150,8 @@ def pictures(images, order, image_size, world, batch_size, workers=4, draw=None,
     batches = order.split(batch_size)
     if images.pixels is None:
         loader = iter(DataLoader(Crops(images, image_size, draw, skip_bad), batch_sampler=[b.tolist() for b in batches],
-                                 num_workers=workers, pin_memory=world.device.type == "cuda"))
+                                 num_workers=workers, pin_memory=world.device.type == "cuda",
+                                 worker_init_fn=genview.ignore_sigterm))
     for step, index in enumerate(batches):
         x = (next(loader) if images.pixels is None else images.pixels[index]).to(world.device).float()
         if draw:
@@ -437,16 +438,20 @@ def main():
     settings = parse()
     world = genview.setup(settings.device)
     backbone, dim, trained_with = load_backbone(settings.checkpoint, settings.arch)
+    made_for = getattr(backbone, "image_size", None)                                # a vision transformer's positions
+    settings.image_size = settings.image_size or made_for
     resolve(settings, trained_with)
+    if made_for not in (None, settings.image_size):
+        raise Trouble(f"{settings.checkpoint} is a vision transformer for pictures of {made_for} pixels: leave --image-size out")
     torch.manual_seed(settings.seed)
     genview.say(f"settings: {json.dumps(vars(settings))}")
     backbone = backbone.to(world.device, memory_format=torch.channels_last)
     for protocol, top1 in evaluate(settings, backbone, dim, world):
         if world.rank == 0:
+            genview.say(f"{protocol} top-1 {top1:.1f}%")
             record = {"protocol": protocol, "top1": round(top1, 3), "settings": vars(settings)}
             with open(Path(settings.checkpoint).with_name("eval.jsonl"), "a") as log:
                 log.write(json.dumps(record) + "\n")
-            genview.say(f"{protocol} top-1 {top1:.1f}%")
 
 
 if __name__ == "__main__":

@@ -355,18 +355,19 @@ def prepare_folder(args, images, world):
 def read_manifest(folder):
     """{source: its line} of manifest.jsonl; lines that a kill cut short are left out."""
     path, lines = folder / "manifest.jsonl", {}
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             entry = json.loads(line)
-            lines[entry["source"]] = entry
+            if type(entry["noise_level"]) is int and 0 <= entry["noise_level"] < 1000:
+                lines[entry["source"]] = entry
         except (ValueError, TypeError, KeyError):
             continue
     return lines
 
 
 def append(path, text):
-    """One write to the end of the file: lines of several processes do not mix."""
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    """One write to the end of the file: lines of several processes do not mix. A link is not followed."""
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
     try:
         os.write(file, text.encode())
     finally:

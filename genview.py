@@ -4,11 +4,14 @@ the foreground component, and helpers for devices, processes and checkpoints.
 Legend of the shapes: N images, S side of a view in pixels, T tokens (positions of a feature map), K features of a token.
 """
 import argparse
+import atexit
 import contextlib
 import ctypes
 import datetime
 import errno
 import json
+import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -58,7 +61,7 @@ def run(main):
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             sys.exit(_report(NO_MEMORY, 2))
-        if "DataLoader worker" in str(error):
+        if "DataLoader worker (pid" in str(error):
             sys.exit(_report("a process that reads images was killed, perhaps for its memory: lower --workers", 1))
         if not dist.is_initialized() or not re.search("peer|gloo|NCCL|[Cc]onnection|[Tt]imed out", str(error)):
             raise
@@ -462,10 +465,25 @@ class PairLoader:
     def _crops_of_files(self, batches, draws, epoch):
         dataset = CropPairs(self.images, self.views, self.augmentations, self.image_size, self.seed, epoch, self.skip_bad)
         loader = torch.utils.data.DataLoader(dataset, batch_sampler=[b.tolist() for b in batches], num_workers=self.workers,
-                                             pin_memory=self.world.device.type == "cuda")
+                                             pin_memory=self.world.device.type == "cuda", worker_init_fn=ignore_sigterm)
         for (index, *views, boxes, generated), draw in zip(loader, draws):
             views = [x.to(self.world.device, non_blocking=True).float() / 255 for x in views]
             yield index, draw, views, boxes.to(self.world.device, non_blocking=True), generated
+
+
+def ignore_sigterm(_):
+    """For a loader's processes: clusters send SIGTERM to all, but the main process decides when it has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_readers():
+    """Those that are left, after an error: multiprocessing would send them SIGTERM and wait."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)                               # torch's would call it an error
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 class CropPairs(torch.utils.data.Dataset):
@@ -530,12 +548,13 @@ class FrozenEncoder(torch.nn.Module):
             config = AutoConfig.from_pretrained(name)
             is_clip = config.model_type in ("clip", "clip_vision_model")
             self.model = (CLIPVisionModel if is_clip else AutoModel).from_pretrained(name).float()    # saved in half or not
+            self.size = getattr(config, "vision_config", config).image_size if is_clip else 224
+            self.is_clip = is_clip
+            self(torch.zeros(1, 3, self.size, self.size))                           # does it look at pictures?
         except Exception as error:                 # of several libraries, as in generate_views.load_pipeline
             raise Trouble(f"the encoder {name} could not be loaded ({type(error).__name__}): download it where there is a "
                           f"network and name its folder by --encoder (timm's models need timm), or train with --quality off; "
                           f"--dataset shapes needs no download") from None
-        self.size = getattr(config, "vision_config", config).image_size if is_clip else 224
-        self.is_clip = is_clip
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -545,7 +564,9 @@ class FrozenEncoder(torch.nn.Module):
         hidden = self.model(pixel_values=views).last_hidden_state
         if self.is_clip:
             return clip_tokens(getattr(self.model, "vision_model", self.model), hidden)
-        return hidden.flatten(2).mT if hidden.ndim == 4 else hidden                 # a convnet's map (N, K, H, W)
+        if hidden.ndim == 4:                       # a convnet's map (N, K, H, W)
+            return hidden.flatten(2).mT
+        return hidden[:, hidden.shape[1] - math.isqrt(hidden.shape[1]) ** 2:]       # without class and register tokens
 
 
 def fit_foreground(tokens, grid, fraction=0.4):
@@ -637,7 +658,8 @@ def make_backbone(arch, image_size):
         return vision_transformer(*VITS[arch], patch=4 if small_stem else 16, image_size=image_size), VITS[arch][0]
     known = arch in torchvision.models.list_models(module=torchvision.models)       # classifiers only
     backbone = torchvision.models.get_model(arch, weights=None) if known else None
-    fits = isinstance(backbone, torchvision.models.ResNet) if small_stem else hasattr(backbone, "fc")
+    fits = isinstance(backbone, torchvision.models.ResNet) if small_stem else (
+        hasattr(backbone, "fc") and not getattr(backbone, "aux_logits", False))
     if not fits:
         raise Trouble(f"--arch {arch} does not work here{' with the stem for small pictures' if small_stem else ''}: "
                       f"take one of torchvision's ResNets (resnet18, resnet34, resnet50, resnext50_32x4d, wide_resnet50_2) "
@@ -748,6 +770,10 @@ def setup(device=None, patience=datetime.timedelta(minutes=30)):
     try:
         chosen = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
         torch.empty(1, device=chosen)
+        if chosen.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("not tried")
+        if chosen.type == "cuda" and torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+            raise RuntimeError(f"{torch.cuda.device_count()} GPUs for {os.environ['LOCAL_WORLD_SIZE']} processes")
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0].split(": ")[0]
         raise Trouble(f"--device {kind} is not to be had here ({why}): take cuda, mps or cpu") from None
@@ -787,19 +813,27 @@ def fast_dtype(device):
 def write_whole(path, write, previous=None):
     """Calls write(temporary path) and renames the result to path: the file appears whole or not at all.
 
-    previous: for checkpoints, where to the file goes that was there before; the new one is on the disk before it moves.
+    previous: for checkpoints, where to the file goes that was there before, once the new one is on the disk. It has both
+    names for a moment, so that path never lacks a file; where there are no hard links, it does for that moment.
     Raises Trouble where the file cannot be written; what was there stays.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)          # it might be a stranger's link
         write(temporary)
         if previous:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
-            if path.exists():
-                os.replace(path, previous)
+        if previous and path.exists():
+            second = previous.with_name(f"{previous.name}.{os.getpid()}.tmp")
+            second.unlink(missing_ok=True)
+            try:
+                os.link(path, second)
+            except OSError:
+                second = path
+            os.replace(second, previous)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:       # RuntimeError: torch.save's
         if not isinstance(error, OSError) and not re.search("writ|iostream|inline_container", str(error)):

@@ -296,6 +296,7 @@ def assemble(vae, encoder, generator):
 def draw_samples(pipe, data, path, steps=MINI["steps"], guidance=MINI["guidance"], columns=16):
     """Rows: pictures, what the autoencoder keeps of them, a view at each noise level."""
     x = data.pictures(genview.spaced(len(data.pixels), columns).to(data.pixels.device))
+    pipe.to(x.device)                              # the text model is new
     kept = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample
     c = embed(pipe.image_encoder, x)
     prompt = pipe.encode_prompt("", x.device, 1, False)[0].repeat(len(x), 1, 1)
@@ -357,7 +358,10 @@ def main():
     args = parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     quieten()
-    train(args, genview.setup(args.device))
+    world = genview.setup(args.device)
+    if world.size > 1:
+        raise Trouble("one process trains the generator: start it without torchrun")
+    train(args, world)
     say(f"{args.output_dir} is a StableUnCLIPImg2ImgPipeline, {args.output_dir}/samples.png shows what it draws; next:\n"
         f"  python generate_views.py --dataset cifar10 --model {args.output_dir} --steps 4 --guidance 1.5")
 

@@ -391,7 +391,7 @@ def prepare(args, images, world):
         return views, None
     encoder = encoder.to(world.device, memory_format=torch.channels_last)
     if component is None:
-        component = find_component(encoder, images, args, world)
+        component = world.gather_objects(find_component(encoder, images, args, world).cpu())[0]   # one for all processes
     component = (-component if args.flip_foreground else component).to(world.device)
     if args.quality == "cached":
         return views, CachedQuality(features_file(encoder, images, views, component, args, world), world.device)
@@ -412,6 +412,7 @@ def expand(images, views):
 def train(args, world, make_method=METHODS.get):
     """Trains, evaluates, writes the run's folder. make_method: name of a method -> its class (args -> module with .query,
     .chance, update and a forward as MoCo's)."""
+    args.output_dir = world.gather_objects(args.output_dir)[0]                      # its name may tell the time
     images, test = (genview.load_images(args.dataset, args.data_dir, split, args.image_size, args.limit, args.skip_bad)
                     for split in ("train", "test"))
     if len(images.names) < args.batch_size:
@@ -421,7 +422,9 @@ def train(args, world, make_method=METHODS.get):
         torch.backends.cuda.enable_flash_sdp(False)
     method = make_method(args.method)(args).to(world.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args, method)
-    first, step = resume(args, method, optimizer, world) if args.resume else (0, 0)
+    first, step = resume(args, method, optimizer, len(images.names), world) if args.resume else (0, 0)
+    if len(set(world.gather_objects((first, step)))) > 1:
+        raise Trouble(f"the processes do not find the same checkpoint: {args.output_dir} must be one folder for all machines")
     views, quality_of = prepare(args, images, world)
     pool, views = (expand(images, views), None) if args.views == "extra" else (images, views)
     loader = PairLoader(pool, views, augmentations(args), args.image_size, args.batch_size, args.seed, world, args.workers,
@@ -438,15 +441,16 @@ def train(args, world, make_method=METHODS.get):
     if world.size > 1:
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")    # its successor is only in newer versions
         wrapped = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
-    run = Run(args, world, loader.steps, round(first + step / loader.steps, 4))
+    run = Run(args, world, len(images.names), loader.steps, first, step)
     accuracy = None
     for epoch in range(first, args.epochs):
         train_epoch(args, world, epoch, step if epoch == first else 0, loader, wrapped, optimizer, quality_of, run)
         if epoch + 1 in (1, args.epochs) or (epoch + 1) % args.knn_every == 0:
+            run.save(method, optimizer, epoch, loader.steps)                        # lest kNN cost what was trained
             accuracy = evaluate(method, images, test, args, world)
             run.log(epoch=epoch + 1, knn=accuracy, label=label(args))
         run.save(method, optimizer, epoch + 1)
-        if run.asked_to_stop(now=True):
+        if run.asked_to_stop():
             run.stop()
     if accuracy is None:                           # resumed after its end
         accuracy = evaluate(method, images, test, args, world)
@@ -456,6 +460,8 @@ def train(args, world, make_method=METHODS.get):
 
 def train_epoch(args, world, epoch, start, loader, method, optimizer, quality_of, run):
     """One epoch from step start on."""
+    if start == loader.steps:                      # resumed before its kNN
+        return
     method.train()
     bar = genview.progress(loader.epoch(epoch, start), f"epoch {epoch + 1}/{args.epochs}", "batch", total=loader.steps,
                            initial=start)
@@ -468,16 +474,16 @@ def train_epoch(args, world, epoch, start, loader, method, optimizer, quality_of
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, args.warmup_epochs if group.get("constant_lr") else done)
         pending.append(train_step(method, optimizer, views, places, quality_of, args.gamma, done / args.epochs, world))
-        last, stop = step + 1 == loader.steps, run.asked_to_stop(now=world.size == 1)
-        if (step + 1) % args.log_every == 0 or last or stop:
+        last = step + 1 == loader.steps
+        if (step + 1) % args.log_every == 0 or last:
             means = average(pending, epoch * loader.steps + step + 1, optimizer, world, run)
             speed = (step + 1 - start) * args.batch_size / (time.time() - began)
             left = ((args.epochs - epoch) * loader.steps - step - 1) * args.batch_size / speed
-            run.log(epoch=round(done + 1 / loader.steps, 4), **means, chance=bare.chance, lr=learning_rate(args, done),
+            run.log(epoch=round(done + 1 / loader.steps, 4), step=epoch * loader.steps + step + 1, **means, chance=bare.chance, lr=learning_rate(args, done),
                     images_per_s=speed)
             bar.set_postfix_str(f"loss {means['loss']:.3f} (chance {bare.chance:.2f}), {speed:.0f} images/s", refresh=False)
             pending.clear()
-            stop = run.asked_to_stop(now=True)
+            stop = run.asked_to_stop()
             if not last and (stop or run.save_is_due()):
                 run.save(bare, optimizer, epoch, step + 1)
                 if stop:
@@ -519,15 +525,17 @@ def label(args):
 class Run:
     """The run's folder, runs/<dataset>-<method>-<time>, and what is said to the user. Only the first process writes."""
 
-    def __init__(self, args, world, steps, start):
-        self.args, self.world, self.first, self.steps = args, world, world.rank == 0, steps
+    def __init__(self, args, world, images, steps, epoch, step):
+        """The numbers of images, of steps in an epoch, of epochs and further steps that were done before."""
+        self.args, self.world, self.first, self.images, self.steps = args, world, world.rank == 0, images, steps
         self.folder, self.saved, self.terminated = Path(args.output_dir), time.time(), False
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))         # what clusters send first
         if self.first:
             log = self.folder / "log.jsonl"        # lines after the checkpoint will be written again
             lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["epoch"] <= start]
+            fits = lambda line: line["epoch"] <= epoch if "knn" in line else line["step"] <= epoch * steps + step
+            kept = [line for line in lines if line.endswith("}\n") and fits(json.loads(line))]
             genview.write_whole(log, lambda path: path.write_text("".join(kept)))
             settings = vars(args) | {"label": label(args)}
             genview.write_whole(self.folder / "args.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
@@ -551,11 +559,12 @@ class Run:
         """Have --save-minutes passed? By the first process's clock."""
         return self.world.any(self.first and time.time() - self.saved > 60 * self.args.save_minutes)
 
-    def asked_to_stop(self, now):
-        """Has SIGTERM come to any process? now: ask them all."""
-        return self.world.any(self.terminated) if now else False
+    def asked_to_stop(self):
+        """Has SIGTERM come to any process?"""
+        return self.world.any(self.terminated)
 
     def stop(self):
+        self.world.wait()                          # for the first process's write
         raise genview.Terminated(f"terminated after saving {self.folder / 'last.pt'}; the same command with --resume goes on")
 
     def save(self, method, optimizer, epoch, step=0):
@@ -565,15 +574,15 @@ class Run:
         # Without SyncBatchNorm each process has batch-norm statistics of its own.
         statistics = self.world.gather_objects({name: x.cpu() for name, x in method.state_dict().items() if ".running_" in name})
         if self.first:
-            state = {"model": method.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "step": step,
-                     "statistics": statistics, "args": vars(self.args)}
-            genview.write_whole(self.folder / "last.pt", lambda path: torch.save(state, path), self.folder / "previous.pt")
             backbone = method.query.backbone.state_dict()
             genview.write_whole(self.folder / "backbone.pt", lambda path: torch.save(backbone, path))
+            state = {"model": method.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "step": step,
+                     "statistics": statistics, "images": self.images, "args": vars(self.args)}
+            genview.write_whole(self.folder / "last.pt", lambda path: torch.save(state, path), self.folder / "previous.pt")
         self.saved = time.time()
 
 
-def resume(args, method, optimizer, world):
+def resume(args, method, optimizer, images, world):
     """Loads --resume's checkpoint, or where it is damaged the one before, into method and optimizer; returns the numbers of
     epochs and of further steps done."""
     previous = Path(args.resume).with_name("previous.pt")
@@ -584,12 +593,16 @@ def resume(args, method, optimizer, world):
             raise
         genview.say(f"*** {str(trouble).split('; ')[0]}: going on from {previous}")
         state = genview.load_checkpoint(previous)
-    free = {"output_dir", "resume", "device", "compile", "workers", "knn_every", "log_every", "save_minutes"}   # may change
+        if world.rank == 0 and Path(args.resume).exists():                          # lest the next save make it previous.pt
+            os.replace(args.resume, Path(args.resume).with_name("damaged.pt"))
+    free = {"output_dir", "resume", "device", "compile", "workers", "skip_bad", "knn_every", "log_every", "save_minutes"}
     now, then = vars(args), state.get("args", {}) if isinstance(state, dict) else {}
     for key in now.keys() - free:
         if key not in then or then[key] != now[key]:
             raise Trouble(f"{args.resume} is of a run with another --{key.replace('_', '-')} ({then.get(key)}, now "
                           f"{now[key]}): resume with the flags of that run")
+    if state["images"] != images:
+        raise Trouble(f"{args.resume} is of a run on {state['images']} images, here are {images}: the order would be another")
     statistics = state["statistics"]
     if len(statistics) == world.size:
         state["model"] |= statistics[world.rank]
@@ -668,7 +681,8 @@ def parse_args(presets=PRESETS, argv=None):
     kinds = {name: type(value) for preset in presets.values() for name, value in preset.items()}
     for name, kind in kinds.items():
         least = 0 if name in ("warmup_epochs", "start_batches", "freeze_epochs", "small_crops") else 1
-        recipe.add_argument(f"--{name.replace('_', '-')}", type=genview.at_least(least) if kind is int else kind)
+        recipe.add_argument(f"--{name.replace('_', '-')}", type=genview.at_least(least) if kind is int else kind,
+                            choices=["sgd", "adamw", "lars"] if name == "optimizer" else None)
     args = parser.parse_args(argv)
     family = args.method + "-vit" * (args.arch or "").startswith("vit")           # vision transformers have their own recipe
     preset = presets.get((args.dataset, family)) or presets[args.dataset, args.method]
@@ -693,6 +707,8 @@ def resolve(args):
             args.views_dir = "none"
     if args.views == "extra" and args.views_dir == "none":
         raise Trouble("--views extra needs generated views: make them with generate_views.py, or name their --views-dir")
+    if args.views == "extra" and args.quality == "cached":
+        raise Trouble("--views extra has pairs of one image alone: --quality cached says nothing of them, take exact or off")
     args.quality = args.quality or ("off" if args.views_dir == "none" or args.views == "extra" else "exact")
     if args.noise != "adaptive" and not (args.dataset == "shapes" and args.noise.isdecimal() and int(args.noise) < 1000):
         raise Trouble(f"--noise is adaptive or a level from 0 to 999, and for --dataset shapes alone, not {args.noise}: "
@@ -704,6 +720,8 @@ def resolve(args):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % processes:
         raise Trouble(f"--batch-size {args.batch_size} cannot be shared by {processes} processes: give a multiple")
+    if args.batch_size < 2 * processes:
+        raise Trouble(f"--batch-size {args.batch_size}: batch normalisation needs two images in each process")
     if getattr(args, "queue", None) and args.queue % args.batch_size:
         raise Trouble(f"--queue {args.queue} is no multiple of --batch-size {args.batch_size} (all processes together): "
                       f"take {args.queue // args.batch_size * args.batch_size or args.batch_size}")
@@ -716,7 +734,7 @@ def resolve(args):
             args.resume = None
     default = Path(args.resume).parent if args.resume else f"{run}-{time.strftime('%Y%m%d-%H%M%S')}"
     args.output_dir = str(args.output_dir or default)
-    if not args.resume and Path(args.output_dir, "last.pt").exists():
+    if not args.resume and any(Path(args.output_dir, name).exists() for name in ("last.pt", "previous.pt")):
         raise Trouble(f"{args.output_dir} holds a run already: go on with --resume, or name another --output-dir")
     return args
 

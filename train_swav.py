@@ -73,6 +73,8 @@ def main():
     args = parse_args(PRESETS)
     if args.small_size > args.image_size:
         raise genview.Trouble(f"--small-size {args.small_size} must be at most --image-size {args.image_size}")
+    if args.arch in genview.VITS and args.small_crops and args.small_size != args.image_size:
+        raise genview.Trouble(f"{args.arch} takes views of one size: --small-crops 0")
     train(args, genview.setup(args.device), {"swav": SwAV}.get)
 
 

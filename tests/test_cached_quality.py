@@ -1,5 +1,6 @@
 """cached_quality.py against E on the views themselves, for encoders that see one place at a time: there both must agree."""
 import argparse
+import errno
 import os
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import quality_study
 import torch
 import torch.multiprocessing as mp
-from genview import Augmentation, Images, PairLoader, World
+from genview import Augmentation, Images, PairLoader, Trouble, World
 from quality_loss import pair_quality
 from train_moco import PairQuality
 
@@ -110,6 +111,23 @@ def test_the_file_is_used_again_and_tells_what_it_is_of(tmp_path):
     cached_quality.features_file(Counting(), images, views, torch.eye(6)[1], args, CPU)
     cached_quality.features_file(Counting(), images, None, torch.eye(6)[1], args, CPU)
     assert len(list(tmp_path.glob("features-*.npy"))) == 4
+    more = views.clone()
+    more[7] = 0                                    # a view that was made since
+    cached_quality.features_file(Counting(), images, more, torch.eye(6)[1], args, CPU)
+    assert len(files := list(tmp_path.glob("features-*.npy"))) == 5 and not list(tmp_path.glob("*.tmp*"))
+    for file in files:
+        os.truncate(file, 200)
+    with pytest.raises(Trouble, match="damaged: remove it"):
+        cached_quality.features_file(Counting(), images, more, torch.eye(6)[1], args, CPU)
+
+
+def test_a_full_disk_is_noticed_before_the_features_are_made(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    images, views, args = set_up(tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        cached_quality.features_file(Patches(), images, views, torch.eye(6)[0], args, CPU)
 
 
 def test_large_maps_are_averaged_down(tmp_path):

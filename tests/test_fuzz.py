@@ -161,6 +161,22 @@ def test_200_bad_command_lines(world, request):
     assert refused > 100                           # some replaced values happen to be right
 
 
+@pytest.mark.parametrize("name, more, text", [
+    ("train_moco", {"--optimizer": "adam"}, "invalid choice: 'adam'"),
+    ("train_moco", {"--batch-size": 1, "--queue": 1}, "batch normalisation needs two images"),
+    ("train_moco", {"--device": "meta"}, "--device meta is not to be had here"),
+    ("train_moco", {"--image-size": 80, "--arch": "googlenet"}, "--arch googlenet does not work here"),
+    ("train_moco", {"--views": "extra", "--views-dir": "images", "--quality": "cached"}, "take exact or off"),
+    ("train_swav", {"--arch": "vit_narrow"}, "--small-crops 0"),
+    ("train_swav", {"--small-size": 64}, "must be at most --image-size 32"),
+    ("eval_linear", {"--checkpoint": "vit.pt", "--arch": "vit_narrow", "--image-size": 64}, "for pictures of 32 pixels")])
+def test_what_is_wrong_is_named(name, more, text, world, tmp_path):
+    torch.save(genview.make_backbone("vit_narrow", 32)[0].state_dict(), world / "vit.pt")
+    more = {flag: world / value if (world / str(value)).exists() else value for flag, value in more.items()}
+    status, said = call(name, [str(x) for pair in (good(name, world, tmp_path / "run") | more).items() for x in pair])
+    assert status == 2 and text in said, said
+
+
 def test_too_large_is_named(world, tmp_path):
     """Petabytes, which no system grants."""
     flags = good("train_swav", world, tmp_path / "run") | {"--hidden": 10 ** 7, "--dim": 10 ** 7}
@@ -320,6 +336,15 @@ def test_bad_views_folders(world, tmp_path):
     manifest.write_text(manifest.read_text() + json.dumps({"source": "../../../escape.png", "noise_level": 0}) + "\n[]\n3\nnull\n{}\n\x00\n")
     status, said = call("generate_views", flags)
     assert status == 0, said
+    manifest.write_bytes(manifest.read_bytes().replace(b'"noise_level": 100', b'"noise_level": "x"') + b"\xff\n")     # to be made again
+    assert call("generate_views", flags)[0] == 0 and manifest.read_bytes().endswith(b'"seed": ' + manifest.read_bytes().split(b": ")[-1])
+    manifest.rename(tmp_path / "elsewhere")
+    manifest.symlink_to(tmp_path / "elsewhere")
+    before = (tmp_path / "elsewhere").read_bytes()
+    shutil.rmtree(tmp_path / "good/train/dog")
+    status, said = call("generate_views", flags)
+    assert status == 2 and "manifest.jsonl" in said and (tmp_path / "elsewhere").read_bytes() == before, said
+    manifest.unlink()
     outside = tmp_path / "outside"
     outside.mkdir()
     shutil.rmtree(tmp_path / "good/train/cat")

@@ -448,10 +448,24 @@ def test_frozen_encoder_on_a_clip_folder(tmp_path):
     assert encoder(large).shape == (3, 64, 32) and encoder(views[:, :, :16, :16]).shape == (3, 64, 32)
 
 
+def test_class_and_register_tokens_are_left_out(tmp_path):
+    from transformers import ViTConfig, ViTModel
+    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=224, patch_size=32)
+    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "vit")
+    encoder, views = genview.FrozenEncoder(str(tmp_path / "vit")), torch.randn(2, 3, 224, 224)
+    tokens = encoder(views)
+    assert tokens.shape == (2, 49, 16) and torch.equal(tokens, encoder.model(pixel_values=views).last_hidden_state[:, 1:])
+
+
 def test_a_missing_encoder_is_trouble(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(Trouble, match="--encoder"):
         genview.FrozenEncoder(str(tmp_path / "nothing"))
+    from transformers import BertConfig, BertModel
+    BertModel(BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+              ).save_pretrained(tmp_path / "bert")
+    with pytest.raises(Trouble, match="--encoder"):                                 # reads text
+        genview.FrozenEncoder(str(tmp_path / "bert"))
 
 
 # --------------------------------------------------------------------------------------------------- files and checkpoints

@@ -85,7 +85,7 @@ def same_run(a, b):
     for one, other in zip(*(torch.utils._pytree.tree_leaves([s["model"], s["optimizer"]]) for s in states)):
         assert torch.equal(one, other) if torch.is_tensor(one) else one == other
     logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (a, b)]
-    key = lambda lines: [(line["epoch"], line.get("loss"), line.get("knn")) for line in lines]
+    key = lambda lines: [(line["epoch"], line.get("step"), line.get("loss"), line.get("knn")) for line in lines]
     assert key(logs[0]) == key(logs[1])
 
 
@@ -126,14 +126,20 @@ def half_a_file(state, path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("instant", ["in the write", "before fsync", "between the renames", "after the rename"])
+@pytest.mark.parametrize("instant", ["in the write", "before fsync", "between the renames", "without hard links", "after the rename"])
 def test_training_killed_in_a_checkpoint(instant, world, tmp_path):
-    """last.pt of the fourth step: half written; whole but not on the disk; with the old one moved away; before backbone.pt."""
-    module, name, call, half = {"in the write": (torch, "save", 7, half_a_file), "before fsync": (os, "fsync", 4, None),
-                                "between the renames": (os, "replace", None, None), "after the rename": (torch, "save", 8, None)}[instant]
+    """last.pt of the fourth step: half written; whole but not on the disk; with the old one kept already, or even moved away;
+    before the next backbone.pt."""
+    module, name, call, half = {"in the write": (torch, "save", 8, half_a_file), "before fsync": (os, "fsync", 4, None),
+                                "after the rename": (torch, "save", 9, None)}.get(instant, (os, "replace", None, None))
+
+    def no_links(*_):
+        raise PermissionError
 
     def killed():
         with pytest.MonkeyPatch.context() as patch:
+            if instant == "without hard links":
+                patch.setattr(os, "link", no_links)
             if call is None:
                 replace = os.replace
                 patch.setattr(os, "replace", lambda a, b: os.kill(os.getpid(), signal.SIGKILL) if Path(b).name == "last.pt" and
@@ -143,7 +149,7 @@ def test_training_killed_in_a_checkpoint(instant, world, tmp_path):
             training(world, tmp_path / "broken", *CASES["v2"])()
     assert end(start(training(world, tmp_path / "whole", *CASES["v2"]))) == 0
     assert end(start(killed)) == -signal.SIGKILL
-    assert (tmp_path / "broken/last.pt").exists() != (instant == "between the renames")
+    assert (tmp_path / "broken/last.pt").exists() != (instant == "without hard links")
     assert end(start(training(world, tmp_path / "broken", *CASES["v2"], "--resume"))) == 0
     same_run(tmp_path / "whole", tmp_path / "broken")
 
@@ -157,6 +163,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(world, tmp_path, capsy
     training(world, tmp_path / "run", *CASES["v2"], "--resume")()
     assert "is damaged" in (said := capsys.readouterr().out) and "going on from" in said
     same_run(tmp_path / "whole", tmp_path / "run")
+    assert genview.load_checkpoint(tmp_path / "run/previous.pt")       # the damaged one did not take its place
     (tmp_path / "run/previous.pt").unlink()
     (tmp_path / "run/last.pt").write_bytes(content)
     with pytest.raises(genview.Trouble, match="damaged"):
@@ -181,6 +188,45 @@ def test_sigterm_saves_and_says_so(world, tmp_path):
     assert end(start(terminated)) == 128 + signal.SIGTERM
     assert genview.load_checkpoint(tmp_path / "run/last.pt")["step"] == 3
     assert end(start(training(world, tmp_path / "run", *flags, "--resume"))) == 0
+    same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_sigterm_to_the_readers_of_files_too(world, tmp_path):
+    """As clusters send it, to all processes; at a step at which no line of the log is due."""
+    import tiny
+    tiny.save_images(tmp_path / "images", per_class=24, size=80)
+    work = lambda output, *flags: training(world, output, *CASES["v2"], "--data-dir", tmp_path / "images", "--views-dir", "none",
+                                           "--quality", "off", "--image-size", 80, "--workers", 2, "--log-every", 2,
+                                           "--save-minutes", 60, *flags)
+    terminated = at_step(3, lambda: os.killpg(0, signal.SIGTERM), work(tmp_path / "run"))
+    assert end(start(work(tmp_path / "whole"))) == 0
+    assert end(start(lambda: (os.setpgrp(), terminated()))) == 128 + signal.SIGTERM
+    assert genview.load_checkpoint(tmp_path / "run/last.pt")["step"] == 4
+    assert end(start(work(tmp_path / "run", "--resume"))) == 0
+    same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_failing_knn_costs_no_training(world, tmp_path):
+    """--resume does it and goes on, but not with another number of images."""
+    import tiny
+    tiny.save_images(tmp_path / "images", per_class=24)
+    work = lambda output, *flags: training(world, output, *CASES["v2"], "--data-dir", tmp_path / "images", "--views-dir", "none",
+                                           "--quality", "off", *flags)
+
+    def failing():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_moco, "evaluate", lambda *_: fail())
+            work(tmp_path / "run")()
+    assert end(start(work(tmp_path / "whole"))) == 0
+    assert end(start(failing)) == 2
+    state = genview.load_checkpoint(tmp_path / "run/last.pt")
+    assert (state["epoch"], state["step"]) == (0, 6)
+    picture = next((tmp_path / "images/train").rglob("*.png"))
+    picture.rename(tmp_path / "away.png")
+    with pytest.raises(genview.Trouble, match="is of a run on 48 images, here are 47"):
+        work(tmp_path / "run", "--resume")()
+    (tmp_path / "away.png").rename(picture)
+    assert end(start(work(tmp_path / "run", "--resume", "--skip-bad"))) == 0
     same_run(tmp_path / "whole", tmp_path / "run")
 
 
@@ -305,7 +351,7 @@ def with_little_space(work, size):
 def test_a_full_disk_keeps_the_last_good_checkpoint(world, tmp_path):
     flags = [*CASES["v2"], "--save-minutes", 60]
     assert end(start(training(world, tmp_path / "whole", *flags))) == 0
-    step = at_step(9, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000,) * 2), training(world, tmp_path / "run", *flags))
+    step = at_step(9, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000,) * 2), training(world, tmp_path / "run", *flags))
     log = tmp_path / "said.txt"
 
     def full():

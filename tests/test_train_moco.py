@@ -265,7 +265,8 @@ def test_shapes_as_a_user(tmp_path):
     done = script("--dataset", "shapes", "--limit", 512, "--epochs", 1, "--output-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"kNN top-1 \d+\.\d% \(MoCo v2 \+ GenView's views \+ quality weights\)", done.stdout.splitlines()[-1])
-    assert {f.name for f in (tmp_path / "run").iterdir()} == {"last.pt", "backbone.pt", "log.jsonl", "args.json", "pairs.png"}
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {"last.pt", "previous.pt", "backbone.pt", "log.jsonl", "args.json",
+                                                             "pairs.png"}
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert {"loss", "chance", "pos", "neg", "ess", "images_per_s"} <= log[0].keys() and 0 < log[0]["ess"] <= 1
     assert "Traceback" not in done.stderr
@@ -312,7 +313,7 @@ def test_resume_goes_on_to_the_same_result(image_folder, tmp_path, monkeypatch):
         in_process(*small(image_folder, tmp_path / "broken"))
     in_process(*small(image_folder, tmp_path / "broken", "--resume"))
     whole, broken = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "broken"))
-    assert broken["epoch"] == 2 and len(saves) == 2
+    assert broken["epoch"] == 2 and len(saves) == 4      # before and after kNN
     for key, value in whole["model"].items():
         assert torch.equal(value, broken["model"][key]), key
 
