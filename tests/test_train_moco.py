@@ -313,7 +313,7 @@ def test_resume_goes_on_to_the_same_result(image_folder, tmp_path, monkeypatch):
         in_process(*small(image_folder, tmp_path / "broken"))
     in_process(*small(image_folder, tmp_path / "broken", "--resume"))
     whole, broken = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "broken"))
-    assert broken["epoch"] == 2 and len(saves) == 4      # before and after kNN
+    assert broken["epoch"] == 2 and len(saves) == 5      # before and after kNN
     for key, value in whole["model"].items():
         assert torch.equal(value, broken["model"][key]), key
 
