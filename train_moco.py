@@ -447,11 +447,11 @@ def train(args, world, make_method=METHODS.get):
         train_epoch(args, world, epoch, step if epoch == first else 0, loader, wrapped, optimizer, quality_of, run)
         if epoch + 1 in (1, args.epochs) or (epoch + 1) % args.knn_every == 0:
             run.save(method, optimizer, epoch, loader.steps)                        # lest kNN cost what was trained
+            run.stop_if_asked()
             accuracy = evaluate(method, images, test, args, world)
             run.log(epoch=epoch + 1, knn=accuracy, label=label(args))
         run.save(method, optimizer, epoch + 1)
-        if run.asked_to_stop():
-            run.stop()
+        run.stop_if_asked()
     if accuracy is None:                           # resumed after its end
         accuracy = evaluate(method, images, test, args, world)
     genview.say(f"{run.folder}: last.pt, backbone.pt, log.jsonl, args.json, pairs.png")
@@ -476,18 +476,17 @@ def train_epoch(args, world, epoch, start, loader, method, optimizer, quality_of
         pending.append(train_step(method, optimizer, views, places, quality_of, args.gamma, done / args.epochs, world))
         last = step + 1 == loader.steps
         if (step + 1) % args.log_every == 0 or last:
-            means = average(pending, epoch * loader.steps + step + 1, optimizer, world, run)
+            number = epoch * loader.steps + step + 1
+            means = average(pending, number, optimizer, world, run)
             speed = (step + 1 - start) * args.batch_size / (time.time() - began)
-            left = ((args.epochs - epoch) * loader.steps - step - 1) * args.batch_size / speed
-            run.log(epoch=round(done + 1 / loader.steps, 4), step=epoch * loader.steps + step + 1, **means, chance=bare.chance, lr=learning_rate(args, done),
+            left = (args.epochs * loader.steps - number) * args.batch_size / speed
+            run.log(epoch=round(number / loader.steps, 4), step=number, **means, chance=bare.chance, lr=learning_rate(args, done),
                     images_per_s=speed)
             bar.set_postfix_str(f"loss {means['loss']:.3f} (chance {bare.chance:.2f}), {speed:.0f} images/s", refresh=False)
             pending.clear()
-            stop = run.asked_to_stop()
-            if not last and (stop or run.save_is_due()):
+            if not last and (run.asked_to_stop() or run.save_is_due()):
                 run.save(bare, optimizer, epoch, step + 1)
-                if stop:
-                    run.stop()
+                run.stop_if_asked()
     genview.say(f"epoch {epoch + 1}/{args.epochs}  loss {means.pop('loss'):.3f} (chance {bare.chance:.2f})  "
             + "".join(f"{name} {value:.3f}  " for name, value in means.items())
             + f"{speed:.0f} images/s  {duration(left)} left")
@@ -563,7 +562,10 @@ class Run:
         """Has SIGTERM come to any process?"""
         return self.world.any(self.terminated)
 
-    def stop(self):
+    def stop_if_asked(self):
+        """After a save."""
+        if not self.asked_to_stop():
+            return
         self.world.wait()                          # for the first process's write
         raise genview.Terminated(f"terminated after saving {self.folder / 'last.pt'}; the same command with --resume goes on")
 
