@@ -103,7 +103,7 @@ def test_training_killed_at_random(case, world, tmp_path, instants):
         kills += end(pid) == -signal.SIGKILL
         assert end(start(broken)) == 0             # --resume begins anew where nothing was saved yet
         same_run(tmp_path / "whole", tmp_path / f"broken-{instant}")
-    assert kills > 0
+    assert kills > instants / 2
 
 
 class Killer:
@@ -256,7 +256,7 @@ def test_generation_killed_at_random(world, tmp_path, instants):
         for name in names:
             difference = np.asarray(Image.open(tmp_path / "whole" / name)).astype(int) - np.asarray(Image.open(folder / name))
             assert abs(difference).max() <= 2
-    assert kills > 0
+    assert kills > instants / 2
 
 
 # ------------------------------------------------------------------------------------------------------ several processes
