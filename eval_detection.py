@@ -10,6 +10,7 @@ Legend of the shapes: n pictures of a batch, H and W of a picture in pixels, B o
 """
 import argparse
 import contextlib
+import hashlib
 import itertools
 import json
 import time
@@ -43,11 +44,14 @@ class Coco(Dataset):
         if not (annotations.is_file() and self.folder.is_dir()):
             raise Trouble(f"COCO is not in {data_dir}: download {split}2017.zip and annotations_trainval2017.zip from "
                           f"cocodataset.org and unpack them there ({annotations} and {self.folder}/ are looked for)")
-        with contextlib.redirect_stdout(None):     # it tells how it builds its index
-            self.coco = COCO(annotations)
-        ids = sorted(self.coco.getImgIds())
-        self.ids = [i for i in ids if self.objects(i) or split == "val"][:limit]
-        self.num_classes = 1 + max(self.coco.getCatIds())                           # 0 is the background
+        try:
+            with contextlib.redirect_stdout(None):                                  # it tells how it builds its index
+                self.coco = COCO(annotations)
+            ids = sorted(self.coco.getImgIds())
+            self.ids = [i for i in ids if self.objects(i) or split == "val"][:limit]
+            self.num_classes = 1 + max(self.coco.getCatIds())                       # 0 is the background
+        except (ValueError, KeyError, IndexError, TypeError, AssertionError) as error:          # pycocotools checks nothing
+            raise Trouble(f"{annotations} is damaged or not in COCO's format ({type(error).__name__}: {error})") from None
 
     def objects(self, image_id):
         """Annotations of single objects that have an area."""
@@ -121,12 +125,22 @@ def batches(count, args, world, start):
             return
 
 
+def run_of(model, args):
+    """What must not change between a run and its resumption: some flags, and the weights the backbone starts with."""
+    weights = b"".join(x.cpu().numpy().tobytes() for x in model.backbone.body.state_dict().values())
+    return {name: getattr(args, name) for name in ("data_dir", "limit", "steps", "batch_size", "lr", "seed")} | {
+        "backbone": hashlib.sha256(weights).hexdigest()[:16]}
+
+
 def train(model, data, args, world):
     """Fine-tunes the model for --steps steps; goes on from --output-dir's last.pt."""
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-4)
-    path, start = Path(args.output_dir, "last.pt"), 0
+    path, start, this_run = Path(args.output_dir, "last.pt"), 0, run_of(model, args)
     if path.exists():
         state = genview.load_checkpoint(path)
+        its_run = state.get("run") if isinstance(state, dict) else None
+        if its_run != this_run:
+            raise Trouble(f"{path} is of another run ({its_run}, now {this_run}): name another --output-dir")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
@@ -137,6 +151,7 @@ def train(model, data, args, world):
     bar, saved, parts = genview.progress(loader, "training", "step", total=args.steps - start), time.time(), []
     model.train()
     for step, pairs in enumerate(bar, start):
+        torch.manual_seed(genview.step_generator(args.seed, 2, step, world.rank).initial_seed())        # torchvision's draws
         mirror = torch.rand(len(pairs), generator=genview.step_generator(args.seed, 1, step, world.rank)) < 0.5
         pairs = [mirrored(*pair) if m else pair for pair, m in zip(pairs, mirror)]
         pictures = [picture.to(world.device, non_blocking=True) for picture, _ in pairs]
@@ -159,7 +174,8 @@ def train(model, data, args, world):
             bar.set_postfix_str(f"loss {means['loss']:.3f}", refresh=False)
             parts.clear()
         if world.rank == 0 and (last or time.time() - saved > 60 * args.save_minutes):
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
+                     "run": this_run}
             genview.write_whole(path, lambda temporary: torch.save(state, temporary))
             saved = time.time()
 

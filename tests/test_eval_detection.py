@@ -1,13 +1,18 @@
 """eval_detection.py on a small set in COCO's format: discs and squares on noise."""
 import builtins
+import functools
 import importlib.util
 import json
+import os
+import socket
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models.detection import MaskRCNN
 
 import eval_detection
 import genview
@@ -55,7 +60,12 @@ def backbone(tmp_path_factory):
     return folder / "run/backbone.pt"
 
 
+FEW = dict(rpn_pre_nms_top_n_train=60, rpn_post_nms_top_n_train=60, rpn_pre_nms_top_n_test=60, rpn_post_nms_top_n_test=60,
+           box_detections_per_img=10)                  # proposals and detections: a small part of the time
+
+
 def detect(monkeypatch, *flags):
+    monkeypatch.setattr(eval_detection, "MaskRCNN", functools.partial(MaskRCNN, **FEW))
     monkeypatch.setattr(sys, "argv", ["eval_detection.py", *map(str, flags)])
     eval_detection.main()
 
@@ -74,6 +84,62 @@ def test_trains_and_evaluates(coco, backbone, tmp_path, monkeypatch, capsys):
     before = (tmp_path / "last.pt").read_bytes()
     detect(monkeypatch, *flags)
     assert (tmp_path / "last.pt").read_bytes() == before and said in capsys.readouterr().out
+    other = torch.load(backbone, weights_only=True)
+    other["conv1.weight"] *= 2
+    torch.save(other, tmp_path / "other.pt")
+    with pytest.raises(Trouble, match="is of another run"):                       # never another backbone's figures
+        detect(monkeypatch, *flags, "--backbone", tmp_path / "other.pt")
+
+
+@needs_coco
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(coco, backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_detection, "SHORT_SIDES", (64, 96))
+    flags = ["--backbone", backbone, "--data-dir", coco, "--steps", 3, "--batch-size", 2, "--lr", 0.002, "--workers", 0,
+             "--device", "cpu", "--save-minutes", 0]
+    write, writes = genview.write_whole, []
+
+    def stop_after_two(path, function):
+        write(path, function)
+        writes.append(path)
+        if len(writes) == 2:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(genview, "write_whole", stop_after_two)
+        detect(monkeypatch, *flags, "--output-dir", tmp_path / "run")
+    assert genview.load_checkpoint(tmp_path / "run/last.pt")["step"] == 2
+    for folder in ("run", "whole"):
+        detect(monkeypatch, *flags, "--output-dir", tmp_path / folder)
+    states = [genview.load_checkpoint(tmp_path / folder / "last.pt")["model"] for folder in ("run", "whole")]
+    assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in states)))
+
+
+@needs_coco
+def test_damaged_annotations_are_named(coco, tmp_path):
+    (tmp_path / "train2017").mkdir()
+    (tmp_path / "annotations").mkdir()
+    for text in ("", "{", "[]", "{}", '{"images": []}', '{"images": [], "annotations": [], "categories": []}',
+                 '{"images": [{"id": 1}], "annotations": [{"id": 1, "image_id": 1}], "categories": [{"id": 1}]}'):
+        (tmp_path / "annotations/instances_train2017.json").write_text(text)
+        with pytest.raises(Trouble, match="is damaged or not in COCO's format"):
+            eval_detection.Coco(tmp_path, "train")
+
+
+@needs_coco
+def test_two_processes_share_the_work(coco, backbone, tmp_path):
+    """Under torchrun's environment: both end well, with one checkpoint and one line of figures."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    code = "import eval_detection as e, genview; e.SHORT_SIDES = (64,); genview.run(e.main)"
+    flags = ["--backbone", backbone, "--data-dir", coco, "--steps", 2, "--batch-size", 2, "--lr", 0.002, "--workers", 0,
+             "--device", "cpu", "--output-dir", tmp_path / "run"]
+    processes = [subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, flags)], stdout=subprocess.PIPE, text=True,
+        env=os.environ | dict(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                              PYTHONPATH=os.path.dirname(eval_detection.__file__))) for rank in (0, 1)]
+    said = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert "box AP" in said[0] and not said[1] and genview.load_checkpoint(tmp_path / "run/last.pt")["step"] == 2
 
 
 @needs_coco

@@ -179,7 +179,7 @@ def test_what_is_wrong_is_named(name, more, text, world, tmp_path):
 
 def test_too_large_is_named(world, tmp_path):
     """Petabytes, which no system grants."""
-    flags = good("train_swav", world, tmp_path / "run") | {"--hidden": 10 ** 7, "--dim": 10 ** 7}
+    flags = good("train_swav", world, tmp_path / "run") | {"--hidden": 10 ** 12}
     status, said = call("train_swav", [str(x) for pair in flags.items() for x in pair])
     assert status == 2 and said.startswith("error: the memory does not suffice")
 

@@ -27,6 +27,13 @@ def cosine(a, b):
     return sum(x * y for x, y in zip(a, b)) / (sum(x * x for x in a) * sum(x * x for x in b)) ** 0.5
 
 
+@torch.no_grad()
+def shake(encoder):
+    """Other weights, so that a key encoder and a query encoder cannot be mistaken for each other."""
+    for p in encoder.parameters():
+        p.add_(torch.randn_like(p) * p.std())
+
+
 def one_step(method, views, quality_of=None):
     """A step of SGD with learning rate 0.1; returns the loss and each parameter's change."""
     optimizer = train_moco.make_optimizer(settings(), method)
@@ -44,8 +51,11 @@ def test_a_step_on_two_images_by_hand(name):
     torch.manual_seed(0)
     method = train_byol.METHODS[name](settings()).train()
     views = list(torch.randn(2, 2, 3, 32, 32))
+    if name == "byol":
+        shake(method.key)
     twin = train_byol.METHODS[name](settings()).train()
     twin.load_state_dict(method.state_dict())
+    twin.update(0.0)                               # comes before the forward pass
     quality_of = lambda a, b, places: (torch.tensor([0.0, math.log(3)]), torch.zeros(2), torch.zeros(2))        # w: 0.5, 1.5
     loss, change = one_step(method, views, quality_of)
     p1, p2 = (twin.predictor(twin.query(v)) for v in views)
@@ -59,8 +69,12 @@ def test_a_step_on_two_images_by_hand(name):
         expected += -w * factor * (cosine(p1[i], z2[i]) + cosine(p2[i], z1[i])) / 2
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-4)
+    old = {key: p.detach() for key, p in twin.named_parameters()}
     for parameter, p in twin.named_parameters():
-        wanted = torch.zeros_like(p) if p.grad is None else -0.1 * p.grad
+        if parameter.startswith("key."):           # twin's key is 0.1 of the way towards the query from where it was
+            wanted = (old[parameter.replace("key.", "query.")] - p) * 0.1 / 0.9
+        else:
+            wanted = -0.1 * p.grad
         torch.testing.assert_close(change[parameter], wanted, atol=2e-4, rtol=1e-2)
     assert max(c.abs().max() for c in change.values()) > 1e-3
 

@@ -174,6 +174,9 @@ def test_v3_step_by_hand():
     """Both directions with one w, 2t in front, keys of the momentum encoder, against loops over the batch."""
     torch.manual_seed(0)
     method = train_moco.MoCoV3(settings("mocov3")).train()
+    with torch.no_grad():
+        for p in method.key.parameters():          # not to be mistaken for the query encoder
+            p.add_(torch.randn_like(p) * p.std())
     view1, view2 = torch.randn(2, 8, 3, 32, 32)
     w = quality_weights(torch.randn(8))
     loss, _ = method((view1, view2), w, CPU)
