@@ -14,6 +14,7 @@ positions, K features of E at a position, C numbers kept of them, n pairs of a b
 """
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def features_file(encoder, images, views, component, args, world):
     path = Path(args.views_dir if there else args.output_dir) / f"features-{fingerprint(images, views, component, args)}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
     total = len(images.names) * (1 if views is None else 2)
-    if not path.exists():
+    if not world.gather_objects(path.exists())[0]:                                 # another run may be about to make it
         make_features(path, encoder, images, views, component, total, args, world)
     try:
         maps = np.load(path, mmap_mode="r")
@@ -115,8 +116,14 @@ def make_features(path, encoder, images, views, component, total, args, world):
     grid = min(side, GRID)
     if world.rank == 0:
         temporary.unlink(missing_ok=True)
-        np.lib.format.open_memmap(temporary, "w+", np.float16, (total, grid, grid, basis.shape[1]))
-        reserve(temporary)
+        genview.sweep(path.parent, "features-*.tmp.npy")
+        shape = (total, grid, grid, basis.shape[1])
+        try:
+            np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+            reserve(temporary)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise genview.full_disk(path, error.strerror, 2 * math.prod(shape)) from None
     world.wait()
     file = np.lib.format.open_memmap(temporary, "r+")
     for rows in genview.progress(torch.arange(total).split(BATCH)[world.rank::world.size], "features of E", "batch"):

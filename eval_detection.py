@@ -183,8 +183,7 @@ def train(model, data, args, world):
 def log(args, world, **values):
     if world.rank == 0:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        with open(Path(args.output_dir, "log.jsonl"), "a") as file:
-            file.write(json.dumps(values) + "\n")
+        genview.append(Path(args.output_dir, "log.jsonl"), json.dumps(values) + "\n")
 
 
 @torch.no_grad()

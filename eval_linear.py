@@ -450,8 +450,7 @@ def main():
         if world.rank == 0:
             genview.say(f"{protocol} top-1 {top1:.1f}%")
             record = {"protocol": protocol, "top1": round(top1, 3), "settings": vars(settings)}
-            with open(Path(settings.checkpoint).with_name("eval.jsonl"), "a") as log:
-                log.write(json.dumps(record) + "\n")
+            genview.append(Path(settings.checkpoint).with_name("eval.jsonl"), json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

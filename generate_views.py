@@ -12,6 +12,7 @@ Legend of the shapes: N images, T patch tokens of an image, K features of a toke
 import argparse
 import datetime
 import hashlib
+import io
 import json
 import math
 import os
@@ -245,6 +246,7 @@ def make_view_set(args, pipe, images, world):
     todo = [i for i in mine if images.names[i] not in manifest or not view_path(args, images.names[i]).exists()]
     levels = [manifest[images.names[i]]["noise_level"] for i in set(mine) - set(todo)]
     waiting, written, skipped, start = defaultdict(list), [], [], time.time()       # waiting: {level: [(index, p, c), ...]}
+    there = len(levels)
     bar = genview.progress(None, "views", "image", total=len(todo))
 
     def unreadable(index, trouble):
@@ -258,7 +260,8 @@ def make_view_set(args, pipe, images, world):
         views = generate_all(pipe, args, level, torch.stack([c for _, _, c in batch]), seeds)
         if written:
             written.pop().result()                 # not more than one batch waits; its trouble is ours
-        written.append(writer.submit(write_views, args, images, level, batch, seeds, views))
+        left = len(todo) - len(skipped) - len(levels) + there
+        written.append(writer.submit(write_views, args, images, level, batch, seeds, views, left))
         levels.extend([level] * len(batch))
         bar.update(len(batch))
 
@@ -278,17 +281,19 @@ def make_view_set(args, pipe, images, world):
     report(world, len(todo) - len(skipped), len(mine) - len(todo), len(skipped), levels, time.time() - start)
 
 
-def write_views(args, images, level, batch, seeds, views):
-    """Writes the views of one batch: each image first, then its line in the manifest."""
+def write_views(args, images, level, batch, seeds, views, left):
+    """Writes the views of one batch: each image first, then its line in the manifest. left: how many are still to be written."""
     for (index, proportion, _), seed, view in zip(batch, seeds, views):
         name = images.names[index]
         path = view_path(args, name)
         if not path.parent.resolve().is_relative_to(args.views_dir.resolve()):                  # by a link of a stranger's
             raise Trouble(f"{path.parent} leads out of {args.views_dir}: remove that link")
-        kind = dict(format="PNG") if path.suffix == ".png" else dict(format="JPEG", quality=95)
-        genview.write_whole(path, lambda temporary: view.save(temporary, **kind))
-        append(args.views_dir / "manifest.jsonl", json.dumps(
-            {"source": name, "proportion": proportion, "noise_level": level, "seed": seed}) + "\n")
+        content, kind = io.BytesIO(), dict(format="PNG") if path.suffix == ".png" else dict(format="JPEG", quality=95)
+        view.save(content, **kind)
+        needed = left * len(content.getvalue())                                                 # by this one's size
+        genview.write_whole(path, lambda temporary: temporary.write_bytes(content.getvalue()), needed=needed)
+        genview.append(args.views_dir / "manifest.jsonl", json.dumps(
+            {"source": name, "proportion": proportion, "noise_level": level, "seed": seed}) + "\n", needed)
 
 
 def report(world, made, there, skipped, levels, seconds):
@@ -346,9 +351,10 @@ def prepare_folder(args, images, world):
     if world.rank == 0:
         if not path.exists():
             genview.write_whole(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=2) + "\n"))
+        genview.sweep(args.views_dir)
         manifest = args.views_dir / "manifest.jsonl"
         if manifest.exists() and not manifest.read_bytes().endswith(b"\n"):     # a line torn by a kill: begin a new one
-            append(manifest, "\n")
+            genview.append(manifest, "\n")
     world.wait()
 
 
@@ -363,15 +369,6 @@ def read_manifest(folder):
         except (ValueError, TypeError, KeyError):
             continue
     return lines
-
-
-def append(path, text):
-    """One write to the end of the file: lines of several processes do not mix. A link is not followed."""
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-    try:
-        os.write(file, text.encode())
-    finally:
-        os.close(file)
 
 
 # ------------------------------------------------------------------------------------------------------------ the preview

@@ -93,7 +93,7 @@ _store = []                                        # where the processes meet, s
 
 
 def _report(message, status):
-    if dist.is_initialized() or int(os.environ.get("RANK", 0)) == 0:       # before, all processes have the same trouble
+    if dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0:          # before, all of a machine have the same
         print(f"error: {message}", file=sys.stderr)
     return status
 
@@ -545,9 +545,9 @@ class FrozenEncoder(torch.nn.Module):
         logging.disable_progress_bar()
         name = mini() / "image_encoder" if name == "mini" else name
         try:
-            config = AutoConfig.from_pretrained(name)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)      # nor ask whether to
             is_clip = config.model_type in ("clip", "clip_vision_model")
-            self.model = (CLIPVisionModel if is_clip else AutoModel).from_pretrained(name).float()    # saved in half or not
+            self.model = (CLIPVisionModel if is_clip else AutoModel).from_pretrained(name, trust_remote_code=False).float()    # halves, too
             self.size = getattr(config, "vision_config", config).image_size if is_clip else 224
             self.is_clip = is_clip
             self(torch.zeros(1, 3, self.size, self.size))                           # does it look at pictures?
@@ -810,9 +810,10 @@ def fast_dtype(device):
     return torch.bfloat16 if fast else torch.float32
 
 
-def write_whole(path, write, previous=None):
+def write_whole(path, write, previous=None, needed=None):
     """Calls write(temporary path) and renames the result to path: the file appears whole or not at all.
 
+    needed: bytes, to be told where the disk is full; None: as many as the file there has.
     previous: for checkpoints, where to the file goes that was there before, once the new one is on the disk. It has both
     names for a moment, so that path never lacks a file; where there are no hard links, it does for that moment.
     Raises Trouble where the file cannot be written; what was there stays.
@@ -841,16 +842,39 @@ def write_whole(path, write, previous=None):
         why, code = getattr(error, "strerror", None) or "the disk is full?", getattr(error, "errno", None)
         if code not in (None, errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise Trouble(f"{path} could not be written ({why}): name another folder") from None
-        needed = f", about {path.stat().st_size / 1e6:.1f} MB are needed" if path.exists() else ""
-        raise Trouble(f"{path} could not be written ({why}): {_free(path)}{needed}") from None
+        raise full_disk(path, why, needed or (path.stat().st_size if path.exists() else None)) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def _free(path):
+def full_disk(path, why, needed=None):
+    """Trouble: path could not be written; needed: bytes, where that is known."""
     there = next(p for p in path.absolute().parents if p.exists())
-    return f"{shutil.disk_usage(there).free / 1e6:.1f} MB are free in {there}"
+    needed = f", about {max(needed / 1e6, 0.01):.2f} MB are needed" if needed else ""
+    return Trouble(f"{path} could not be written ({why}): {shutil.disk_usage(there).free / 1e6:.1f} MB are free in {there}{needed}")
+
+
+def append(path, text, needed=None):
+    """One write to the end of a file: lines of several processes do not mix. A link is not followed. needed: see write_whole."""
+    path, content = Path(path), text.encode()
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    try:
+        whole, why = os.write(file, content) == len(content), "the disk is full"
+    except OSError as error:
+        whole, why = False, error.strerror
+    finally:
+        os.close(file)
+    if not whole:
+        raise full_disk(path, why, needed)
+
+
+def sweep(folder, pattern="*.tmp", seconds=3600):
+    """Removes the temporary files in and below a folder that a kill left behind: those that nobody has touched for so long."""
+    for path in Path(folder).rglob(pattern):
+        with contextlib.suppress(OSError):
+            if time.time() - path.lstat().st_mtime >= seconds:
+                path.unlink()
 
 
 def load_checkpoint(path):

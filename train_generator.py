@@ -237,8 +237,7 @@ def descend(net, ema, optimizer, loss, step):
 
 
 def log(args, line):
-    with open(args.output_dir / "log.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+    genview.append(args.output_dir / "log.jsonl", json.dumps(line) + "\n")
 
 
 def settings_of(args):

@@ -531,6 +531,7 @@ class Run:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))         # what clusters send first
         if self.first:
+            genview.sweep(self.folder, seconds=0)
             log = self.folder / "log.jsonl"        # lines after the checkpoint will be written again
             lines = log.read_text().splitlines(keepends=True) if log.exists() else []
             fits = lambda line: line["epoch"] <= epoch if "knn" in line else line["step"] <= epoch * steps + step
@@ -546,8 +547,7 @@ class Run:
         if self.first:
             if "knn" in values:
                 genview.say(f"epoch {values['epoch']}/{self.args.epochs}  kNN top-1 {values['knn']:.1f}%")
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(values) + "\n")
+            genview.append(self.folder / "log.jsonl", json.dumps(values) + "\n")
 
     def not_finite(self, what, step, optimizer):
         checkpoint = self.folder / "last.pt"
@@ -571,16 +571,18 @@ class Run:
 
     def save(self, method, optimizer, epoch, step=0):
         """Everything to go on after so many epochs and steps: last.pt; the one before stays as previous.pt."""
-        if not all(p.isfinite().all() for p in method.parameters()):
+        if not all(x.isfinite().all() for x in method.state_dict().values()):         # queue and batch-norm statistics, too
             raise Trouble(self.not_finite("network", epoch * self.steps + step, optimizer))
         # Without SyncBatchNorm each process has batch-norm statistics of its own.
         statistics = self.world.gather_objects({name: x.cpu() for name, x in method.state_dict().items() if ".running_" in name})
         if self.first:
             backbone = method.query.backbone.state_dict()
-            genview.write_whole(self.folder / "backbone.pt", lambda path: torch.save(backbone, path))
             state = {"model": method.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "step": step,
                      "statistics": statistics, "images": self.images, "args": vars(self.args)}
-            genview.write_whole(self.folder / "last.pt", lambda path: torch.save(state, path), self.folder / "previous.pt")
+            needed = sum(x.nbytes for part in (state["model"], *state["optimizer"]["state"].values()) for x in part.values()
+                         if torch.is_tensor(x))
+            genview.write_whole(self.folder / "backbone.pt", lambda path: torch.save(backbone, path), needed=needed)
+            genview.write_whole(self.folder / "last.pt", lambda path: torch.save(state, path), self.folder / "previous.pt", needed)
         self.saved = time.time()
 
 

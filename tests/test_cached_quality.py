@@ -126,8 +126,9 @@ def test_a_full_disk_is_noticed_before_the_features_are_made(tmp_path, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(os, "posix_fallocate", full)
     images, views, args = set_up(tmp_path)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(Trouble, match=r"No space left on device\): .* MB are free in .*, about 0.05 MB are needed"):
         cached_quality.features_file(Patches(), images, views, torch.eye(6)[0], args, CPU)
+    assert not list(tmp_path.glob("features-*"))
 
 
 def test_large_maps_are_averaged_down(tmp_path):

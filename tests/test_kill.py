@@ -6,6 +6,7 @@ the instants are of the work and not of the imports.
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -347,9 +348,10 @@ def test_another_number_of_processes_is_said(world, tmp_path, capsys):
 
 # -------------------------------------------------------------------------------------------------------------- the disk
 
-def with_little_space(work, size):
-    """The work of a process whose files must not grow beyond so many bytes."""
+def with_little_space(work, size, said):
+    """The work of a process whose files must not grow beyond so many bytes; what it says on stderr goes to the file said."""
     def limited():
+        sys.stderr = open(said, "w")               # small enough itself
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
         work()
     return limited
@@ -372,6 +374,33 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(world, tmp_path):
 
 
 def test_generation_on_a_full_disk(world, tmp_path):
-    assert end(start(with_little_space(generation(world, tmp_path / "views"), 1500))) == 2
+    said = tmp_path / "said.txt"
+    for size, full in ((1500, r"views/train/(cat|dog)/\d+\.png"), (3500, r"views/manifest\.jsonl")):
+        assert end(start(with_little_space(generation(world, tmp_path / "views"), size, said))) == 2
+        message = re.search(full + r" could not be written \(.*\): [\d.]+ MB are free in .*, about ([\d.]+) MB are needed", said.read_text())
+        assert message and 0 < float(message[message.lastindex]) <= 48 * 3500 / 1e6
     assert end(start(generation(world, tmp_path / "views"))) == 0
     assert len(list((tmp_path / "views").rglob("*.png"))) == 48
+
+
+def test_features_and_first_checkpoint_on_a_full_disk(world, tmp_path):
+    said = tmp_path / "said.txt"
+    for flags, size, name in ((["--quality", "cached"], 50_000, r"features-\w+\.npy"), ([], 900_000, r"backbone\.pt")):
+        assert end(start(with_little_space(training(world, tmp_path / "run", *CASES["v2"], *flags), size, said))) == 2
+        message = re.search(name + r" could not be written \(.*\): [\d.]+ MB are free in .*, about ([\d.]+) MB are needed", said.read_text())
+        assert message and size / 1e6 < float(message[1]) < 10, said.read_text()
+        assert not list(world.rglob("*.tmp*"))
+
+
+def test_what_a_kill_left_behind_is_removed(world, tmp_path):
+    """A run's folder is its own; in a views folder another process may be at work, so only what is old goes."""
+    old, new = (tmp_path / f"views/train/cat/0000.png.{number}.tmp" for number in (1, 2))
+    run = tmp_path / "run/last.pt.7.tmp"
+    for path in (old, new, run):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+    os.utime(old, (time.time() - 4000,) * 2)
+    genview.sweep(tmp_path / "views")
+    assert not old.exists() and new.exists()
+    assert end(start(training(world, tmp_path / "run", *CASES["v2"]))) == 0
+    assert not run.exists()
