@@ -18,6 +18,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 import genview
 from generate_views import MINI
 from genview import Trouble, say
@@ -42,6 +44,11 @@ ROWS = {
     "cached": ("+ views, adaptive noise, cached quality weights", "adaptive", ["--quality", "cached"]),
     "extra": ("the same images as extra samples", "adaptive", ["--views", "extra", "--quality", "off"]),
 }
+# What the best generator could give: the view is another picture of the image's class in so many of 100 cases, else of any
+# class. It uses the labels, so these rows are no results but a ceiling; they are run only where --rows names them.
+CEILING = {f"class{share}": (f"another picture of the class, in {share}% of the cases", f"class{share}", ["--quality", "off"])
+           for share in (100, 80, 60)}
+ROWS_AND_CEILING = ROWS | CEILING
 
 
 def call(jobs, script, *flags):
@@ -58,7 +65,21 @@ def views_dir(args, noise):
     return args.output_dir / f"views-{noise}"
 
 
+def pictures_of_the_class(args, share):
+    """The views of the ceiling, each written once: for share of 100 images another of its class, for the others any."""
+    images = genview.load_images("cifar10", args.data_dir, "train", 32)
+    generator, every = genview.step_generator(0, share), torch.arange(len(images.names))
+    of_class = [every[images.labels == label] for label in range(images.num_classes)]
+    for index in genview.spaced(len(images.names), args.limit).tolist():
+        among = of_class[images.labels[index]] if torch.randint(100, (), generator=generator) < share else every
+        other = among[torch.randint(len(among), (), generator=generator)]
+        path = views_dir(args, f"class{share}") / Path(images.names[index]).with_suffix(".png")
+        genview.write_whole(path, lambda temporary: images.pil(other).save(temporary, format="PNG"))
+
+
 def make_views(args, noise):
+    if str(noise) in CEILING:
+        return pictures_of_the_class(args, int(noise.removeprefix("class")))
     start = time.time()
     text = call(1, "generate_views.py", "--dataset", "cifar10", "--data-dir", args.data_dir, "--model", args.model,
                 "--noise", noise, "--views-dir", views_dir(args, noise), "--limit", args.limit,
@@ -68,7 +89,7 @@ def make_views(args, noise):
 
 def flags_of(args, method, row):
     """The training script's flags for a method and a row."""
-    _, noise, more = ROWS[row]
+    _, noise, more = ROWS_AND_CEILING[row]
     flags = ["--dataset", args.dataset, "--epochs", args.epochs, "--knn-every", args.epochs, *more]
     if args.dataset == "shapes":                   # makes its views itself
         flags += ["--views-dir", "none"] if noise is None else ["--noise", noise]
@@ -109,7 +130,7 @@ def table(args):
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
         each = ", ".join(f"{run['kNN']:.1f}" for run in runs)
-        lines.append(f"| {METHODS[method][0]} | {ROWS[row][0]} | {' | '.join(cells)} | {each} |")
+        lines.append(f"| {METHODS[method][0]} | {ROWS_AND_CEILING[row][0]} | {' | '.join(cells)} | {each} |")
     return "\n".join(lines) + "\n"
 
 
@@ -117,7 +138,7 @@ def check_settings(args):
     """Results of different settings must not share a folder."""
     path = args.output_dir / "settings.json"
     settings = {name: getattr(args, name) for name in ("dataset", "data_dir", "model", "arch", "limit", "epochs")}
-    if path.exists() and json.loads(path.read_text()) != settings:
+    if path.exists() and genview.read_settings(path) != settings:
         raise Trouble(f"{args.output_dir} holds runs of other settings ({path.read_text().strip()}): name another --output-dir")
     genview.write_whole(path, lambda temporary: temporary.write_text(json.dumps(settings) + "\n"))
 
@@ -126,7 +147,8 @@ def parse_args():
     parser = argparse.ArgumentParser(description="Contrastive learning with and without each part of GenView.")
     parser.add_argument("--dataset", choices=["cifar10", "shapes"], default="cifar10")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, "all"], default=["mocov2"], help="default: mocov2")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="default: all")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS_AND_CEILING), default=list(ROWS),
+                        help="default: all but those of the ceiling")
     parser.add_argument("--data-dir", default="data", help="CIFAR-10 (default: data)")
     parser.add_argument("--model", default="mini", help="mini, or a folder of train_generator.py (default: mini)")
     parser.add_argument("--arch", default="resnet10_narrow", help="default: resnet10_narrow, for CPUs")
@@ -137,6 +159,8 @@ def parse_args():
     parser.add_argument("--output-dir", type=Path, default=Path("runs/ablation"))
     args = parser.parse_args()
     args.methods = list(METHODS) if "all" in args.methods else args.methods
+    if args.dataset == "shapes" and CEILING.keys() & set(args.rows):
+        raise Trouble("the rows of the ceiling are for --dataset cifar10")
     args.epochs = args.epochs or (30 if args.dataset == "shapes" else 20)
     return args
 
@@ -144,7 +168,7 @@ def parse_args():
 def main():
     args = parse_args()
     check_settings(args)
-    for noise in dict.fromkeys(ROWS[row][1] for row in args.rows):
+    for noise in dict.fromkeys(ROWS_AND_CEILING[row][1] for row in args.rows):
         if noise is not None and args.dataset != "shapes":
             make_views(args, noise)
     with ThreadPoolExecutor(args.jobs) as pool:

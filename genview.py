@@ -170,7 +170,7 @@ def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=False
 
 def spaced(n, count=None):
     """count places spread evenly over n, or all n, (count,)."""
-    return torch.linspace(0, n - 1, min(n, count or n)).round().long()
+    return torch.linspace(0, n - 1, min(n, count or n), dtype=torch.double).round().long()     # in floats some would come twice
 
 
 def _read_cifar(dataset, data_dir, split):
