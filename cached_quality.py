@@ -61,7 +61,7 @@ def fit_projection(tokens, component, count):
         (K, C) float32 with orthonormal columns, and the share of the features' variance that they keep.
     """
     mean, covariance = (x.cpu() for x in genview.moments(tokens))
-    v1 = component.double().cpu() / component.double().norm().cpu()
+    v1 = F.normalize(component.cpu().double(), dim=0)                              # MPS has no float64
     rest = torch.eye(len(v1), dtype=torch.double) - torch.outer(v1, v1)
     second = rest @ (covariance + torch.outer(mean, mean)) @ rest - torch.outer(v1, v1)                 # v1 comes last
     others = torch.linalg.eigh(second)[1].flip(1)

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import operator
 import time
 from pathlib import Path
 
@@ -146,7 +147,7 @@ def train(model, data, args, world):
         start = state["step"]
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world.size > 1 else model
     loader = DataLoader(data, batch_sampler=list(batches(len(data), args, world, start)), num_workers=args.workers,
-                        collate_fn=lambda pairs: pairs, pin_memory=world.device.type == "cuda",
+                        collate_fn=list, pin_memory=world.device.type == "cuda",
                         worker_init_fn=genview.ignore_sigterm)
     bar, saved, parts = genview.progress(loader, "training", "step", total=args.steps - start), time.time(), []
     model.train()
@@ -193,7 +194,7 @@ def detect(model, data, args, world):
     model.eval()
     found = []
     share = torch.utils.data.Subset(data, range(world.rank, len(data), world.size))
-    loader = DataLoader(share, num_workers=args.workers, collate_fn=lambda pairs: pairs[0])
+    loader = DataLoader(share, num_workers=args.workers, collate_fn=operator.itemgetter(0))
     for picture, target in genview.progress(loader, "detecting", "image"):
         result = {key: value.cpu() for key, value in model([picture.to(world.device)])[0].items()}
         result["boxes"][:, 2:] -= result["boxes"][:, :2]

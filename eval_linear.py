@@ -165,8 +165,9 @@ def pictures(images, order, image_size, world, batch_size, workers=4, draw=None,
 
 
 @torch.no_grad()
-def extract_features(backbone, images, image_size, world, batch_size=FEATURE_BATCH, workers=4, skip_bad=False):
-    """The features of all images in evaluation mode, central crops: (N, D) float32 on the device, not normalised.
+def extract_features(backbone, images, image_size, world, batch_size=FEATURE_BATCH, workers=4, skip_bad=False,
+                     dtype=torch.float):
+    """The features of all images in evaluation mode, central crops: (N, D) of dtype on the device, not normalised.
 
     With several processes all must call this: each computes its share, and all get the whole.
     """
@@ -178,7 +179,7 @@ def extract_features(backbone, images, image_size, world, batch_size=FEATURE_BAT
     batches = pictures(images, order, image_size, world, batch_size, workers, skip_bad=skip_bad)
     for x in progress(batches, "features", "batch", total=math.ceil(share / batch_size)):
         with world.autocast():
-            features.append(backbone(x).float())
+            features.append(backbone(x).to(dtype))
     backbone.train(was_training)
     return world.gather(torch.cat(features))[:n]
 
@@ -192,7 +193,7 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, num_c
     The k training images of greatest cosine similarity s vote for their class with weight exp(s / t).
 
     Args:
-        train_features, test_features: (N, D), (N', D), of any length.
+        train_features, test_features: (N, D), (N', D), of any length, in float32 or, for half of the memory, less.
         train_labels, test_labels: (N,), (N',).
         k: cut to N.
         temperature: t.
@@ -201,12 +202,12 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, num_c
     >>> knn_accuracy(torch.eye(2), torch.tensor([0, 1]), torch.tensor([[3., 1.], [2., 1.]]), torch.tensor([0, 1]), 2)
     50.0
     """
-    train, test = F.normalize(train_features.float(), dim=1), F.normalize(test_features.float(), dim=1)
+    train, test = F.normalize(train_features, dim=1), F.normalize(test_features, dim=1)
     train_labels, test_labels = train_labels.to(train.device), test_labels.to(train.device)
     correct = 0
     for part, truth in zip(test.split(512), test_labels.split(512)):
-        s, nearest = (part @ train.T).topk(min(k, len(train)))                      # (n, k)
-        votes = part.new_zeros(len(part), num_classes)
+        s, nearest = (part @ train.T).float().topk(min(k, len(train)))              # (n, k)
+        votes = s.new_zeros(len(part), num_classes)
         votes.scatter_add_(1, train_labels[nearest], ((s - s[:, :1]) / temperature).exp())  # no overflow
         correct += (votes.argmax(1) == truth).sum().item()
     return 100 * correct / len(test)

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import datetime
 import errno
+import functools
 import json
 import math
 import multiprocessing
@@ -298,7 +299,8 @@ class Augmentation(NamedTuple):
     size: int = None                               # side of the view in pixels; None: the loader's
 
 
-CROP_TRIES = 10                                    # of torchvision's RandomResizedCrop; then the central square
+CROP_TRIES = 10                                    # of torchvision's RandomResizedCrop; then the central square (there one of
+                                                   # ratio 3/4 or 4/3: it matters for very long pictures alone)
 COLUMNS = 4 * CROP_TRIES + 11                      # random numbers a view takes: crop, which is generated, the rest
 
 
@@ -316,7 +318,7 @@ def crop_boxes(u, height, width, scale):
     w, h = (area * ratio).sqrt(), (area / ratio).sqrt()
     fits = (w <= width) & (h <= height)
     pick = torch.arange(len(u), device=u.device), fits.int().argmax(1)              # the first that fits
-    side = torch.tensor(float(min(height, width)), device=u.device)
+    side = torch.full((), float(min(height, width)), device=u.device)
     any_fits = fits.any(1)
     w, h = torch.where(any_fits, w[pick], side), torch.where(any_fits, h[pick], side)
     left = (width - w) * torch.where(any_fits, u[..., 2][pick], 0.5)
@@ -340,7 +342,7 @@ def recolour(x, u, order, augmentation):
     Returns:
         (N, 3, S, S), normalised with CLIP's mean and standard deviation.
     """
-    strength = x.new_tensor(augmentation.jitter) * (u[:, :1] < 0.8)                 # (N, 4), 0: leaves the image alone
+    strength = constant(augmentation.jitter, x.device) * (u[:, :1] < 0.8)           # (N, 4), 0: leaves the image alone
     factor = (2 * u[:, 1:5] - 1) * strength                                         # (N, 4)
     for jitter in order:
         f = factor[:, jitter, None, None, None]
@@ -373,7 +375,7 @@ def shift_hue(x, turn):
     chroma = value - x.amin(1)
     safe = chroma.clamp_min(1e-8)
     hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    k = (x.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1) + (hue[:, None] + 6 * turn)) % 6
+    k = (constant((5.0, 3.0, 1.0), x.device).view(1, 3, 1, 1) + (hue[:, None] + 6 * turn)) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
@@ -386,8 +388,15 @@ def blur(x, sigma):
 
 
 def normalise(x):
-    mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = (constant(values, x.device).to(x.dtype).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     return (x - mean) / std
+
+
+@functools.lru_cache
+@torch.inference_mode(False)                       # else of no use where gradients are wanted
+def constant(values, device):
+    """A few numbers on the device, copied there once: each copy makes a GPU finish its work before it gets more."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def step_generator(*numbers):
@@ -451,14 +460,13 @@ class PairLoader:
 
     def _crops_in_memory(self, batches, draws, epoch):
         for index, (first, u, orders) in zip(batches, draws):
-            on_device = index.to(self.pixels.device)
+            on_device, swap = (x.to(self.pixels.device, non_blocking=True) for x in (index, first[:, None, None, None]))
             image, other = self.pixels[on_device], self.others[on_device]           # X_i, X_i^+
-            swap = first.to(self.pixels.device)[:, None, None, None]
             pair = torch.where(swap, other, image), torch.where(swap, image, other)
             boxes = [crop_boxes(u[:, v, :-11].unflatten(1, (CROP_TRIES, 4)), *image.shape[2:], t.scale)
                      for v, t in enumerate(self.augmentations)]
             views = [crop(pair[v % 2], boxes[v], t.size or self.image_size) / 255 for v, t in enumerate(self.augmentations)]
-            shares = torch.stack(boxes, 1) / boxes[0].new_tensor(image.shape[2:]).flip(0).repeat(2)
+            shares = torch.stack(boxes, 1) / constant((float(image.shape[3]), float(image.shape[2])) * 2, image.device)
             generated = torch.stack([~first if v % 2 else first for v in range(len(views))], 1)
             yield index, (first, u, orders), views, shares, generated & (self.others is not self.pixels)
 
@@ -641,13 +649,14 @@ def load_component(path, size=None):
     return component, threshold
 
 
-def make_backbone(arch, image_size):
+def make_backbone(arch, image_size, zero_init_residual=False):
     """A torchvision network without its classifier: pictures (N, 3, S, S) -> features (N, D).
 
     Args:
         arch: its name in torchvision, one with a last layer called fc, such as resnet50; resnet10_narrow, or one of VITS.
         image_size: S. Up to IN_MEMORY_SIZE a ResNet has a 3x3 stride-1 first convolution and no max-pooling, as is usual on
             CIFAR, and a vision transformer patches of 4 pixels instead of 16.
+        zero_init_residual: torchvision's ResNets begin with each block doing nothing, as in MoCo v3, BYOL and SimSiam.
     Returns:
         backbone, D.
     """
@@ -657,7 +666,8 @@ def make_backbone(arch, image_size):
     if arch in VITS:
         return vision_transformer(*VITS[arch], patch=4 if small_stem else 16, image_size=image_size), VITS[arch][0]
     known = arch in torchvision.models.list_models(module=torchvision.models)       # classifiers only
-    backbone = torchvision.models.get_model(arch, weights=None) if known else None
+    more = dict(zero_init_residual=True) if zero_init_residual and "res" in arch else {}
+    backbone = torchvision.models.get_model(arch, weights=None, **more) if known else None
     fits = isinstance(backbone, torchvision.models.ResNet) if small_stem else (
         hasattr(backbone, "fc") and not getattr(backbone, "aux_logits", False))
     if not fits:

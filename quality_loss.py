@@ -107,7 +107,7 @@ def quality_weights(quality, gamma=1.0, group=None):
     if group is not None:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     w = torch.exp(exponent - largest)                                           # (N,)
-    n_and_sum = torch.stack([w.new_tensor(len(w)), w.sum()])
+    n_and_sum = torch.stack([torch.full_like(largest, len(w)), w.sum()])
     if group is not None:
         dist.all_reduce(n_and_sum, group=group)
     n, total = n_and_sum
@@ -260,8 +260,8 @@ def swapped_prediction(scores, codes, temperature, weights=None):
     with _no_autocast(scores):
         log_p = (_bounded(scores) / temperature).log_softmax(2)                 # (V, N, P)
         entropy = -torch.einsum("anp,vnp->avn", codes.float().detach(), log_p)  # of each code with each prediction
-        swapped = ~torch.eye(len(codes), len(scores), dtype=torch.bool, device=scores.device)
-        return _weighted_mean(entropy[swapped].mean(0), weights)
+        own = torch.eye(len(codes), len(scores), device=scores.device)[:, :, None]                      # (A, V, 1)
+        return _weighted_mean((entropy * (1 - own)).sum((0, 1)) / (len(codes) * (len(scores) - 1)), weights)
 
 
 def _weighted_mean(losses, weights):

@@ -69,7 +69,7 @@ class SimSiam(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        backbone, features = genview.make_backbone(args.arch, args.image_size)
+        backbone, features = genview.make_backbone(args.arch, args.image_size, zero_init_residual=True)
         between = [args.dim] * (1 if args.image_size <= genview.IN_MEMORY_SIZE else 2)            # two layers on CIFAR, else three
         self.query = Encoder(backbone, mlp([features, *between, args.dim], norm=True, last_norm=True))
         self.predictor = mlp([args.dim, args.hidden, args.dim], norm=True)

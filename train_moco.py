@@ -103,10 +103,10 @@ class Encoder(nn.Module):
 class Momentum(nn.Module):
     """What v2, v3 and BYOL share: a query encoder that learns, and a key encoder that is its moving average."""
 
-    def __init__(self, args, head):
+    def __init__(self, args, head, zero_init_residual=True):
         """head: feature size of the backbone -> projection head."""
         super().__init__()
-        backbone, features = genview.make_backbone(args.arch, args.image_size)
+        backbone, features = genview.make_backbone(args.arch, args.image_size, zero_init_residual)
         self.query = Encoder(backbone, head(features))
         self.key = copy.deepcopy(self.query).requires_grad_(False)
         self.momentum = args.momentum
@@ -148,7 +148,7 @@ class MoCoV2(Momentum):
     """
 
     def __init__(self, args):
-        super().__init__(args, lambda features: mlp([features, features, args.dim]))
+        super().__init__(args, lambda features: mlp([features, features, args.dim]), zero_init_residual=False)
         self.temperature = args.temperature
         self.register_buffer("queue", F.normalize(torch.randn(args.queue, args.dim), dim=1))     # (M, D)
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
@@ -445,17 +445,17 @@ def train(args, world, make_method=METHODS.get):
     accuracy = None
     for epoch in range(first, args.epochs):
         train_epoch(args, world, epoch, step if epoch == first else 0, loader, wrapped, optimizer, quality_of, run)
-        if epoch + 1 in (1, args.epochs) or (epoch + 1) % args.knn_every == 0:
+        if args.knn_every and (epoch + 1 in (1, args.epochs) or (epoch + 1) % args.knn_every == 0):
             run.save(method, optimizer, epoch, loader.steps)                        # lest kNN cost what was trained
             run.stop_if_asked()
             accuracy = evaluate(method, images, test, args, world)
             run.log(epoch=epoch + 1, knn=accuracy, label=label(args))
         run.save(method, optimizer, epoch + 1)
         run.stop_if_asked()
-    if accuracy is None:                           # resumed after its end
+    if accuracy is None and args.knn_every:        # resumed after its end
         accuracy = evaluate(method, images, test, args, world)
     genview.say(f"{run.folder}: last.pt, backbone.pt, log.jsonl, args.json, pairs.png")
-    genview.say(f"kNN top-1 {accuracy:.1f}% ({label(args)})")
+    genview.say(f"kNN top-1 {accuracy:.1f}% ({label(args)})" if args.knn_every else f"no kNN ({label(args)})")
 
 
 def train_epoch(args, world, epoch, start, loader, method, optimizer, quality_of, run):
@@ -506,7 +506,8 @@ def average(pending, step, optimizer, world, run):
 
 def evaluate(method, train_images, test_images, args, world):
     """kNN on the backbone's features, which the training never saw the labels of."""
-    features = [extract_features(method.query.backbone, images, args.image_size, world, 512, args.workers, args.skip_bad)
+    dtype = torch.half if world.device.type == "cuda" else torch.float             # ImageNet's take 5 GB in half precision
+    features = [extract_features(method.query.backbone, images, args.image_size, world, 512, args.workers, args.skip_bad, dtype)
                 for images in (train_images, test_images)]
     return knn_accuracy(features[0], train_images.labels, features[1], test_images.labels,
                         num_classes=train_images.num_classes)
@@ -576,7 +577,7 @@ class Run:
         # Without SyncBatchNorm each process has batch-norm statistics of its own.
         statistics = self.world.gather_objects({name: x.cpu() for name, x in method.state_dict().items() if ".running_" in name})
         if self.first:
-            backbone = method.query.backbone.state_dict()
+            backbone = {name: x.cpu() for name, x in method.query.backbone.state_dict().items()}       # loads anywhere
             state = {"model": method.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "step": step,
                      "statistics": statistics, "images": self.images, "args": vars(self.args)}
             needed = sum(x.nbytes for part in (state["model"], *state["optimizer"]["state"].values()) for x in part.values()
@@ -684,7 +685,7 @@ def parse_args(presets=PRESETS, argv=None):
     recipe = parser.add_argument_group("recipe (default: the preset of --dataset and --method)")
     kinds = {name: type(value) for preset in presets.values() for name, value in preset.items()}
     for name, kind in kinds.items():
-        least = 0 if name in ("warmup_epochs", "start_batches", "freeze_epochs", "small_crops") else 1
+        least = 0 if name in ("warmup_epochs", "start_batches", "freeze_epochs", "small_crops", "knn_every") else 1
         recipe.add_argument(f"--{name.replace('_', '-')}", type=genview.at_least(least) if kind is int else kind,
                             choices=["sgd", "adamw", "lars"] if name == "optimizer" else None)
     args = parser.parse_args(argv)
