@@ -3,6 +3,7 @@
 Three random instants of each by default; pytest tests/test_kill.py --instants 20 for more. The processes are forks, so that
 the instants are of the work and not of the imports.
 """
+import errno
 import json
 import os
 import random
@@ -242,12 +243,12 @@ def test_a_failing_knn_costs_no_training(world, tmp_path):
     same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def generation(world, output):
+def generation(world, output, *more):
     def work():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["generate_views.py", "--dataset", "folder", "--data-dir", str(world / "images"), "--model",
                                         str(world / "pipeline"), "--views-dir", str(output), "--steps", "2", "--guidance", "2",
-                                        "--size", "32", "--save-size", "32", "--device", "cpu", "--batch-size", "4"])
+                                        "--size", "32", "--save-size", "32", "--device", "cpu", "--batch-size", "4", *more])
             generate_views.main()
     return work
 
@@ -335,6 +336,57 @@ def test_two_processes_killed_go_on_to_the_same_result(world, tmp_path):
     statistics = genview.load_checkpoint(tmp_path / "whole/last.pt")["statistics"]
     name = "query.backbone.1.running_mean"
     assert len(statistics) == 2 and not torch.equal(statistics[0][name], statistics[1][name])
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_one_of_two_generating_processes_killed(lost, world, tmp_path):
+    """The other does its own share, ends and names it; a new start, of uneven shares, makes the rest: the same pictures."""
+    whole, broken = (generation(world, tmp_path / folder, "--limit", "47") for folder in ("whole", "broken"))
+    assert end(start(whole)) == 0
+
+    def killed():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(generate_views, "generate", Killer(generate_views.generate, 3))
+            broken()
+    began = time.time()
+    pids = start_two(world, tmp_path / "broken", [killed if rank == lost else broken for rank in (0, 1)], tmp_path)
+    statuses = [end(pid) for pid in pids]
+    assert time.time() - began < 60 and statuses[lost] == -signal.SIGKILL and statuses[1 - lost] == 1
+    assert f"process {1 - lost} stops, since process {lost} of 2 ended" in (tmp_path / f"{1 - lost}.txt").read_text()
+    made = len(list((tmp_path / "broken").rglob("*.png")))
+    assert (23 if lost == 0 else 24) <= made < 47
+    assert [end(pid) for pid in start_two(world, tmp_path / "broken", [broken] * 2, tmp_path)] == [0, 0]
+    views = [{p.relative_to(tmp_path / folder): np.asarray(Image.open(p)).astype(int) for p in (tmp_path / folder).rglob("*.png")}
+             for folder in ("whole", "broken")]
+    assert len(views[0]) == 47 and views[0].keys() == views[1].keys()
+    assert max(abs(views[0][name] - views[1][name]).max() for name in views[0]) <= 2
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_generation_into_a_folder_that_may_not_be_written(number, world, tmp_path, monkeypatch, capsys):
+    """Root may write everywhere: the system's answer is made up."""
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(SystemExit) as stop:
+        genview.run(generation(world, tmp_path / "views"))
+    assert stop.value.code == 2 and not list((tmp_path / "views").rglob("*.tmp"))
+    assert re.fullmatch(r"error: .*views/\S+ could not be written \(.*\): name another folder\n", capsys.readouterr().err)
+
+
+def test_a_source_that_vanishes_is_named_and_left_out(world, tmp_path, monkeypatch, capsys):
+    """Between the listing and its turn."""
+    shutil.copytree(world / "images", tmp_path / "images")
+    encode = generate_views.encode
+
+    def vanish(*arguments):
+        (tmp_path / "images/train/dog/0023.png").unlink(missing_ok=True)
+        return encode(*arguments)
+    monkeypatch.setattr(generate_views, "encode", vanish)
+    generation(world, tmp_path / "views", "--data-dir", str(tmp_path / "images"))()
+    said = capsys.readouterr()
+    assert "47 views made, 0 there already, 1 skipped" in said.out
+    assert "skipped: " in said.err and "dog/0023.png cannot be read as an image" in said.err
 
 
 def test_another_number_of_processes_is_said(world, tmp_path, capsys):
