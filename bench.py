@@ -197,7 +197,7 @@ def memory(world, sync, windows):
 
 
 def peak(device, folder):
-    """Peak memory in bytes of this process after three steps; folder None: after a convolution."""
+    """Peak memory in bytes of this process after three steps and a look at all features; folder None: after a convolution."""
     world = genview.setup(device)
     if folder is None:
         with world.autocast():
@@ -207,6 +207,8 @@ def peak(device, folder):
         training = Training(world, quality_of=CachedQuality(maps, world.device))
         for _ in range(3):
             training.step()
+        for part in np.array_split(maps, 100):     # as an epoch does; the system may take these pages back at any time
+            part.max()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

@@ -53,7 +53,8 @@ def look(judge, pixels, world):
 @torch.inference_mode()
 def views_of(pipe, args, c, names):
     """{level: (2, n, 3, 32, 32) uint8}, two views of each image and level, of different seeds."""
-    settings = SimpleNamespace(steps=args.steps, guidance=args.guidance, size=32, save_size=32, dtype="float32", batch_size=100)
+    settings = SimpleNamespace(steps=args.steps, guidance=args.guidance, size=32, save_size=32, dtype="float32", batch_size=100,
+                               largest=100)
     views = {}
     for level in genview.progress(LEVELS, "views", "level"):
         both = []

@@ -34,6 +34,7 @@ LEVELS = (0, 100, 200, 300, 400)  # of the 1,000 noising steps (release)
 MINI = dict(steps=4, guidance=1.5)                     # for train_generator.py's, 32 x 32
 STABLE = dict(model="sd2-community/stable-diffusion-2-1-unclip", steps=20, guidance=10.0)      # (release)
 FRACTION = 0.4                    # share of all tokens that is foreground; sets the threshold alpha, Eq. 7 (release)
+LARGEST_BATCH = 1024              # images that are generated at once; a GPU has long been busy by then
 ENCODER_BATCH = 8                 # always: the shape of a batch decides about rounding, and rounding can decide on a level
 
 
@@ -171,16 +172,19 @@ def generate(pipe, args, level, embeddings, seeds):
 
 
 def generate_all(pipe, args, level, embeddings, seeds):
-    """generate in batches of at most args.batch_size, which is halved for good where the memory does not suffice."""
+    """generate in batches of at most args.batch_size, which doubles up to args.largest; where the memory does not suffice both
+    are halved for good."""
     views = []
     while len(views) < len(seeds):
         part = slice(len(views), len(views) + args.batch_size)
         try:
             views += generate(pipe, args, level, embeddings[part], seeds[part])
+            if len(seeds[part]) == args.batch_size:
+                args.batch_size = min(2 * args.batch_size, args.largest)
         except torch.OutOfMemoryError:
             if args.batch_size == 1:
                 raise Trouble("the memory does not suffice for one image; a smaller --size helps") from None
-            args.batch_size //= 2
+            args.batch_size = args.largest = args.batch_size // 2
             torch.cuda.empty_cache()
             genview.say(f"the memory does not suffice for more than {args.batch_size} images at once")
     return views
@@ -460,8 +464,8 @@ def parse_args():
     runtime.add_argument("--preview", type=genview.at_least(1), metavar="N",
                          help="draw <views-dir>/preview.png of N images, no more")
     runtime.add_argument("--batch-size", type=genview.at_least(1),
-                         help="images at once; halved by itself where a GPU's memory does not suffice (default: 64, or 1 for "
-                              "images above 64 pixels on a CPU)")
+                         help="images at once, at the most; halved by itself where a GPU's memory does not suffice (default: on a "
+                              "GPU what fits, found from 64 on; on a CPU 64, or 1 for images above 64 pixels)")
     runtime.add_argument("--device", help="default: cuda, else mps, else cpu")
     runtime.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
                          help="auto: bfloat16 or float16 on a GPU, else float32")
@@ -480,8 +484,7 @@ def main():
     args = parse_args()
     world = genview.setup(args.device, datetime.timedelta(days=7))         # processes may end days apart
     if args.dtype == "auto":
-        gpu = world.device.type == "cuda"
-        args.dtype = "float32" if not gpu else "bfloat16" if world.dtype == torch.bfloat16 else "float16"
+        args.dtype = "float32" if world.device.type != "cuda" else "bfloat16" if world.dtype == torch.bfloat16 else "float16"
     # A larger size than IN_MEMORY_SIZE: files are opened one by one, when their turn comes.
     images = genview.load_images(args.dataset, args.data_dir, "train", genview.IN_MEMORY_SIZE + 1)
     check_names(images.names)
@@ -489,7 +492,8 @@ def main():
     if args.component:                             # trouble with it comes before anything is written
         genview.load_component(args.component, pipe.image_encoder.config.hidden_size)
     args.size = args.size or pipe.unet.config.sample_size * pipe.vae_scale_factor
-    args.batch_size = args.batch_size or (64 if world.device.type == "cuda" or args.size <= 64 else 1)
+    args.largest = args.batch_size or (LARGEST_BATCH if world.device.type == "cuda" else 64 if args.size <= 64 else 1)
+    args.batch_size = min(args.largest, args.batch_size or 64)
     args.save_size = args.save_size or (32 if args.dataset.startswith("cifar") else min(512, args.size))
     if not args.preview:
         make_view_set(args, pipe, images, world)

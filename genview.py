@@ -166,7 +166,7 @@ def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=False
         keep = spaced(len(images.names), limit)
         images = images._replace(names=[images.names[i] for i in keep.tolist()], labels=images.labels[keep],
                                  pixels=None if images.pixels is None else images.pixels[keep])
-    return _into_memory(images, image_size, skip_bad) if images.pixels is None and image_size <= IN_MEMORY_SIZE else images
+    return into_memory(images, image_size, skip_bad) if images.pixels is None and image_size <= IN_MEMORY_SIZE else images
 
 
 def spaced(n, count=None):
@@ -207,7 +207,7 @@ def _find_files(root, split):
     return Images(names, torch.tensor(labels), len(classes), root=root)
 
 
-def _into_memory(images, image_size, skip_bad):
+def into_memory(images, image_size, skip_bad):
     good, pixels = [], []
     for i in progress(range(len(images.names)), "reading", "image"):
         try:

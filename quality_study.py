@@ -96,7 +96,7 @@ def parse_args():
     parser.add_argument("--views-dir", default="none", help="generated views; none: pairs of two crops of one image")
     parser.add_argument("--encoder", default="efficientnet-lite0", help="or what train_moco.py --encoder takes")
     parser.add_argument("--images", type=genview.at_least(64), default=1024, help="pairs")
-    parser.add_argument("--cached-components", type=int, nargs="+", default=[16, 64, 256])
+    parser.add_argument("--cached-components", type=genview.at_least(1), nargs="+", default=[16, 64, 256])
     parser.add_argument("--seed", type=genview.at_least(0), default=0)
     parser.add_argument("--device")
     return SimpleNamespace(**vars(parser.parse_args()), image_size=32, skip_bad=False, component=None, noise="adaptive")

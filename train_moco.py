@@ -340,11 +340,27 @@ def load_views(args, images):
     """The generated views as PairLoader wants them, or None for plain pairs."""
     if args.views_dir == "none":
         return None
+    if args.views == "extra":
+        return load_extra(args, images)
     paths = genview.find_views(images, args.views_dir, args.dataset)
     missing = sum(path is None for path in paths)
     genview.say(f"generated views of {len(paths) - missing} of {len(paths)} images from {args.views_dir}"
                 + (f"; the other {missing} use themselves" if missing else ""))
     return paths if images.pixels is None else genview.load_views(images, paths, args.skip_bad)
+
+
+def load_extra(args, images):
+    """--views extra: pictures as images are, (M, 3, S, S) uint8 or M paths: the views of these images from a folder of
+    generate_views.py, all the pictures of any other folder."""
+    if Path(args.views_dir, "settings.json").exists():
+        paths = [path for path in genview.find_views(images, args.views_dir, args.dataset) if path is not None]
+    else:
+        paths = sorted(path for path in Path(args.views_dir).rglob("*") if path.suffix.lower() in genview.SUFFIXES)
+    if not paths:
+        raise Trouble(f"{args.views_dir} holds no pictures for --views extra")
+    genview.say(f"{len(paths)} further training samples from {args.views_dir}")
+    extra = genview.Images([str(path.resolve()) for path in paths], torch.zeros(len(paths)), 0, root=Path())
+    return extra.names if images.pixels is None else genview.into_memory(extra, args.image_size, args.skip_bad).pixels
 
 
 @torch.no_grad()
@@ -398,13 +414,13 @@ def prepare(args, images, world):
     return views, PairQuality(encoder, component)
 
 
-def expand(images, views):
-    """The paper's comparison, naive expansion: the generated images as further training samples instead of views."""
-    if images.pixels is not None:
-        return images._replace(names=images.names * 2, labels=images.labels.repeat(2), pixels=torch.cat([images.pixels, views]))
-    extra = [i for i, path in enumerate(views) if path is not None]
-    return images._replace(names=images.names + [str(Path(views[i]).resolve()) for i in extra],
-                           labels=torch.cat([images.labels, images.labels[extra]]))
+def expand(images, extra):
+    """The paper's comparison, naive expansion: generated or any other pictures as further training samples instead of views.
+    extra: see load_extra. Their label is -1: the training looks at none."""
+    in_memory = images.pixels is not None
+    return images._replace(names=images.names + [f"extra/{i}" for i in range(len(extra))] if in_memory else images.names + extra,
+                           labels=F.pad(images.labels, (0, len(extra)), value=-1),
+                           pixels=torch.cat([images.pixels, extra]) if in_memory else None)
 
 
 # ----------------------------------------------------------------------------------------------------------- the run
@@ -664,7 +680,8 @@ def parse_args(presets=PRESETS, argv=None):
     view = parser.add_argument_group("GenView")
     view.add_argument("--views-dir", help="folder of generated views, or none (default: where generate_views.py puts them)")
     view.add_argument("--views", choices=["pair", "extra"], default="pair",
-                      help="pair: a generated view in each pair; extra: the paper's comparison, as further training samples")
+                      help="pair: a generated view in each pair; extra: the paper's comparison, further training samples "
+                           "(--views-dir may then be any folder of pictures)")
     view.add_argument("--quality", choices=["exact", "cached", "off"],
                       help="weights by quality; cached: nearly the same, for nothing (default: exact with views, else off)")
     view.add_argument("--cached-components", type=genview.at_least(1), default=64, help="numbers kept of E's features")

@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import bench
 import genview
 
@@ -36,8 +38,15 @@ def test_the_loops_train_the_same_network():
     ours.step()
 
 
-def test_the_table():
+def test_generation_is_timed_both_ways():
+    rows = list(bench.generation(genview.setup("cpu"), lambda: None, 1, n=2))
+    assert [what.split(",")[0] for what, _ in rows] == ["generation", "... over one image at a time with two encoder passes"]
+    assert rows[0][1].endswith(" images/s") and float(rows[1][1]) > 0
+
+
+def test_the_table(monkeypatch):
     done = subprocess.run([sys.executable, Path(bench.__file__), "augmentation"], capture_output=True, text=True)
     assert done.returncode == 0 and "| augmentation, two views of an image each | " in done.stdout
-    done = subprocess.run([sys.executable, Path(bench.__file__), "speed"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: speed: the parts are steps")
+    monkeypatch.setattr(sys, "argv", ["bench.py", "speed"])
+    with pytest.raises(genview.Trouble, match="speed: the parts are steps"):
+        bench.main()

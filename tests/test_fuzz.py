@@ -149,7 +149,9 @@ def test_the_good_lines_work(world):
 def test_200_bad_command_lines(world, request):
     """A traceback would be an exception that leaves genview.run: it fails this test."""
     refused = 0
-    for name, line in bad_lines(world, 200):
+    for name, line in bad_lines(world, 1000):      # some replaced values happen to be right
+        if refused == 200:
+            break
         status, said = call(name, line)
         assert status in (0, 2), (name, line, said)
         if status:
@@ -158,7 +160,7 @@ def test_200_bad_command_lines(world, request):
         if request.config.getoption("--messages") and status:
             with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
                 print(said.replace(str(world), "..."))
-    assert refused > 100                           # some replaced values happen to be right
+    assert refused == 200
 
 
 @pytest.mark.parametrize("name, more, text", [

@@ -312,13 +312,28 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch, capsys):
             raise torch.OutOfMemoryError("no")
         return [(c.item(), s) for c, s in zip(embeddings, seeds)]
     monkeypatch.setattr(generate_views, "generate", generate)
-    args = argparse.Namespace(batch_size=8)
+    args = argparse.Namespace(batch_size=8, largest=8)
     assert generate_views.generate_all(None, args, 0, torch.arange(7), list(range(7))) == [(i, i) for i in range(7)]
     assert sizes == [7, 4, 2, 2, 2, 1] and args.batch_size == 2
     assert "more than 2 images" in capsys.readouterr().out
     monkeypatch.setattr(generate_views, "generate", lambda *_: sizes[0] and (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(genview.Trouble, match="--size"):
         generate_views.generate_all(None, args, 0, torch.arange(7), list(range(7)))
+
+
+def test_the_largest_batch_that_fits_is_found(monkeypatch, capsys):
+    sizes = []
+
+    def generate(pipe, args, level, embeddings, seeds):
+        sizes.append(len(seeds))
+        if len(seeds) > 9:
+            raise torch.OutOfMemoryError("no")
+        return seeds
+    monkeypatch.setattr(generate_views, "generate", generate)
+    args = argparse.Namespace(batch_size=2, largest=64)
+    assert generate_views.generate_all(None, args, 0, torch.arange(40), list(range(40))) == list(range(40))
+    assert sizes == [2, 4, 8, 16, 8, 8, 8, 2] and (args.batch_size, args.largest) == (8, 8)
+    assert "more than 8 images" in capsys.readouterr().out
 
 
 def test_another_solver_draws_other_pictures_of_the_same_noise(world, capsys):

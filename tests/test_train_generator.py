@@ -244,11 +244,18 @@ def test_extra_samples_keep_the_number_of_steps(image_folder, tmp_path, monkeypa
     images = genview.load_images("folder", image_folder, "train", 32)
     views = 255 - images.pixels
     pool = train_moco.expand(images, views)
-    assert len(pool.names) == 48 and torch.equal(pool.pixels[24:], views) and torch.equal(pool.labels[24:], images.labels)
+    assert len(pool.names) == 48 and torch.equal(pool.pixels[24:], views) and pool.labels[24:].eq(-1).all()
     files = genview.Images(images.names, images.labels, 2, root=Path(image_folder))
-    paths = [tmp_path / "a.png"] + [None] * 23
-    pool = train_moco.expand(files, paths)
-    assert len(pool.names) == 25 and pool.labels[24] == images.labels[0] and pool.root / pool.names[24] == tmp_path / "a.png"
+    any_folder = train_moco.parse_args(argv=["--dataset", "folder", "--data-dir", image_folder, "--views", "extra", "--views-dir",
+                                             f"{image_folder}/test/cat", "--output-dir", str(tmp_path / "x")])
+    pool = train_moco.expand(files, train_moco.load_views(any_folder, files))
+    assert len(pool.names) == 36 and len(pool.labels) == 36 and pool.pixels is None
+    assert pool.root / pool.names[24] == Path(image_folder).resolve() / "test/cat/0000.png"
+    any_folder.image_size = 32
+    assert torch.equal(train_moco.load_views(any_folder, images), genview.load_images("folder", image_folder, "test", 32).pixels[:12])
+    any_folder.views_dir = tmp_path
+    with pytest.raises(Trouble, match="holds no pictures for --views extra"):
+        train_moco.load_views(any_folder, images)
     generated = tmp_path / "views"
     generated.mkdir()
     for name, view in zip(images.names, views):
@@ -261,7 +268,7 @@ def test_extra_samples_keep_the_number_of_steps(image_folder, tmp_path, monkeypa
         "--dataset", "folder", "--data-dir", image_folder, "--views-dir", str(generated), "--views", "extra", "--image-size", "32",
         "--arch", "resnet10_narrow", "--batch-size", "8", "--queue", "16", "--epochs", "2", "--output-dir",
         str(tmp_path / "run"), "--device", "cpu"]), genview.setup("cpu"))
-    assert len(seen) == 6
+    assert len(seen) == 6                          # of 24 images in batches of 8, whatever the size of the pool
     assert json.loads((tmp_path / "run" / "args.json").read_text())["quality"] == "off"
     assert "extra samples" in (tmp_path / "run" / "log.jsonl").read_text()
 

@@ -204,6 +204,58 @@ def test_momentum_update():
     assert [round(v3.momentum_at(p), 6) for p in (0, 0.5, 1)] == [0.99, 0.995, 1.0]
 
 
+def test_mocov3_with_a_vision_transformer(image_folder, tmp_path):
+    """Its own recipe, a projector of three layers, a predictor that ends in a norm; positions and patches stay as they were."""
+    args = train_moco.parse_args(argv=[
+        "--dataset", "folder", "--data-dir", image_folder, "--method", "mocov3", "--arch", "vit_narrow", "--image-size", "32",
+        "--batch-size", "8", "--hidden", "16", "--dim", "12", "--epochs", "2", "--warmup-epochs", "0", "--lr", "0.01", "--views-dir", "none",
+        "--output-dir", str(tmp_path / "run"), "--device", "cpu", "--knn-every", "0"])
+    assert (args.optimizer, args.weight_decay, args.crop_min) == ("adamw", 0.1, 0.08)
+    torch.manual_seed(args.seed)
+    method = train_moco.MoCoV3(args)
+    assert isinstance(train_moco.make_optimizer(args, method), torch.optim.AdamW)
+    linear = lambda net: [(m.in_features, m.out_features) for m in net if isinstance(m, torch.nn.Linear)]
+    assert linear(method.query.head) == [(96, 16), (16, 16), (16, 12)] and linear(method.predictor) == [(12, 16), (16, 12)]
+    assert isinstance(method.query.head[-1], torch.nn.BatchNorm1d) and isinstance(method.predictor[-1], torch.nn.BatchNorm1d)
+    before = method.query.backbone.state_dict()
+    train_moco.train(args, genview.setup("cpu"))
+    after = torch.load(tmp_path / "run/backbone.pt", weights_only=True)
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {"encoder.pos_embedding", "conv_proj.weight", "conv_proj.bias"}
+
+
+def test_compiled_is_the_same(monkeypatch):
+    """--compile: the same loss and gradients (the code that it generates is not PyTorch's eager one, so nearly)."""
+    compiler = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compiler(net, backend="aot_eager"))    # needs no compiler of C
+    torch.manual_seed(0)
+    method = train_moco.MoCoV3(settings("mocov3")).train()
+    twin = train_moco.MoCoV3(settings("mocov3")).train()
+    twin.load_state_dict(method.state_dict())
+    train_moco.compile_method(twin)
+    assert twin.query._compiled_call_impl and not method.query._compiled_call_impl
+    views = torch.randn(2, 8, 3, 32, 32)
+    losses = [net(views, None, CPU)[0] for net in (method, twin)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    for a, b in zip(method.parameters(), twin.parameters()):
+        assert (a.grad is None) == (b.grad is None) and (a.grad is None or torch.allclose(a.grad, b.grad, atol=1e-5, rtol=1e-3))
+
+
+def test_which_methods_begin_with_empty_blocks():
+    """MoCo v3, BYOL and SimSiam set the last norm of each residual block to 0, MoCo v2 and SwAV do not."""
+    for name, empty in (("mocov2", False), ("mocov3", True), ("byol", True), ("simsiam", True), ("swav", False)):
+        with torch.device("cpu"):
+            method = METHODS[name](settings(name, arch="resnet18"))
+        assert method.query.backbone.layer1[0].bn2.weight.any() != empty, name
+
+
+def test_spread_tells_a_collapse():
+    z = F.normalize(torch.randn(1000, 64, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert train_moco.spread(z) == pytest.approx(1, abs=0.02) and train_moco.spread(z[:1].expand(1000, -1)) == pytest.approx(0, abs=1e-5)
+
+
 def test_start_gives_the_keys_true_statistics():
     torch.manual_seed(0)
     method = train_moco.MoCoV2(settings())
