@@ -434,8 +434,6 @@ def train(args, world, make_method=METHODS.get):
     if len(images.names) < args.batch_size:
         raise Trouble(f"{len(images.names)} images do not fill one batch of {args.batch_size}: lower --batch-size")
     torch.manual_seed(args.seed)
-    if world.device.type == "cpu":                 # the switch is CPUs', too: there a small ViT trains twice as fast without
-        torch.backends.cuda.enable_flash_sdp(False)
     method = make_method(args.method)(args).to(world.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args, method)
     first, step = resume(args, method, optimizer, len(images.names), world) if args.resume else (0, 0)
