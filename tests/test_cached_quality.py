@@ -14,6 +14,7 @@ import pytest
 import quality_study
 import torch
 import torch.multiprocessing as mp
+import train_moco
 from genview import Augmentation, Images, PairLoader, Trouble, World
 from quality_loss import pair_quality
 from train_moco import PairQuality
@@ -162,20 +163,19 @@ def test_two_processes_write_the_file_of_one(tmp_path):
 
 
 @pytest.mark.parametrize("size", [32, 80])
-def test_training_with_cached_quality(size, tmp_path, encoder_folder):
+def test_training_with_cached_quality(size, tmp_path, encoder_folder, capsys):
     """Small images from memory and large ones from files, of which one has no view; a second run uses the features again."""
     import tiny
     tiny.save_images(tmp_path / "data", size=size)
     tiny.save_images(tmp_path / "views", size=size, seed=1)
     next((tmp_path / "views" / "train" / "cat").glob("*")).unlink()
-    script = Path(__file__).parents[1] / "train_moco.py"
-    flags = f"""--dataset folder --data-dir {tmp_path}/data --views-dir {tmp_path}/views --encoder {encoder_folder} --arch resnet18
-        --quality cached --cached-components 16 --image-size {size} --batch-size 8 --queue 16 --epochs 1 --start-batches 1
-        --workers 1""".split()
+    flags = f"""--dataset folder --data-dir {tmp_path}/data --views-dir {tmp_path}/views --encoder {encoder_folder} --device cpu
+        --arch resnet10_narrow --quality cached --cached-components 16 --image-size {size} --batch-size 8 --queue 16 --epochs 1
+        --start-batches 1 --workers 1""".split()
     for run in ("a", "b"):
-        done = subprocess.run([sys.executable, script, *flags, "--output-dir", str(tmp_path / run)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert ("of the variance" in done.stdout) == (run == "a") and "quality weights" in done.stdout
+        train_moco.train(train_moco.parse_args(argv=[*flags, "--output-dir", str(tmp_path / run)]), genview.setup("cpu"))
+        said = capsys.readouterr().out
+        assert ("of the variance" in said) == (run == "a") and "quality weights" in said
     file, = (tmp_path / "views").glob("features-*.npy")
     assert np.load(file).shape == (48, 7, 7, 16)
     lines = [(tmp_path / run / "log.jsonl").read_text().splitlines()[0] for run in "ab"]
