@@ -26,7 +26,7 @@ def encoder_folder(tmp_path_factory):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--instants", type=int, default=3, help="test_kill.py: random instants of each case")
+    parser.addoption("--instants", type=int, default=2, help="test_kill.py: random instants of each case")
     parser.addoption("--messages", action="store_true", help="test_fuzz.py: print what it was told")
 
 
