@@ -244,7 +244,7 @@ def generation(world, sync, windows, n=32):
 PARTS = {"steps": steps, "augmentation": augmentation, "size": size, "memory": memory, "generation": generation}
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description="Measures this machine; one table.")
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--windows", type=genview.at_least(3), default=3, help="calls of each, whose median counts")
@@ -252,6 +252,11 @@ def main():
     args = parser.parse_args()
     if unknown := set(args.parts) - PARTS.keys():
         raise genview.Trouble(f"{', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
+    return args
+
+
+def main():
+    args = parse_args()
     world = genview.setup(args.device)
     sync = torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
