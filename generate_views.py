@@ -248,9 +248,8 @@ def make_view_set(args, pipe, images, world):
     mine = genview.spaced(len(images.names), args.limit).tolist()[world.rank::world.size]
     manifest = read_manifest(args.views_dir)
     todo = [i for i in mine if images.names[i] not in manifest or not view_path(args, images.names[i]).exists()]
-    levels = [manifest[images.names[i]]["noise_level"] for i in set(mine) - set(todo)]
+    before, levels = [manifest[images.names[i]]["noise_level"] for i in set(mine) - set(todo)], []
     waiting, written, skipped, start = defaultdict(list), [], [], time.time()       # waiting: {level: [(index, p, c), ...]}
-    there = len(levels)
     bar = genview.progress(None, "views", "image", total=len(todo))
 
     def unreadable(index, trouble):
@@ -264,7 +263,7 @@ def make_view_set(args, pipe, images, world):
         views = generate_all(pipe, args, level, torch.stack([c for _, _, c in batch]), seeds)
         if written:
             written.pop().result()                 # not more than one batch waits; its trouble is ours
-        left = len(todo) - len(skipped) - len(levels) + there
+        left = len(todo) - len(skipped) - len(levels)
         written.append(writer.submit(write_views, args, images, level, batch, seeds, views, left))
         levels.extend([level] * len(batch))
         bar.update(len(batch))
@@ -282,7 +281,7 @@ def make_view_set(args, pipe, images, world):
         for last in written:
             last.result()
     bar.close()
-    report(world, len(todo) - len(skipped), len(mine) - len(todo), len(skipped), levels, time.time() - start)
+    report(world, len(todo) - len(skipped), len(before), len(skipped), before + levels, time.time() - start)
 
 
 def write_views(args, images, level, batch, seeds, views, left):

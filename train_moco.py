@@ -340,8 +340,6 @@ def load_views(args, images):
     """The generated views as PairLoader wants them, or None for plain pairs."""
     if args.views_dir == "none":
         return None
-    if args.views == "extra":
-        return load_extra(args, images)
     paths = genview.find_views(images, args.views_dir, args.dataset)
     missing = sum(path is None for path in paths)
     genview.say(f"generated views of {len(paths) - missing} of {len(paths)} images from {args.views_dir}"
@@ -396,7 +394,7 @@ def prepare(args, images, world):
     """Returns the generated views of the images (or None), and quality_of (or None), see train_step."""
     views = encoder = component = None
     if args.dataset != "shapes":
-        views = load_views(args, images)
+        views = (load_extra if args.views == "extra" else load_views)(args, images)
         encoder = genview.FrozenEncoder(args.encoder) if args.quality != "off" else None
     elif args.views_dir != "none" or args.quality != "off":
         import shapes                              # its encoder stands in for CLIP, its pictures for Stable unCLIP's

@@ -191,7 +191,7 @@ def test_the_study_says_how_cached_and_exact_agree(image_folder, encoder_folder)
     """On 24 tiny pictures the figures mean nothing, but their places are filled, and with all components kept and no colours
     in the picture the cached value would be the exact one but for the borders."""
     done = subprocess.run([sys.executable, Path(quality_study.__file__), "--data-dir", image_folder, "--encoder", encoder_folder,
-                           "--cached-components", "4", "32"], capture_output=True, text=True)
+                           "--cached-components", "4", "32", "--views-dir", image_folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("|")]
     assert [row[0].strip() for row in rows[2:]] == ["the exact value, colours drawn again", "the cached value, 4 components",

@@ -303,15 +303,21 @@ def test_two_sources_of_one_view_are_refused(world, capsys):
     assert "train/cat/0001.jpg" in line and "train/cat/0001.png" in line and not (world / "twins-views").exists()
 
 
-def test_a_batch_that_does_not_fit_is_halved(monkeypatch, capsys):
+def room_for(most, monkeypatch):
+    """Generation with memory for so many images at once. Returns the sizes of its batches, as they come."""
     sizes = []
 
     def generate(pipe, args, level, embeddings, seeds):
         sizes.append(len(seeds))
-        if len(seeds) > 2:
+        if len(seeds) > most:
             raise torch.OutOfMemoryError("no")
         return [(c.item(), s) for c, s in zip(embeddings, seeds)]
     monkeypatch.setattr(generate_views, "generate", generate)
+    return sizes
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch, capsys):
+    sizes = room_for(2, monkeypatch)
     args = argparse.Namespace(batch_size=8, largest=8)
     assert generate_views.generate_all(None, args, 0, torch.arange(7), list(range(7))) == [(i, i) for i in range(7)]
     assert sizes == [7, 4, 2, 2, 2, 1] and args.batch_size == 2
@@ -322,16 +328,9 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch, capsys):
 
 
 def test_the_largest_batch_that_fits_is_found(monkeypatch, capsys):
-    sizes = []
-
-    def generate(pipe, args, level, embeddings, seeds):
-        sizes.append(len(seeds))
-        if len(seeds) > 9:
-            raise torch.OutOfMemoryError("no")
-        return seeds
-    monkeypatch.setattr(generate_views, "generate", generate)
+    sizes = room_for(9, monkeypatch)
     args = argparse.Namespace(batch_size=2, largest=64)
-    assert generate_views.generate_all(None, args, 0, torch.arange(40), list(range(40))) == list(range(40))
+    assert generate_views.generate_all(None, args, 0, torch.arange(40), list(range(40))) == [(i, i) for i in range(40)]
     assert sizes == [2, 4, 8, 16, 8, 8, 8, 2] and (args.batch_size, args.largest) == (8, 8)
     assert "more than 8 images" in capsys.readouterr().out
 

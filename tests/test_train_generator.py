@@ -1,4 +1,5 @@
 """train_generator.py, its judge and the ablation: formulas, a run to the end, resume, troubles."""
+import argparse
 import importlib
 import json
 import math
@@ -232,6 +233,23 @@ def test_ablation_runs_each_row_once_and_writes_the_table(tmp_path, monkeypatch,
     call(ablation, "--dataset", "shapes", "--methods", "all", "--rows", "plain", "quality", "--output-dir", tmp_path / "shapes")
     assert {call[0] for call in calls} == {f"{method}-{row}-{seed}" for method in ablation.METHODS for row in ("plain", "quality")
                                            for seed in (0, 1, 2)}
+    with pytest.raises(Trouble, match="the ceiling .* cifar10"):
+        call(ablation, "--dataset", "shapes", "--rows", "class100", "--output-dir", tmp_path / "ceiling")
+
+
+@pytest.mark.parametrize("share, least, most", [(100, 1, 1), (60, 0.65, 0.95)])
+def test_the_views_of_the_ceiling_keep_the_class_as_often_as_said(share, least, most, tmp_path):
+    """Of two classes any picture is of the right one in half of the cases: 60% keep it in 80%."""
+    import tiny
+    data = tiny.save_images(tmp_path / "data", per_class=60)
+    args = argparse.Namespace(data_dir=data, limit=100, output_dir=tmp_path / "runs")
+    ablation.make_views(args, f"class{share}")
+    images = genview.load_images("cifar10", data, "train", 32)
+    label = {pixels.numpy().tobytes(): label for pixels, label in zip(images.pixels, images.labels.tolist())}
+    paths = genview.find_views(images, tmp_path / f"runs/views-class{share}", "cifar10")
+    kept = [label[genview.to_tensor(genview.open_image(path)).numpy().tobytes()] == own
+            for path, own in zip(paths, images.labels.tolist()) if path]
+    assert len(kept) == 100 and least <= sum(kept) / 100 <= most
 
 
 def test_a_failing_row_is_named(tmp_path):
@@ -248,14 +266,14 @@ def test_extra_samples_keep_the_number_of_steps(image_folder, tmp_path, monkeypa
     files = genview.Images(images.names, images.labels, 2, root=Path(image_folder))
     any_folder = train_moco.parse_args(argv=["--dataset", "folder", "--data-dir", image_folder, "--views", "extra", "--views-dir",
                                              f"{image_folder}/test/cat", "--output-dir", str(tmp_path / "x")])
-    pool = train_moco.expand(files, train_moco.load_views(any_folder, files))
+    pool = train_moco.expand(files, train_moco.load_extra(any_folder, files))
     assert len(pool.names) == 36 and len(pool.labels) == 36 and pool.pixels is None
     assert pool.root / pool.names[24] == Path(image_folder).resolve() / "test/cat/0000.png"
     any_folder.image_size = 32
-    assert torch.equal(train_moco.load_views(any_folder, images), genview.load_images("folder", image_folder, "test", 32).pixels[:12])
+    assert torch.equal(train_moco.load_extra(any_folder, images), genview.load_images("folder", image_folder, "test", 32).pixels[:12])
     any_folder.views_dir = tmp_path
     with pytest.raises(Trouble, match="holds no pictures for --views extra"):
-        train_moco.load_views(any_folder, images)
+        train_moco.load_extra(any_folder, images)
     generated = tmp_path / "views"
     generated.mkdir()
     for name, view in zip(images.names, views):
