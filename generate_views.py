@@ -31,7 +31,7 @@ import genview
 from genview import Trouble
 
 LEVELS = (0, 100, 200, 300, 400)  # of the 1,000 noising steps (release)
-MINI = dict(steps=4, guidance=1.5)                     # for train_generator.py's, 32 x 32
+MINI = dict(steps=2, guidance=1.25)                    # for train_generator.py's, 32 x 32
 STABLE = dict(model="sd2-community/stable-diffusion-2-1-unclip", steps=20, guidance=10.0)      # (release)
 FRACTION = 0.4                    # share of all tokens that is foreground; sets the threshold alpha, Eq. 7 (release)
 LARGEST_BATCH = 1024              # images that are generated at once; a GPU has long been busy by then
@@ -450,8 +450,8 @@ def parse_args():
     method.add_argument("--noise", type=noise_argument, default="adaptive", help="adaptive, or one level, 0 to 999")
     method.add_argument("--solver", choices=["own", "dpm"], default="own",
                         help="the model's own, or DPM-Solver++, for fewer steps (default: own)")
-    method.add_argument("--steps", type=genview.at_least(1), help="denoising steps (default: 20 as the release, mini: 4)")
-    method.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: 10 as the release, mini: 1.5)")
+    method.add_argument("--steps", type=genview.at_least(1), help="denoising steps (default: 20 as the release, mini: 2)")
+    method.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: 10 as the release, mini: 1.25)")
     method.add_argument("--size", type=genview.at_least(1),
                         help="side of the generated image, a multiple of 8 (default: the model's)")
     method.add_argument("--seed", type=genview.at_least(0), default=0)

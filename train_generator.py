@@ -1,7 +1,7 @@
 r"""Trains a miniature of Stable unCLIP for 32 x 32 pictures from scratch, in the very same format.
 
     python train_generator.py --data-dir data/tinyimagenet32 --steps 5000        # writes runs/generator, a pipeline's folder
-    python generate_views.py --dataset cifar10 --model runs/generator --steps 4 --guidance 1.5
+    python generate_views.py --dataset cifar10 --model runs/generator --steps 2 --guidance 1.25
 
 Train it on other pictures than those of the self-supervised run: any image folder, or CIFAR-100. Three parts are trained one
 after the other, by one loop (fit): the autoencoder, the image encoder C (and E of the paper), and the denoising U-Net, which
@@ -28,7 +28,7 @@ from generate_views import LEVELS, MINI, quieten
 from genview import Trouble, say
 
 SIZE = 32                              # side of the pictures
-EMBEDDING = 192                        # D
+EMBEDDING = 256                        # D
 LATENT_CHANNELS = 48                   # of 4 x 4 latents: a quarter of the picture's numbers, on a grid that a CPU can afford
 
 
@@ -38,7 +38,7 @@ class Recipe(NamedTuple):
     rate: float                        # highest learning rate
 
 
-PARTS = dict(autoencoder=Recipe(0.8, 0.25, 2e-3), encoder=Recipe(0.2, 0.5, 1.5e-3), generator=Recipe(1.0, 1.0, 1e-3))
+PARTS = dict(autoencoder=Recipe(0.8, 0.25, 2e-3), encoder=Recipe(0.25, 0.5, 1.5e-3), generator=Recipe(0.65, 1.0, 2e-3))
 
 
 # ------------------------------------------------------------------------------------------- part 1: latents of a picture
@@ -78,8 +78,8 @@ class ImageEncoder(nn.Module):
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
         super().__init__()
         self.model = CLIPVisionModelWithProjection(CLIPVisionConfig(
-            hidden_size=192, intermediate_size=384, num_hidden_layers=4, num_attention_heads=6, image_size=SIZE, patch_size=4,
-            projection_dim=EMBEDDING))
+            hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=SIZE, patch_size=4,
+            projection_dim=EMBEDDING, hidden_act="gelu"))
         self.classes = nn.Parameter(torch.randn(num_classes, EMBEDDING))                # in the place of encoded captions
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())                         # 1 / temperature, learned as CLIP's
         self.layout = nn.Linear(EMBEDDING, 3 * 16 * 16)
@@ -91,12 +91,24 @@ class ImageEncoder(nn.Module):
         cosines = F.normalize(c, dim=1) @ F.normalize(self.classes, dim=1).T                            # (n, classes)
         captions = F.cross_entropy((self.log_scale.exp() * cosines).float(), data.labels[index % len(data.labels)])
         thumbnail = F.avg_pool2d(x, 2).flatten(1)
-        return {"captions": captions, "layout": 40 * F.mse_loss(self.layout(c).float(), thumbnail)}
+        return {"captions": captions, "layout": 400 * F.mse_loss(self.layout(c).float(), thumbnail)}
 
 
 def embed(model, x):
     """C: pictures x (n, 3, 32, 32) in [-1, 1] -> c (n, D); the model sees them normalised as CLIP's."""
     return model(genview.normalise(x / 2 + 0.5)).image_embeds
+
+
+@torch.no_grad()
+def spread(encoder, c):
+    """A copy of the encoder with its last, linear layer turned, and c (N, D) likewise, so that the numbers of an embedding are
+    uncorrelated and their spread is the root of what it was: the few large ones no longer drown what the many small ones tell
+    the U-Net."""
+    encoder, c = copy.deepcopy(encoder), c.float()
+    variance, axes = torch.linalg.eigh(torch.cov(c.T.cpu().double()))           # MPS has no float64
+    turn = (axes * variance.clamp_min(1e-4 * variance.max()) ** -0.25).to(c)
+    encoder.visual_projection.weight.copy_(turn.T @ encoder.visual_projection.weight)
+    return encoder, c @ turn
 
 
 # ------------------------------------------------------------------------------------------- part 3: the denoising U-Net
@@ -108,7 +120,7 @@ class Generator(nn.Module):
     """
 
     def __init__(self, normalizer):
-        """normalizer: scales embeddings to mean 0 and variance 1 of each number."""
+        """normalizer: scales embeddings to mean 0 and mean variance 1."""
         from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
         super().__init__()
         self.normalizer = normalizer
@@ -116,7 +128,7 @@ class Generator(nn.Module):
             sample_size=4, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, block_out_channels=(160, 192),
             layers_per_block=1, down_block_types=("DownBlock2D",) * 2, mid_block_type="UNetMidBlock2D",
             up_block_types=("UpBlock2D",) * 2, cross_attention_dim=16, resnet_time_scale_shift="scale_shift",
-            class_embed_type="projection", projection_class_embeddings_input_dim=2 * EMBEDDING)
+            time_embedding_dim=768, class_embed_type="projection", projection_class_embeddings_input_dim=2 * EMBEDDING)
         self.image_noise = DDPMScheduler(beta_schedule="squaredcos_cap_v2")               # abar of the embedding
         self.scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False,
                                        set_alpha_to_one=True, timestep_spacing="trailing")       # abar of the latents
@@ -321,11 +333,11 @@ def train(args, world):
     vae = fit("autoencoder", Autoencoder(), data, data.size, args, world, state).vae
     encoder = fit("encoder", ImageEncoder(images.num_classes), data, data.size, args, world, state).model
     latents = encode(data, world, lambda x: vae.encode(x).latent_dist.mean)
-    embeddings = encode(data, world, lambda x: embed(encoder, x))
+    encoder, embeddings = spread(encoder, encode(data, world, lambda x: embed(encoder, x)))
     vae.register_to_config(scaling_factor=1 / latents.float().std().item())        # so that scaled latents have variance 1
     normalizer = StableUnCLIPImageNormalizer(EMBEDDING).requires_grad_(False)
-    normalizer.mean.copy_(embeddings.float().mean(0, keepdim=True))
-    normalizer.std.copy_(embeddings.float().std(0, keepdim=True))
+    normalizer.mean.copy_(embeddings.mean(0, keepdim=True))
+    normalizer.std.fill_(embeddings.var(0).mean().sqrt())
 
     def show(generator):
         pipe = assemble(vae, encoder, generator)
@@ -340,9 +352,9 @@ def parse_args():
     parser = argparse.ArgumentParser(description="Trains a 32 x 32 Stable unCLIP from scratch, for generate_views.py --model.")
     parser.add_argument("--dataset", choices=["folder", "cifar100"], default="folder")
     parser.add_argument("--data-dir", help="a folder with train/ below it, or where CIFAR-100 lies (default: data)")
-    parser.add_argument("--limit", type=genview.at_least(1), help="use so many pictures")
+    parser.add_argument("--limit", type=genview.at_least(2), help="use so many pictures")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/generator"), help="becomes the pipeline's folder")
-    parser.add_argument("--steps", type=genview.at_least(1), default=50_000, help="of the U-Net; the other parts take less")
+    parser.add_argument("--steps", type=genview.at_least(1), default=50_000, help="of which each part takes its share")
     parser.add_argument("--batch-size", type=genview.at_least(4), default=128)
     parser.add_argument("--seed", type=genview.at_least(0), default=0)
     parser.add_argument("--device", help="default: cuda, else mps, else cpu")
@@ -362,7 +374,7 @@ def main():
         raise Trouble("one process trains the generator: start it without torchrun")
     train(args, world)
     say(f"{args.output_dir} is a StableUnCLIPImg2ImgPipeline, {args.output_dir}/samples.png shows what it draws; next:\n"
-        f"  python generate_views.py --dataset cifar10 --model {args.output_dir} --steps 4 --guidance 1.5")
+        f"  python generate_views.py --dataset cifar10 --model {args.output_dir} --steps 2 --guidance 1.25")
 
 
 if __name__ == "__main__":
