@@ -215,10 +215,10 @@ def peak(device, folder):
 def generation(world, sync, windows, n=32):
     """Views in batches against one at a time with an encoder pass each for tokens and embedding, on a small pipeline."""
     import generate_views
-    from train_generator import Autoencoder, Generator, ImageEncoder, assemble
+    from train_generator import EMBEDDING, Autoencoder, Generator, ImageEncoder, assemble
     from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
     torch.manual_seed(0)
-    pipe = assemble(Autoencoder().vae, ImageEncoder(2).model, Generator(StableUnCLIPImageNormalizer(192)))
+    pipe = assemble(Autoencoder().vae, ImageEncoder(2).model, Generator(StableUnCLIPImageNormalizer(EMBEDDING)))
     with tempfile.TemporaryDirectory() as folder:
         pipe.save_pretrained(folder)
         pipe = generate_views.load_pipeline(folder, torch.float32, world.device)
