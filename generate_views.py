@@ -31,7 +31,7 @@ import genview
 from genview import Trouble
 
 LEVELS = (0, 100, 200, 300, 400)  # of the 1,000 noising steps (release)
-MINI = dict(steps=2, guidance=1.25)                    # for train_generator.py's, 32 x 32
+MINI = dict(steps=2, guidance=1.25)            # for train_generator.py's, 32 x 32
 STABLE = dict(model="sd2-community/stable-diffusion-2-1-unclip", steps=20, guidance=10.0)      # (release)
 FRACTION = 0.4                    # share of all tokens that is foreground; sets the threshold alpha, Eq. 7 (release)
 LARGEST_BATCH = 1024              # images that are generated at once; a GPU has long been busy by then
@@ -217,9 +217,12 @@ def find_foreground(args, pipe, images):
         v1, alpha = genview.fit_foreground(tokens, grid, FRACTION)
     elif alpha is None:                                        # the release's file: neither sign nor threshold is known
         v1, alpha = genview.orient_foreground(v1, tokens, grid, FRACTION)
+    a = torch.cat([part.float() @ v1 for part in tokens.split(256)])           # a_ij = <token_ij, v1>   (n, T)
+    if len(a) > 1 and a.mean(0).var(correction=0) > 0.9 * a.var(correction=0):
+        genview.say("the foreground maps of all images are nearly the same: this encoder's tokens tell their places, not what "
+                    "they show, and adaptive noise levels mean nothing; --preview 8 shows it")
     if args.flip_foreground:
-        v1 = -v1
-        alpha = float(np.quantile(torch.cat([part.float() @ v1 for part in tokens.split(256)]).numpy(), 1 - FRACTION))
+        v1, alpha = -v1, float(np.quantile(-a.numpy(), 1 - FRACTION))
     return v1, alpha
 
 

@@ -1,7 +1,7 @@
 r"""Trains a miniature of Stable unCLIP for 32 x 32 pictures from scratch, in the very same format.
 
     python train_generator.py --data-dir data/tinyimagenet32 --steps 5000        # writes runs/generator, a pipeline's folder
-    python generate_views.py --dataset cifar10 --model runs/generator --steps 2 --guidance 1.25
+    python generate_views.py --dataset cifar10 --model runs/generator --steps 2 --guidance 1.25 --preview 8      # look first
 
 Train it on other pictures than those of the self-supervised run: any image folder, or CIFAR-100. Three parts are trained one
 after the other, by one loop (fit): the autoencoder, the image encoder C (and E of the paper), and the denoising U-Net, which
@@ -66,7 +66,9 @@ class Autoencoder(nn.Module):
 # ------------------------------------------------------------------------------------------- part 2: the image encoder C
 
 class ImageEncoder(nn.Module):
-    """A small CLIP vision model: pictures -> embeddings c (n, D); its 8 x 8 patch tokens show the foreground.
+    """A small CLIP vision model: pictures -> embeddings c (n, D).
+
+    Its 8 x 8 patch tokens should show the foreground; as trained so far they tell hardly more than their places (README).
 
     CLIP contrasts pictures with captions. Here a caption is a class name, and there are few of them, so each has a learned
     embedding in the place of a text encoder's, and the contrast is with all classes: it needs no large batch. That alone
@@ -101,12 +103,20 @@ def embed(model, x):
 
 @torch.no_grad()
 def spread(encoder, c):
-    """A copy of the encoder with its last, linear layer turned, and c (N, D) likewise, so that the numbers of an embedding are
-    uncorrelated and their spread is the root of what it was: the few large ones no longer drown what the many small ones tell
-    the U-Net."""
+    """Evens out embeddings: the few large principal components no longer drown what the many small ones tell the U-Net.
+
+    c' = c U diag(lambda)^(-1/4),  Cov(c) = U diag(lambda) U^T: uncorrelated, each variance the root of what it was
+
+    Args:
+        encoder: CLIPVisionModelWithProjection, left as it is.
+        c: its embeddings (N, D), N > 1.
+    Returns:
+        a copy of the encoder that gives c', by another last linear layer, and c' (N, D), float32.
+    Source: none; not in the paper.
+    """
     encoder, c = copy.deepcopy(encoder), c.float()
     variance, axes = torch.linalg.eigh(torch.cov(c.T.cpu().double()))           # MPS has no float64
-    turn = (axes * variance.clamp_min(1e-4 * variance.max()) ** -0.25).to(c)
+    turn = (axes * variance.clamp_min(1e-4 * variance.max()) ** -0.25).to(c)    # (D, D); of the smallest too little is known
     encoder.visual_projection.weight.copy_(turn.T @ encoder.visual_projection.weight)
     return encoder, c @ turn
 
@@ -120,7 +130,7 @@ class Generator(nn.Module):
     """
 
     def __init__(self, normalizer):
-        """normalizer: scales embeddings to mean 0 and mean variance 1."""
+        """normalizer: scales embeddings to mean 0 and, on average over the D numbers, variance 1."""
         from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
         super().__init__()
         self.normalizer = normalizer
@@ -159,7 +169,7 @@ def noised(c, level, noise, normalizer, scheduler):
         c: embeddings (n, D).
         level: l (n,), of the 1,000 noising steps.
         noise: e (n, D).
-        normalizer: has mean and std of c over the data.
+        normalizer: has mean (1, D) and std (1, D) of c over the data; here one std for all numbers.
         scheduler: has abar.
     Returns:
         (n, 2 D), as StableUnCLIPImg2ImgPipeline.noise_image_embeddings computes it.
@@ -354,7 +364,8 @@ def parse_args():
     parser.add_argument("--data-dir", help="a folder with train/ below it, or where CIFAR-100 lies (default: data)")
     parser.add_argument("--limit", type=genview.at_least(2), help="use so many pictures")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/generator"), help="becomes the pipeline's folder")
-    parser.add_argument("--steps", type=genview.at_least(1), default=50_000, help="of which each part takes its share")
+    parser.add_argument("--steps", type=genview.at_least(1), default=50_000,
+                        help="each part takes its multiple of them, see PARTS")
     parser.add_argument("--batch-size", type=genview.at_least(4), default=128)
     parser.add_argument("--seed", type=genview.at_least(0), default=0)
     parser.add_argument("--device", help="default: cuda, else mps, else cpu")
@@ -374,7 +385,8 @@ def main():
         raise Trouble("one process trains the generator: start it without torchrun")
     train(args, world)
     say(f"{args.output_dir} is a StableUnCLIPImg2ImgPipeline, {args.output_dir}/samples.png shows what it draws; next:\n"
-        f"  python generate_views.py --dataset cifar10 --model {args.output_dir} --steps 2 --guidance 1.25")
+        f"  python generate_views.py --dataset cifar10 --model {args.output_dir} --steps {MINI['steps']} "
+        f"--guidance {MINI['guidance']} --preview 8")
 
 
 if __name__ == "__main__":

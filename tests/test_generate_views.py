@@ -253,6 +253,17 @@ def test_flip_takes_the_other_side(world):
     assert generate_views.foreground_proportion(tokens, flipped, alpha).mean().item() == pytest.approx(0.4, abs=0.01)
 
 
+@pytest.mark.parametrize("place, warned", [(3.0, True), (0.0, False)])
+def test_maps_that_show_only_the_place_are_named(monkeypatch, capsys, place, warned):
+    tokens = place * torch.randn(1, 16, 8) + torch.randn(40, 16, 8)
+    monkeypatch.setattr(generate_views, "encode_all", lambda *_: [(None, part, None) for part in tokens.split(8)])
+    pipe = argparse.Namespace(image_encoder=argparse.Namespace(config=argparse.Namespace(hidden_size=8)))
+    images = genview.Images(["x"] * 40, torch.zeros(40), 1)
+    args = argparse.Namespace(component=None, flip_foreground=False, fit_images=40, data_dir="")
+    generate_views.find_foreground(args, pipe, images)
+    assert ("tell their places" in capsys.readouterr().out) == warned
+
+
 def test_preview_draws_one_picture_and_nothing_else(world, capsys):
     assert run(world, "looked", "--preview", "3", "--batch-size", "2") == 0
     path = world / "looked" / "preview.png"
