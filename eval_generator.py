@@ -74,6 +74,25 @@ def reconstruct(pipe, pixels):
     return ((kept.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
+@torch.inference_mode()
+def foreground_table(judge, pixels, a, label, world, share=generate_views.FRACTION):
+    """Is what the map calls foreground what the judge recognises pictures by? A table in Markdown: agreement with label where
+    only the share of the places with the largest a (n, 64) is left of each picture, and where only the others are; the
+    rest is painted in the picture's mean colour. For comparison the centre, the same in all pictures, and random places."""
+    middle = torch.arange(8) - 3.5
+    near = -(middle[:, None] ** 2 + middle ** 2).flatten()
+    draw = torch.rand(a.shape, generator=torch.Generator().manual_seed(0))
+    mean = pixels.float().mean((2, 3), keepdim=True)
+    lines = ["| places | only these | only the others |", "| --- | --- | --- |"]
+    for name, score in {"the map's foreground": a, "the centre": near + 1e-3 * draw, "random": draw}.items():
+        rank = score.argsort(1, descending=True).argsort(1)
+        keep = F.interpolate((rank < round(share * a.shape[1])).view(-1, 1, 8, 8).float(), size=32)
+        agree = [100 * (look(judge, torch.lerp(mean, pixels.float(), part).round().byte(), world)[1] == label).float().mean()
+                 for part in (keep, 1 - keep)]
+        lines.append(f"| {name} | {agree[0]:.1f} | {agree[1]:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
 def tables(truth, original, kept, pixels_kept, pixels, by_level, proportion):
     """Two tables in Markdown. original, kept: (features, labels) that the judge gives; by_level: {level: (two views'
     (features, labels), pixels (2, n, ...))}; proportion: of foreground, (n,)."""
@@ -136,8 +155,9 @@ def main():
     views = views_of(pipe, args, c, images.names)
     kept = reconstruct(pipe, images.pixels.to(world.device)).cpu()
     by_level = {level: ([look(judge, part, world) for part in both], both) for level, both in views.items()}
-    text = tables(images.labels, look(judge, images.pixels, world), look(judge, kept, world), kept, images.pixels, by_level,
-                  proportion)
+    original = look(judge, images.pixels, world)
+    text = tables(images.labels, original, look(judge, kept, world), kept, images.pixels, by_level, proportion)
+    text += "\n" + foreground_table(judge, images.pixels, tokens.float().cpu() @ v1, original[1], world)
     genview.write_whole(args.output_dir / "tables.md", lambda temporary: temporary.write_text(text))
     say(f"{text}\n{json.dumps(vars(args), default=str)}\n{args.output_dir}: tables.md, samples.png, the judge")
 

@@ -3,7 +3,7 @@ r"""Trains a miniature of Stable unCLIP for 32 x 32 pictures from scratch, in th
     python train_generator.py --data-dir data/tinyimagenet32 --steps 5000        # writes runs/generator, a pipeline's folder
     python generate_views.py --dataset cifar10 --model runs/generator --steps 2 --guidance 1.25 --preview 8      # look first
 
-Train it on other pictures than those of the self-supervised run: any image folder, or CIFAR-100. Three parts are trained one
+Train it on other pictures than those of the self-supervised run: any image folder, or CIFAR-100. Four parts are trained one
 after the other, by one loop (fit): the autoencoder, the image encoder C (and E of the paper), and the denoising U-Net, which
 with the decoder is the generator G. The text side of the pipeline is fixed and says nothing: GenView's prompt is empty.
 
@@ -38,7 +38,24 @@ class Recipe(NamedTuple):
     rate: float                        # highest learning rate
 
 
-PARTS = dict(autoencoder=Recipe(0.8, 0.25, 2e-3), encoder=Recipe(0.25, 0.5, 1.5e-3), generator=Recipe(0.65, 1.0, 2e-3))
+PARTS = dict(autoencoder=Recipe(0.8, 0.25, 2e-3), teacher=Recipe(0.1, 1.0, 4e-3), encoder=Recipe(0.4, 0.5, 1.5e-3),
+             generator=Recipe(0.55, 1.0, 2e-3))
+
+
+class Data(NamedTuple):
+    """N pictures on the device; with mirrored, an index from N on is the mirror image of picture index - N."""
+    pixels: torch.Tensor               # (N, 3, 32, 32) uint8
+    labels: torch.Tensor               # (N,)
+    mirrored: bool
+
+    @property
+    def size(self):
+        return len(self.pixels) * (2 if self.mirrored else 1)
+
+    def pictures(self, index):
+        """(n,) -> (n, 3, 32, 32) in [-1, 1]."""
+        x = self.pixels[index % len(self.pixels)].float() / 127.5 - 1
+        return torch.where((index >= len(self.pixels))[:, None, None, None], x.flip(3), x)
 
 
 # ------------------------------------------------------------------------------------------- part 1: latents of a picture
@@ -63,37 +80,89 @@ class Autoencoder(nn.Module):
         return {"error": error, "kl": 1e-5 * kl}
 
 
-# ------------------------------------------------------------------------------------------- part 2: the image encoder C
+# --------------------------------------------------------------------- part 2: a teacher, which knows objects by their names
 
-class ImageEncoder(nn.Module):
-    """A small CLIP vision model: pictures -> embeddings c (n, D).
-
-    Its 8 x 8 patch tokens should show the foreground; as trained so far they tell hardly more than their places (README).
+class Teacher(nn.Module):
+    """A small convolutional classifier: pictures -> feature maps (n, 64, 128), 8 x 8 places, row by row.
 
     CLIP contrasts pictures with captions. Here a caption is a class name, and there are few of them, so each has a learned
-    embedding in the place of a text encoder's, and the contrast is with all classes: it needs no large batch. That alone
-    would leave nothing but the class in c, while CLIP's c, from 400 million free captions, also tells colour and layout
-    (without which unCLIP could not draw a variation): a linear head must find a thumbnail in c.
+    embedding (a row of classes) in the place of a text encoder's, and the contrast is with all classes: it needs no large
+    batch. The image encoder below, a transformer, would need far more pictures to learn objects so; it learns from this.
     """
 
     def __init__(self, num_classes):
+        from torchvision.models.resnet import BasicBlock
+        super().__init__()
+
+        def block(before, after, stride):
+            change = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+            return BasicBlock(before, after, stride, None if before == after else change)
+        self.features = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+                                      block(32, 64, 1), block(64, 128, 2), block(128, 128, 1))
+        self.classes = nn.Linear(128, num_classes)
+
+    def maps(self, x):
+        x = x.contiguous(memory_format=torch.channels_last)            # three times as fast on a CPU
+        return self.features(x).flatten(2).mT.float()
+
+    def forward(self, data, index, generator):
+        # captions = -log(exp(<f, t_y>) / sum_k exp(<f, t_k>)),  f the mean of the map, t_k the embedding of class k
+        scores = self.classes(self.maps(data.pictures(index)).mean(1))                                  # (n, classes)
+        return {"captions": F.cross_entropy(scores.float(), data.labels[index % len(data.labels)])}
+
+
+class Lesson(NamedTuple):
+    """What the image encoder learns from: pictures, and the teacher's maps of them, centred and scaled."""
+    data: Data
+    teacher: Teacher
+    mean: torch.Tensor                 # (64, 128)
+    std: torch.Tensor                  # ()
+
+    def maps(self, x):
+        return (self.teacher.maps(x) - self.mean) / self.std
+
+
+@torch.no_grad()
+def prepare(data, teacher):
+    """The Lesson. A quarter of what the place alone tells is taken from the maps: the encoder learns places sooner than
+    objects, and its first component would show little else."""
+    some = genview.spaced(len(data.pixels), min(2000, len(data.pixels))).to(data.pixels.device)
+    maps = torch.cat([teacher.maps(data.pictures(part)) for part in some.split(500)])                   # (N, 64, 128)
+    mean = maps.mean((0, 1))
+    return Lesson(data, teacher, mean.lerp(maps.mean(0), 0.25), (maps - mean).square().mean().sqrt())
+
+
+# ------------------------------------------------------------------------------------------- part 3: the image encoder C
+
+class ImageEncoder(nn.Module):
+    """A small CLIP vision model: pictures -> embeddings c (n, D), with 8 x 8 patch tokens that show the foreground.
+
+    It imitates the teacher: the first half of each token is the teacher's map at that place, and a linear head finds the mean
+    of the map in c. That alone would leave nothing but objects in c, while CLIP's c, from 400 million free captions, also
+    tells colour and layout (without which unCLIP could not draw a variation): another head must find a thumbnail in c.
+    """
+
+    def __init__(self):
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
         super().__init__()
         self.model = CLIPVisionModelWithProjection(CLIPVisionConfig(
             hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=SIZE, patch_size=4,
             projection_dim=EMBEDDING, hidden_act="gelu"))
-        self.classes = nn.Parameter(torch.randn(num_classes, EMBEDDING))                # in the place of encoded captions
-        self.log_scale = nn.Parameter(torch.tensor(10.0).log())                         # 1 / temperature, learned as CLIP's
+        self.objects = nn.Linear(EMBEDDING, 128)
         self.layout = nn.Linear(EMBEDDING, 3 * 16 * 16)
 
-    def forward(self, data, index, generator):
-        x = data.pictures(index)
-        c = embed(self.model, x)                                                                        # (n, D)
-        # captions = -log(exp(s cos(c, t_y)) / sum_k exp(s cos(c, t_k))),  t_k the embedding of class k, y the picture's
-        cosines = F.normalize(c, dim=1) @ F.normalize(self.classes, dim=1).T                            # (n, classes)
-        captions = F.cross_entropy((self.log_scale.exp() * cosines).float(), data.labels[index % len(data.labels)])
+    def forward(self, lesson, index, generator):
+        x = lesson.data.pictures(index)
+        with torch.no_grad():
+            maps = lesson.maps(x)                                                                       # (n, 64, 128)
+        output = self.model(genview.normalise(x / 2 + 0.5))
+        tokens = genview.clip_tokens(self.model.vision_model, output.last_hidden_state).float()         # (n, 64, 256)
+        c = output.image_embeds
         thumbnail = F.avg_pool2d(x, 2).flatten(1)
-        return {"captions": captions, "layout": 400 * F.mse_loss(self.layout(c).float(), thumbnail)}
+        # Tokens are twice as large as the maps: so the first component is one of the teacher's, not of the other half's.
+        return {"tokens": 10 * F.mse_loss(tokens[..., :128] / 2, maps),
+                "objects": 10 * F.mse_loss(self.objects(c).float(), maps.mean(1)),
+                "layout": 400 * F.mse_loss(self.layout(c).float(), thumbnail)}
 
 
 def embed(model, x):
@@ -121,7 +190,7 @@ def spread(encoder, c):
     return encoder, c @ turn
 
 
-# ------------------------------------------------------------------------------------------- part 3: the denoising U-Net
+# ------------------------------------------------------------------------------------------- part 4: the denoising U-Net
 
 class Generator(nn.Module):
     """The U-Net of unCLIP: denoises latents, told the noised embedding of the image and how noisy that is.
@@ -180,23 +249,7 @@ def noised(c, level, noise, normalizer, scheduler):
     return torch.cat([z, get_timestep_embedding(level, c.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0)], 1)
 
 
-# ----------------------------------------------------------------------------------------------- data, loop, checkpoints
-
-class Data(NamedTuple):
-    """N pictures on the device; with mirrored, an index from N on is the mirror image of picture index - N."""
-    pixels: torch.Tensor               # (N, 3, 32, 32) uint8
-    labels: torch.Tensor               # (N,)
-    mirrored: bool
-
-    @property
-    def size(self):
-        return len(self.pixels) * (2 if self.mirrored else 1)
-
-    def pictures(self, index):
-        """(n,) -> (n, 3, 32, 32) in [-1, 1]."""
-        x = self.pixels[index % len(self.pixels)].float() / 127.5 - 1
-        return torch.where((index >= len(self.pixels))[:, None, None, None], x.flip(3), x)
-
+# ------------------------------------------------------------------------------------------------------ loop, checkpoints
 
 def fit(part, net, data, size, args, world, state, show=lambda ema: None):
     """Trains one part: AdamW, warm-up and cosine, moving average of the weights. Returns that average, frozen.
@@ -256,6 +309,8 @@ def descend(net, ema, optimizer, loss, step):
     decay = min(0.999, (1 + step) / (10 + step))                       # a long memory only when there is something to keep
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+        for mine, its in zip(ema.buffers(), net.buffers()):            # batch norm's statistics are averages already
+            mine.copy_(its)
 
 
 def log(args, line):
@@ -272,7 +327,7 @@ def load_state(args):
     if not path.exists():
         return {"settings": settings} | {part: {} for part in PARTS}
     state = genview.load_checkpoint(path)
-    if state.get("settings") != settings:
+    if state.get("settings") != settings or not PARTS.keys() <= state.keys():
         raise Trouble(f"{path} is of other settings ({state.get('settings')}): name another --output-dir or remove it")
     return state
 
@@ -341,7 +396,8 @@ def train(args, world):
     data = Data(images.pixels.to(world.device), images.labels.to(world.device), mirrored=seen_often)
     torch.manual_seed(args.seed)                                       # of the first weights
     vae = fit("autoencoder", Autoencoder(), data, data.size, args, world, state).vae
-    encoder = fit("encoder", ImageEncoder(images.num_classes), data, data.size, args, world, state).model
+    teacher = fit("teacher", Teacher(images.num_classes), data, data.size, args, world, state)
+    encoder = fit("encoder", ImageEncoder(), prepare(data, teacher), data.size, args, world, state).model
     latents = encode(data, world, lambda x: vae.encode(x).latent_dist.mean)
     encoder, embeddings = spread(encoder, encode(data, world, lambda x: embed(encoder, x)))
     vae.register_to_config(scaling_factor=1 / latents.float().std().item())        # so that scaled latents have variance 1

@@ -75,6 +75,29 @@ def test_pictures_and_mirror_images():
     assert x[0, 0, 0, 0].item() == pytest.approx(pixels[1, 0, 0, 0].item() / 127.5 - 1)
 
 
+def test_what_the_encoder_learns_from():
+    """(map - mean) / std: mean is of each channel, moved a quarter of the way to its mean at the place; std is one for all."""
+    data = train_generator.Data(torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8), torch.arange(5), mirrored=False)
+    teacher = train_generator.Teacher(5).eval()
+    maps = teacher.maps(data.pictures(torch.arange(5))).detach()
+    assert maps.shape == (5, 64, 128)
+    got = train_generator.prepare(data, teacher).maps(data.pictures(torch.tensor([3]))).detach()[0]
+    means = [sum(maps[i, t, k].item() for i in range(5) for t in range(64)) / 320 for k in range(128)]
+    std = math.sqrt((maps - torch.tensor(means)).square().sum().item() / maps.numel())
+    for t, k in [(0, 0), (9, 5), (36, 127), (63, 64)]:
+        place = sum(maps[i, t, k].item() for i in range(5)) / 5
+        assert got[t, k].item() == pytest.approx((maps[3, t, k].item() - 0.75 * means[k] - 0.25 * place) / std, abs=1e-3)
+
+
+def test_the_moving_average_has_the_statistics_of_batch_norm():
+    net, ema = train_generator.Teacher(3), train_generator.Teacher(3)
+    data = train_generator.Data(torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), torch.tensor([0, 1, 2, 0]), mirrored=False)
+    loss = sum(net(data, torch.arange(4), None).values())
+    train_generator.descend(net, ema, torch.optim.SGD(net.parameters(), lr=0.1), loss, step=0)
+    mine, its = (dict(module.named_buffers()) for module in (ema, net))
+    assert len(its) == 27 and its["features.1.running_mean"].any() and all(torch.equal(mine[key], its[key]) for key in its)
+
+
 def test_spread_of_the_embeddings(pipe):
     """The turned encoder gives what is returned; covariance: 0 off the diagonal, on it the root of the old eigenvalues."""
     x = torch.rand(600, 3, 32, 32) * 2 - 1
@@ -123,9 +146,9 @@ def test_latents_and_normaliser(trained, pipe, image_folder):
     assert c.var(0).mean().item() == pytest.approx(1, abs=0.1)          # half precision on the way
 
 
-@pytest.mark.parametrize("stop_at", [2, 6, 9])
+@pytest.mark.parametrize("stop_at", [2, 7, 10])
 def test_interrupted_run_ends_as_an_uninterrupted_one(trained, image_folder, tmp_path, monkeypatch, stop_at):
-    """Stopped at a checkpoint in each of the three parts (5, 2 and 4 steps)."""
+    """Stopped at a checkpoint in the autoencoder, the encoder, the U-Net (5, 2 and 4 steps; 1 of the teacher)."""
     flags = ["--data-dir", image_folder, "--output-dir", tmp_path, "--save-minutes", "0", *FLAGS]
     write, count = genview.write_whole, [0]
 
@@ -203,6 +226,17 @@ def test_tables_of_the_judge():
     assert rows[3] == ["the autoencoder's (mean squared error 0.1600 on [-1, 1])", "75.0", "100.0", "", ""]
     assert rows[4][1:] == ["50.0", "75.0", "1.000", "3.0"]              # as on originals: 3 of 4 and 1 of 4
     assert rows[-5][1:3] == ["2", "75.0"] and rows[-4][1:3] == ["0", "-"] and rows[-1][1:3] == ["1", "0.0"]
+
+
+def test_foreground_table_of_a_judge_that_looks_at_one_place(monkeypatch):
+    """It answers 1 where the place at row 2, column 7 is white, and so do maps that have it first, or last."""
+    pixels = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    pixels[:, :, 8:12, 28:] = 255
+    monkeypatch.setattr(eval_generator, "look", lambda judge, x, world: (None, (x[:, 0, 8:12, 28:] == 255).flatten(1).all(1).long()))
+    a = torch.rand(3, 64)
+    a[:2, 23], a[2, 23] = 2, -1
+    rows = eval_generator.foreground_table(None, pixels, a, torch.ones(3), None).splitlines()[2:]
+    assert rows[0] == "| the map's foreground | 66.7 | 33.3 |" and rows[1] == "| the centre | 0.0 | 100.0 |"
 
 
 def test_judge_as_a_user(trained, image_folder, tmp_path, capsys):
