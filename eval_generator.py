@@ -1,11 +1,12 @@
-"""Judges a generator by figures: do its views keep the label, and do they differ from each other, as the noise level rises?
+"""Judges a generator by figures: do its views keep the label, do they differ from each other as the noise level rises, and do
+its foreground maps show the foreground?
 
     python eval_generator.py --data-dir data/cifar10-jpeg                  # the miniature; writes runs/eval-generator
 
 The paper's Fig. 3 in numbers. The judge is a small classifier trained with the labels of the training images; the generator
 is judged on test images.
 
-Legend of the shapes: n images judged, L noise levels, D features of the judge.
+Legend of the shapes: n images judged, D features of the judge.
 """
 import argparse
 import json
@@ -74,19 +75,21 @@ def reconstruct(pipe, pixels):
     return ((kept.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
-@torch.inference_mode()
-def foreground_table(judge, pixels, a, label, world, share=generate_views.FRACTION):
-    """Is what the map calls foreground what the judge recognises pictures by? A table in Markdown: agreement with label where
-    only the share of the places with the largest a (n, 64) is left of each picture, and where only the others are; the
-    rest is painted in the picture's mean colour. For comparison the centre, the same in all pictures, and random places."""
-    middle = torch.arange(8) - 3.5
-    near = -(middle[:, None] ** 2 + middle ** 2).flatten()
+def foreground_table(judge, pixels, a, label, world):
+    """Does the judge recognise pictures by what the map calls foreground? A table in Markdown: how often its label stays label.
+
+    Left of each picture are the FRACTION of its 64 places with the largest a = <token, v1> (n, 64), or all but these; the rest
+    has the picture's mean colour. Not Eq. 7's one threshold: as much of every picture, so that the rows can be compared with
+    the places of the mean map, the same in all pictures, and with random ones.
+    """
+    count = round(generate_views.FRACTION * a.shape[1])
     draw = torch.rand(a.shape, generator=torch.Generator().manual_seed(0))
     mean = pixels.float().mean((2, 3), keepdim=True)
-    lines = ["| places | only these | only the others |", "| --- | --- | --- |"]
-    for name, score in {"the map's foreground": a, "the centre": near + 1e-3 * draw, "random": draw}.items():
+    lines = [f"| {count} of the 64 places of each picture | judge's label as on the original: only these left | "
+             "only the others left |", "| --- | --- | --- |"]
+    for name, score in {"the map's foreground": a, "the mean map's": a.mean(0).expand_as(a), "random": draw}.items():
         rank = score.argsort(1, descending=True).argsort(1)
-        keep = F.interpolate((rank < round(share * a.shape[1])).view(-1, 1, 8, 8).float(), size=32)
+        keep = F.interpolate((rank < count).view(-1, 1, 8, 8).float(), size=32)
         agree = [100 * (look(judge, torch.lerp(mean, pixels.float(), part).round().byte(), world)[1] == label).float().mean()
                  for part in (keep, 1 - keep)]
         lines.append(f"| {name} | {agree[0]:.1f} | {agree[1]:.1f} |")
@@ -149,15 +152,15 @@ def main():
                  args.steps, args.guidance)
     judge = train_judge(args, images.num_classes, world)
     encoded = list(generate_views.encode_all(pipe, images, range(len(images.names))))
-    tokens, c = (torch.cat([part[k] for part in encoded]) for k in (1, 2))
-    v1, alpha = genview.fit_foreground(tokens.cpu(), (8, 8), generate_views.FRACTION)
-    proportion = generate_views.foreground_proportion(tokens.cpu(), v1, alpha)
+    tokens, c = torch.cat([part[1] for part in encoded]).cpu(), torch.cat([part[2] for part in encoded])
+    v1, alpha = genview.fit_foreground(tokens, (8, 8), generate_views.FRACTION)
+    proportion = generate_views.foreground_proportion(tokens, v1, alpha)
     views = views_of(pipe, args, c, images.names)
     kept = reconstruct(pipe, images.pixels.to(world.device)).cpu()
     by_level = {level: ([look(judge, part, world) for part in both], both) for level, both in views.items()}
     original = look(judge, images.pixels, world)
     text = tables(images.labels, original, look(judge, kept, world), kept, images.pixels, by_level, proportion)
-    text += "\n" + foreground_table(judge, images.pixels, tokens.float().cpu() @ v1, original[1], world)
+    text += "\n" + foreground_table(judge, images.pixels, tokens.float() @ v1, original[1], world)
     genview.write_whole(args.output_dir / "tables.md", lambda temporary: temporary.write_text(text))
     say(f"{text}\n{json.dumps(vars(args), default=str)}\n{args.output_dir}: tables.md, samples.png, the judge")
 

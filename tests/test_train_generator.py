@@ -76,12 +76,12 @@ def test_pictures_and_mirror_images():
 
 
 def test_what_the_encoder_learns_from():
-    """(map - mean) / std: mean is of each channel, moved a quarter of the way to its mean at the place; std is one for all."""
+    """The formula of targets, number by number."""
     data = train_generator.Data(torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8), torch.arange(5), mirrored=False)
     teacher = train_generator.Teacher(5).eval()
     maps = teacher.maps(data.pictures(torch.arange(5))).detach()
     assert maps.shape == (5, 64, 128)
-    got = train_generator.prepare(data, teacher).maps(data.pictures(torch.tensor([3]))).detach()[0]
+    got = train_generator.targets(data, teacher)(data.pictures(torch.tensor([3]))).detach()[0]
     means = [sum(maps[i, t, k].item() for i in range(5) for t in range(64)) / 320 for k in range(128)]
     std = math.sqrt((maps - torch.tensor(means)).square().sum().item() / maps.numel())
     for t, k in [(0, 0), (9, 5), (36, 127), (63, 64)]:
@@ -148,7 +148,7 @@ def test_latents_and_normaliser(trained, pipe, image_folder):
 
 @pytest.mark.parametrize("stop_at", [2, 7, 10])
 def test_interrupted_run_ends_as_an_uninterrupted_one(trained, image_folder, tmp_path, monkeypatch, stop_at):
-    """Stopped at a checkpoint in the autoencoder, the encoder, the U-Net (5, 2 and 4 steps; 1 of the teacher)."""
+    """Stopped at a checkpoint in the autoencoder, the encoder, the U-Net (5, 2 and 3 steps; 1 of the teacher)."""
     flags = ["--data-dir", image_folder, "--output-dir", tmp_path, "--save-minutes", "0", *FLAGS]
     write, count = genview.write_whole, [0]
 
@@ -167,6 +167,31 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(trained, image_folder, tmp
         assert ours[part]["step"] == whole[part]["step"]
         for key, value in whole[part]["ema"].items():
             assert torch.equal(value, ours[part]["ema"][key]), (part, key)
+
+
+def test_batch_norm_goes_on_after_an_interruption(tmp_path, monkeypatch):
+    """The teacher's four steps in one go, and interrupted after two."""
+    args = argparse.Namespace(steps=40, batch_size=4, seed=0, log_every=1, save_minutes=0, output_dir=tmp_path)
+    data = train_generator.Data(torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8), torch.arange(16) % 2, mirrored=False)
+
+    def fit(state):
+        torch.manual_seed(0)
+        return train_generator.fit("teacher", train_generator.Teacher(2), data, 16, args, genview.setup("cpu"), state)
+    whole, descend, count = fit({"teacher": {}}).state_dict(), train_generator.descend, [0]
+
+    def stopping(*everything):
+        count[0] += 1
+        if count[0] == 3:
+            raise KeyboardInterrupt
+        descend(*everything)
+    (tmp_path / "last.pt").unlink()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_generator, "descend", stopping)
+        fit({"teacher": {}})
+    state = genview.load_checkpoint(tmp_path / "last.pt")
+    assert state["teacher"]["step"] == 2
+    ours = fit(state).state_dict()
+    assert ours.keys() == whole.keys() and all(torch.equal(ours[key], whole[key]) for key in whole)
 
 
 def test_other_settings_are_refused(trained, image_folder):
@@ -234,9 +259,9 @@ def test_foreground_table_of_a_judge_that_looks_at_one_place(monkeypatch):
     pixels[:, :, 8:12, 28:] = 255
     monkeypatch.setattr(eval_generator, "look", lambda judge, x, world: (None, (x[:, 0, 8:12, 28:] == 255).flatten(1).all(1).long()))
     a = torch.rand(3, 64)
-    a[:2, 23], a[2, 23] = 2, -1
+    a[:2, 23], a[2, 23] = 4, -1                    # on average 2.3, the others less than 1
     rows = eval_generator.foreground_table(None, pixels, a, torch.ones(3), None).splitlines()[2:]
-    assert rows[0] == "| the map's foreground | 66.7 | 33.3 |" and rows[1] == "| the centre | 0.0 | 100.0 |"
+    assert rows[0] == "| the map's foreground | 66.7 | 33.3 |" and rows[1] == "| the mean map's | 100.0 | 0.0 |"
 
 
 def test_judge_as_a_user(trained, image_folder, tmp_path, capsys):
