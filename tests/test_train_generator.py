@@ -230,6 +230,29 @@ def test_mini_names_the_folder_in_the_repository(monkeypatch, trained):
                                    atol=1e-3, rtol=1e-3)
 
 
+def test_the_miniature_in_the_repository():
+    """On the 16 photographs in the first row of docs/generator.png: maps differ, views resemble their own picture, and less so
+    the higher the noise level."""
+    assert sum(file.stat().st_size for file in genview.MINI.rglob("*") if file.is_file()) < 25e6
+    pipe = generate_views.load_pipeline("mini", torch.float32, "cpu")
+    row = genview.to_tensor(genview.open_image(Path(train_generator.__file__).with_name("docs") / "generator.png"))[:, 2:34, 2:]
+    pixels = torch.stack([row[:, :, 34 * i:34 * i + 32] for i in range(16)])
+    images = genview.Images([f"{i}" for i in range(16)], torch.zeros(16), 1, pixels)
+    encoded = list(generate_views.encode_all(pipe, images, range(16)))
+    tokens, c = (torch.cat([part[k] for part in encoded]).float() for k in (1, 2))
+    v1, _ = genview.fit_foreground(tokens, (8, 8))
+    a = tokens @ v1
+    assert a.mean(0).var() < 0.8 * a.var() and a.view(16, 8, 8)[:, 2:6, 2:6].mean() > a.mean()
+    settings = argparse.Namespace(**generate_views.MINI, size=32, save_size=32, dtype="float32", batch_size=16, largest=16)
+    error = {}
+    for level in (0, 400):
+        views = torch.stack([genview.to_tensor(view) for view in generate_views.generate_all(pipe, settings, level, c, range(16))])
+        distance = ((views[:, None].float() - pixels.float()) / 127.5).square().mean((2, 3, 4))         # of view i and picture j
+        error[level] = distance.diagonal().mean().item()
+        assert level or distance.argmin(1).tolist() == list(range(16))
+    assert error[0] < 0.05 and error[0] < 0.75 * error[400]
+
+
 def test_mini_that_is_not_there_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(genview, "MINI", tmp_path / "weights" / "mini-unclip")
     for load in (lambda: generate_views.load_pipeline("mini", torch.float32, "cpu"), lambda: genview.FrozenEncoder("mini")):
