@@ -218,7 +218,7 @@ def generation(world, sync, windows, n=32):
     from train_generator import EMBEDDING, Autoencoder, Generator, ImageEncoder, assemble
     from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
     torch.manual_seed(0)
-    pipe = assemble(Autoencoder().vae, ImageEncoder(2).model, Generator(StableUnCLIPImageNormalizer(EMBEDDING)))
+    pipe = assemble(Autoencoder().vae, ImageEncoder().model, Generator(StableUnCLIPImageNormalizer(EMBEDDING)))
     with tempfile.TemporaryDirectory() as folder:
         pipe.save_pretrained(folder)
         pipe = generate_views.load_pipeline(folder, torch.float32, world.device)
