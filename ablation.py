@@ -19,9 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import genview
-from generate_views import MINI
+from eval_generator import reconstruct
+from generate_views import MINI, load_pipeline
 from genview import Trouble, say
 
 # method: (name in the table, training script, its flags)
@@ -44,10 +46,12 @@ ROWS = {
     "cached": ("+ views, adaptive noise, cached quality weights", "adaptive", ["--quality", "cached"]),
     "extra": ("the same images as extra samples", "adaptive", ["--views", "extra", "--quality", "off"]),
 }
-# Rows of a ceiling for any generator: the view is a picture of the image's class in so many of 100 cases, else of any class.
-# They use the labels, so they are no results, and are run only where --rows names them.
-CEILING = {f"class{share}": (f"a picture of the class, in {share}% of the cases", f"class{share}", ["--quality", "off"])
-           for share in (100, 60)}
+# Controls, run only where --rows names them: what of a generated view makes the difference?
+# copies: the image itself, as soft as the generator's autoencoder makes it. class: a ceiling for any generator, a picture of the
+# image's class in so many of 100 cases, else of any class; it uses the labels, so it is no result.
+CONTROLS = {"copies": ("the autoencoder's copies for views", "copies", ["--quality", "off"])} | {
+    f"class{share}": (f"a picture of the class, in {share}% of the cases", f"class{share}", ["--quality", "off"])
+    for share in (100, 60)}
 
 
 def call(jobs, script, *flags):
@@ -64,21 +68,34 @@ def views_dir(args, noise):
     return args.output_dir / f"views-{noise}"
 
 
-def pictures_of_the_class(args, share):
-    """The views of the ceiling: for share of 100 images a random picture of its class, for the others any."""
-    images = genview.load_images("cifar10", args.data_dir, "train", 32)
+def copies(args, images):
+    """(limit, 3, 32, 32) uint8: what the generator's autoencoder keeps of the images."""
+    pipe = load_pipeline(args.model, torch.float32, torch.device("cpu"))
+    return reconstruct(pipe, images.pixels[genview.spaced(len(images.names), args.limit)])
+
+
+def pictures_of_the_class(args, images, share):
+    """(limit, 3, 32, 32) uint8: for share of 100 images a random picture of its class, for the others any."""
     generator, every = genview.step_generator(0, share), torch.arange(len(images.names))
-    of_class = [every[images.labels == label] for label in range(images.num_classes)]
-    for index in genview.spaced(len(images.names), args.limit).tolist():
-        among = of_class[images.labels[index]] if torch.randint(100, (), generator=generator) < share else every
-        other = among[torch.randint(len(among), (), generator=generator)]
-        path = views_dir(args, f"class{share}") / Path(images.names[index]).with_suffix(".png")
-        genview.write_whole(path, lambda temporary: images.pil(other).save(temporary, format="PNG"))
+    of_class, others = [every[images.labels == label] for label in range(images.num_classes)], []
+    for label in images.labels[genview.spaced(len(images.names), args.limit)].tolist():
+        among = of_class[label] if torch.randint(100, (), generator=generator) < share else every
+        others.append(among[torch.randint(len(among), (), generator=generator)])
+    return images.pixels[torch.stack(others)]
+
+
+def make_control_views(args, row):
+    images = genview.load_images("cifar10", args.data_dir, "train", 32)
+    views = copies(args, images) if row == "copies" else pictures_of_the_class(args, images, int(row.removeprefix("class")))
+    for index, view in zip(genview.spaced(len(images.names), args.limit).tolist(), views):
+        picture = Image.fromarray(view.permute(1, 2, 0).numpy())
+        path = views_dir(args, row) / Path(images.names[index]).with_suffix(".png")
+        genview.write_whole(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
 def make_views(args, noise):
-    if str(noise) in CEILING:
-        return pictures_of_the_class(args, int(noise.removeprefix("class")))
+    if noise in CONTROLS:
+        return make_control_views(args, noise)
     start = time.time()
     text = call(1, "generate_views.py", "--dataset", "cifar10", "--data-dir", args.data_dir, "--model", args.model,
                 "--noise", noise, "--views-dir", views_dir(args, noise), "--limit", args.limit,
@@ -88,7 +105,7 @@ def make_views(args, noise):
 
 def flags_of(args, method, row):
     """The training script's flags for a method and a row."""
-    _, noise, more = (ROWS | CEILING)[row]
+    _, noise, more = (ROWS | CONTROLS)[row]
     flags = ["--dataset", args.dataset, "--epochs", args.epochs, "--knn-every", args.epochs, *more]
     if args.dataset == "shapes":                   # makes its views itself
         flags += ["--views-dir", "none"] if noise is None else ["--noise", noise]
@@ -129,7 +146,7 @@ def table(args):
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
         each = ", ".join(f"{run['kNN']:.1f}" for run in runs)
-        lines.append(f"| {METHODS[method][0]} | {(ROWS | CEILING)[row][0]} | {' | '.join(cells)} | {each} |")
+        lines.append(f"| {METHODS[method][0]} | {(ROWS | CONTROLS)[row][0]} | {' | '.join(cells)} | {each} |")
     return "\n".join(lines) + "\n"
 
 
@@ -146,8 +163,8 @@ def parse_args():
     parser = argparse.ArgumentParser(description="Contrastive learning with and without each part of GenView.")
     parser.add_argument("--dataset", choices=["cifar10", "shapes"], default="cifar10")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, "all"], default=["mocov2"], help="default: mocov2")
-    parser.add_argument("--rows", nargs="+", choices=[*ROWS, *CEILING], default=list(ROWS),
-                        help="default: all but those of the ceiling")
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, *CONTROLS], default=list(ROWS),
+                        help="default: all but the controls")
     parser.add_argument("--data-dir", default="data", help="CIFAR-10 (default: data)")
     parser.add_argument("--model", default="mini", help="mini, or a folder of train_generator.py (default: mini)")
     parser.add_argument("--arch", default="resnet10_narrow", help="default: resnet10_narrow, for CPUs")
@@ -158,8 +175,8 @@ def parse_args():
     parser.add_argument("--output-dir", type=Path, default=Path("runs/ablation"))
     args = parser.parse_args()
     args.methods = list(METHODS) if "all" in args.methods else args.methods
-    if args.dataset == "shapes" and CEILING.keys() & set(args.rows):
-        raise Trouble("the rows of the ceiling are for --dataset cifar10")
+    if args.dataset == "shapes" and CONTROLS.keys() & set(args.rows):
+        raise Trouble("the controls are for --dataset cifar10")
     args.epochs = args.epochs or (30 if args.dataset == "shapes" else 20)
     return args
 
@@ -167,7 +184,7 @@ def parse_args():
 def main():
     args = parse_args()
     check_settings(args)
-    for noise in dict.fromkeys((ROWS | CEILING)[row][1] for row in args.rows):
+    for noise in dict.fromkeys((ROWS | CONTROLS)[row][1] for row in args.rows):
         if noise is not None and args.dataset != "shapes":
             make_views(args, noise)
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -330,7 +330,7 @@ def test_ablation_runs_each_row_once_and_writes_the_table(tmp_path, monkeypatch,
     call(ablation, "--dataset", "shapes", "--methods", "all", "--rows", "plain", "quality", "--output-dir", tmp_path / "shapes")
     assert {call[0] for call in calls} == {f"{method}-{row}-{seed}" for method in ablation.METHODS for row in ("plain", "quality")
                                            for seed in (0, 1, 2)}
-    with pytest.raises(Trouble, match="the ceiling .* cifar10"):
+    with pytest.raises(Trouble, match="the controls .* cifar10"):
         call(ablation, "--dataset", "shapes", "--rows", "class100", "--output-dir", tmp_path / "ceiling")
 
 
@@ -347,6 +347,18 @@ def test_the_views_of_the_ceiling_keep_the_class_as_often_as_said(share, least, 
     kept = [label[genview.to_tensor(genview.open_image(path)).numpy().tobytes()] == own
             for path, own in zip(paths, images.labels.tolist()) if path]
     assert len(kept) == 100 and least <= sum(kept) / 100 <= most
+
+
+def test_the_copies_are_what_the_autoencoder_keeps(tmp_path):
+    """Each beside its own image: nearer to it than to any other, yet not the image itself."""
+    import tiny
+    data = tiny.save_images(tmp_path / "data", per_class=20)
+    ablation.make_views(argparse.Namespace(data_dir=data, limit=10, output_dir=tmp_path / "runs", model="mini"), "copies")
+    images = genview.load_images("cifar10", data, "train", 32)
+    paths = genview.find_views(images, tmp_path / "runs/views-copies", "cifar10")
+    error = {index: (genview.to_tensor(genview.open_image(path)).float() - images.pixels.float()).square().mean((1, 2, 3))
+             for index, path in enumerate(paths) if path}
+    assert len(error) == 10 and all(e.argmin() == index and e.min() > 0 for index, e in error.items())
 
 
 def test_a_failing_row_is_named(tmp_path):
