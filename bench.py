@@ -214,9 +214,10 @@ def peak(device, folder):
 
 def generation(world, sync, windows, n=32):
     """Views in batches against one at a time with an encoder pass each for tokens and embedding, on a small pipeline."""
+    from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
+
     import generate_views
     from train_generator import EMBEDDING, Autoencoder, Generator, ImageEncoder, assemble
-    from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
     torch.manual_seed(0)
     pipe = assemble(Autoencoder().vae, ImageEncoder().model, Generator(StableUnCLIPImageNormalizer(EMBEDDING)))
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,156 @@
+"""Every default that is not one number for all: by data set, method, architecture and protocol.
+
+A recipe groups its values by their source: {source: {flag: value}}. Each value is also a flag, which
+overrides it. Learning rates are for 256 images and grow linearly with the batch in all these papers.
+"""
+from support.world import real, whole
+
+SOURCES = {
+    "v2": "MoCo v2 (Chen et al. 2020); for CIFAR-10 the notebook of its authors",
+    "v3": "MoCo v3 (Chen et al. 2021) and its code",
+    "byol": "BYOL (Grill et al. 2020), the 300-epoch recipe",
+    "simsiam": "SimSiam (Chen and He 2021)",
+    "swav": "SwAV (Caron et al. 2020), 200 epochs with large batches",
+    "release": "the code released by GenView's authors",
+    "ours": "this project",
+}
+
+# Flags of the training recipes: (type and range, help).
+FLAGS = {
+    "arch": (str, "network: one of torchvision's ResNets, resnet10_narrow, vit_small, vit_base"),
+    "image_size": (whole(1), "side of a view in pixels"),
+    "epochs": (whole(1), "passes over the images"),
+    "batch_size": (whole(1), "images in a step, of all processes together"),
+    "optimizer": (str, "sgd, adamw or lars"),
+    "lr": (real(0, 1e4), "learning rate for 256 images; it grows linearly with the batch"),
+    "weight_decay": (real(0, 1e4), "weight decay"),
+    "warmup_epochs": (whole(0), "epochs in which the learning rate rises linearly"),
+    "dim": (whole(1), "size of an embedding"),
+    "hidden": (whole(1), "width of the hidden layers of projector and predictor"),
+    "queue": (whole(1), "MoCo v2: keys of past batches that serve as negatives"),
+    "prototypes": (whole(1), "SwAV: number of prototypes"),
+    "temperature": (real(1e-4, 1e4), "temperature of the loss"),
+    "epsilon": (real(1e-4, 1e4), "SwAV: smoothness of the codes; smaller is harder"),
+    "freeze_epochs": (whole(0), "SwAV: epochs in which the prototypes do not learn"),
+    "momentum": (real(0, 1), "momentum of the key encoder"),
+    "start_batches": (whole(0), "MoCo v2: batches that set batch norm's statistics at the start"),
+    "crop_min": (real(1e-3, 1), "smallest share of the image's area in a crop"),
+    "small_crops": (whole(0), "SwAV: number of small crops"),
+    "small_size": (whole(1), "SwAV: their side in pixels"),
+    "small_min": (real(1e-3, 1), "SwAV: their smallest share of the image's area"),
+    "blur": (real(0, 1), "probability of Gaussian blur (MoCo v3, BYOL: its mean over the views)"),
+    "knn_every": (whole(0), "epochs between kNN evaluations; 0: never"),
+}
+
+SAME_AS = {"cifar100": "cifar10", "folder": "imagenet"}
+# resnet10_narrow and AdamW: small and quick, so that shapes takes two minutes on a laptop.
+SHAPES = dict(arch="resnet10_narrow", image_size=32, epochs=30, batch_size=128, optimizer="adamw",
+              lr=4e-3, weight_decay=1e-4, warmup_epochs=1, dim=128, crop_min=0.3, blur=0.0,
+              knn_every=5)
+CIFAR = dict(arch="resnet18", image_size=32, epochs=200, batch_size=256, optimizer="sgd",
+             weight_decay=5e-4, warmup_epochs=5, crop_min=0.2, blur=0.0, knn_every=10)
+VIT = dict(arch="vit_base", image_size=224, epochs=300, batch_size=4096, optimizer="adamw", lr=1.5e-4,
+           weight_decay=0.1, warmup_epochs=40, dim=256, hidden=4096, temperature=0.2, momentum=0.99,
+           crop_min=0.08, blur=0.5)
+
+TRAINING = {
+    ("imagenet", "mocov2"): {
+        "v2": dict(arch="resnet50", image_size=224, epochs=200, batch_size=256, optimizer="sgd",
+                   lr=0.03, weight_decay=1e-4, warmup_epochs=0, dim=128, queue=65536,
+                   temperature=0.2, momentum=0.999, crop_min=0.2, blur=0.5),     # the release's too
+        "ours": dict(start_batches=10, knn_every=20)},
+    ("imagenet", "mocov3"): {
+        "v3": dict(arch="resnet50", image_size=224, epochs=100, batch_size=4096, optimizer="lars",
+                   lr=0.6, weight_decay=1e-6, warmup_epochs=10, dim=256, hidden=4096,   # 9.6 at 4096
+                   temperature=1.0, momentum=0.99, crop_min=0.2, blur=0.5),
+        "ours": dict(knn_every=20)},
+    ("imagenet", "mocov3-vit"): {"v3": VIT, "ours": dict(knn_every=20)},
+    ("imagenet", "byol"): {
+        "byol": dict(arch="resnet50", image_size=224, batch_size=4096, optimizer="lars", lr=0.3,
+                     weight_decay=1e-6, warmup_epochs=10, dim=256, hidden=4096, momentum=0.99,
+                     crop_min=0.08, blur=0.5),
+        "release": dict(epochs=200),
+        "ours": dict(knn_every=20)},
+    ("imagenet", "simsiam"): {
+        "simsiam": dict(arch="resnet50", image_size=224, batch_size=256, optimizer="sgd", lr=0.05,
+                        weight_decay=1e-4, warmup_epochs=0, dim=2048, hidden=512, crop_min=0.2,
+                        blur=0.5),
+        "release": dict(epochs=200),
+        "ours": dict(knn_every=20)},
+    ("imagenet", "swav"): {                        # warmup_epochs: the paper warms up for 10
+        "swav": dict(arch="resnet50", image_size=224, epochs=200, batch_size=4096, optimizer="lars",
+                     lr=0.3, weight_decay=1e-6, warmup_epochs=0, dim=128, hidden=2048,   # 4.8 at 4096
+                     prototypes=3000, temperature=0.1, epsilon=0.05, freeze_epochs=1, crop_min=0.14,
+                     small_crops=6, small_size=96, small_min=0.05, blur=0.5),
+        "ours": dict(knn_every=20)},
+    ("cifar10", "mocov2"): {
+        "v2": CIFAR | dict(lr=0.03, dim=128, queue=4096, temperature=0.1, momentum=0.99),
+        "ours": dict(batch_size=256, warmup_epochs=1, crop_min=0.2, start_batches=10, knn_every=10)},
+    ("cifar10", "mocov3"): {
+        "ours": CIFAR | dict(lr=0.03, dim=256, hidden=2048, temperature=0.2, momentum=0.99)},
+    ("cifar10", "mocov3-vit"): {                   # patches of 4 pixels
+        "v3": VIT,
+        "ours": dict(arch="vit_small", image_size=32, batch_size=512, lr=3e-4, hidden=1024,
+                     crop_min=0.2, blur=0.0, knn_every=10)},
+    ("cifar10", "byol"): {"ours": CIFAR | dict(lr=0.06, dim=256, hidden=1024, momentum=0.99)},
+    ("cifar10", "simsiam"): {
+        "simsiam": CIFAR | dict(batch_size=512, lr=0.03, warmup_epochs=0, dim=2048, hidden=512),
+        "ours": dict(epochs=200, knn_every=10)},   # 800 epochs there
+    # SwAV: with few images few prototypes, as its queue is left out. At epsilon 0.05 small runs
+    # stayed at uniform assignments, loss at log P; at 0.01 they learn.
+    ("cifar10", "swav"): {
+        "ours": CIFAR | dict(lr=0.06, dim=128, hidden=512, prototypes=128, temperature=0.1,
+                             epsilon=0.01, freeze_epochs=1, small_crops=2, small_size=16,
+                             small_min=0.08)},
+    ("shapes", "mocov2"): {
+        "ours": SHAPES | dict(queue=2048, temperature=0.2, momentum=0.99, start_batches=0)},
+    ("shapes", "mocov3"): {"ours": SHAPES | dict(hidden=512, temperature=0.2, momentum=0.99)},
+    ("shapes", "mocov3-vit"): {
+        "ours": SHAPES | dict(arch="vit_narrow", lr=1e-3, hidden=512, temperature=0.2, momentum=0.99)},
+    ("shapes", "byol"): {"ours": SHAPES | dict(hidden=512, momentum=0.98)},
+    ("shapes", "simsiam"): {"ours": SHAPES | dict(dim=512, hidden=128)},
+    ("shapes", "swav"): {
+        "ours": SHAPES | dict(hidden=512, prototypes=64, temperature=0.1, epsilon=0.01,
+                              freeze_epochs=1, small_crops=2, small_size=16, small_min=0.15)},
+}
+
+
+def training(dataset, method, arch=None):
+    """The training recipe, {flag: value}; a vision transformer (arch vit_...) has its own."""
+    family = f"{method}-vit" if (arch or "").startswith("vit") else method
+    dataset = SAME_AS.get(dataset, dataset)
+    groups = TRAINING.get((dataset, family)) or TRAINING[dataset, method]
+    return {flag: value for group in groups.values() for flag, value in group.items()}
+
+
+# Evaluation. augment: random crops and flips in every epoch; without, the features are computed once
+# and standardised to length 1 on average, so that one learning rate suits all checkpoints.
+LINEAR = {
+    "small": dict(epochs=100, batch_size=256, lr=1.0, augment=False),                    # ours
+    # The release's for MoCo v3 with ResNet-50. Its ViTs: --lr 12. Customary for MoCo v2:
+    # --epochs 100 --batch-size 256 --lr 30.
+    "imagenet": dict(epochs=90, batch_size=1024, lr=0.4, augment=True),
+}
+# lr: of the new classifier; backbone_lr: of the rest. few: less than 5% of the labels.
+FINETUNE = {
+    "small": dict(epochs=30, batch_size=64, lr=0.1, backbone_lr=0.01),                   # ours
+    # SwAV's for 10% and 1% of the labels, but a cosine schedule; GenView's is not known here.
+    "imagenet": dict(epochs=20, batch_size=256, lr=0.2, backbone_lr=0.01),
+    "imagenet few": dict(epochs=20, batch_size=256, lr=5.0, backbone_lr=0.02),
+}
+
+
+def evaluation(protocol, dataset, labels=1.0):
+    """The recipe of "linear" or "finetune", {flag: value}; labels: the share that is labelled."""
+    size = "imagenet" if dataset == "imagenet" else "small"
+    few = " few" if protocol == "finetune" and size == "imagenet" and labels < 0.05 else ""
+    return (LINEAR if protocol == "linear" else FINETUNE)[size + few]
+
+
+DATA_DIRS = {"shapes": "data", "cifar10": "data", "cifar100": "data", "imagenet": "data/imagenet",
+             "folder": None}                       # folder: --data-dir names it
+# generate_views.py, by model: the miniature in weights/ needs few steps; the release's for unCLIP.
+GENERATION = {
+    "mini": dict(steps=2, guidance=1.25),                                                # ours
+    "stable": dict(steps=20, guidance=10.0),                                             # release
+}

@@ -1,0 +1,154 @@
+"""Random augmentations of whole batches: every image has its own random numbers.
+
+Legend of the shapes: N images, V views of each, H and W of an image, S side of a view in pixels.
+"""
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align
+
+# Views are normalised with CLIP's numbers: one tensor feeds the frozen and the trained encoder.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CROP_TRIES = 10       # as torchvision's RandomResizedCrop; if none fits, the central square is taken
+
+
+class Augmentation(NamedTuple):
+    """A random augmentation t of MoCo: crop and flip always, the rest with given probabilities."""
+    scale: tuple = (0.2, 1.0)              # share of the image's area in the crop
+    jitter: tuple = (0.4, 0.4, 0.4, 0.1)   # brightness, contrast, saturation, hue; probability 0.8
+    blur: float = 0.5                      # probability; sigma in [0.1, 2] pixels
+    solarise: float = 0.0                  # probability
+    size: int = None                       # side of the view in pixels; None: the loader's
+
+
+class Draws(NamedTuple):
+    """Uniform random numbers in [0, 1) for views, named by what they decide; (...) is (N, V) or (V,)."""
+    crop: Tensor          # (..., CROP_TRIES, 4): area, aspect ratio, left, top of each try
+    generated: Tensor     # (...): below 0.5 for view 1, view 1 is the generated one
+    jitter: Tensor        # (...): are colours jittered?
+    strength: Tensor      # (..., 4): factors of brightness, contrast, saturation, hue
+    grey: Tensor          # (...): is the view grey?
+    blur: Tensor          # (...): is it blurred?
+    sigma: Tensor         # (...): by how much?
+    solarise: Tensor      # (...): is it solarised?
+    flip: Tensor          # (...): is it mirrored?
+
+    COLUMNS = 4 * CROP_TRIES + 11
+
+    @classmethod
+    def split(cls, u):
+        """Names the numbers of u (..., COLUMNS)."""
+        crop, strength, rest = u[..., :-11], u[..., -9:-5], (u[..., k] for k in (-11, -10, *range(-5, 0)))
+        generated, jitter, *others = rest
+        return cls(crop.unflatten(-1, (CROP_TRIES, 4)), generated, jitter, strength, *others)
+
+    def of_view(self, v):
+        """The numbers of view v of N images."""
+        return Draws(*(u[:, v] for u in self))
+
+
+def crop_boxes(u, height, width, scale):
+    """Random crops: aspect ratio 3/4 to 4/3, the first of the tries that fits, else the central square.
+
+    Args:
+        u: (N, CROP_TRIES, 4) uniform in [0, 1).
+        scale: (smallest, largest) share of the image's area.
+    Returns:
+        (N, 4) boxes x1, y1, x2, y2 in pixels, not rounded.
+    """
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[..., 0])          # (N, tries)
+    ratio = torch.exp((2 * u[..., 1] - 1) * math.log(4 / 3))
+    w, h = (area * ratio).sqrt(), (area / ratio).sqrt()
+    fits = (w <= width) & (h <= height)
+    pick = torch.arange(len(u), device=u.device), fits.int().argmax(1)              # the first
+    side = torch.full((), float(min(height, width)), device=u.device)
+    any_fits = fits.any(1)
+    w, h = torch.where(any_fits, w[pick], side), torch.where(any_fits, h[pick], side)
+    left = (width - w) * torch.where(any_fits, u[..., 2][pick], 0.5)
+    top = (height - h) * torch.where(any_fits, u[..., 3][pick], 0.5)
+    return torch.stack([left, top, left + w, top + h], 1)
+
+
+def crop(pixels, boxes, size):
+    """Crops boxes (N, 4) out of pixels (N, 3, H, W), resized to size x size, bilinearly."""
+    index = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None]
+    rois = torch.cat([index, boxes], 1)
+    return roi_align(pixels.float(), rois, size, sampling_ratio=1, aligned=True)
+
+
+def recolour(x, draws, order, augmentation):
+    """All of an augmentation but the crop, for a batch.
+
+    Args:
+        x: (N, 3, S, S) in [0, 1], changed in place.
+        draws: Draws of (N,).
+        order: a permutation of 0..3, the order of the four jitters (one a batch; torchvision draws
+            one an image).
+    Returns:
+        (N, 3, S, S), normalised with CLIP's mean and standard deviation.
+    """
+    over_images = lambda u: u[:, None, None, None]
+    strength = constant(augmentation.jitter, x.device) * (draws.jitter[:, None] < 0.8)      # (N, 4)
+    factor = (2 * draws.strength - 1) * strength                      # 0 leaves the image as it is
+    for jitter in order:
+        f = over_images(factor[:, jitter])
+        if jitter == 0:
+            x = x.mul_(1 + f).clamp_(0, 1)                                          # brightness
+        elif jitter == 1:
+            x = x.lerp_(grey(x).mean((2, 3), keepdim=True), -f).clamp_(0, 1)        # contrast
+        elif jitter == 2:
+            x = x.lerp_(grey(x), -f).clamp_(0, 1)                                   # saturation
+        elif augmentation.jitter[3]:
+            x = shift_hue(x, f)
+    x = x.lerp_(grey(x), over_images((draws.grey < 0.2).to(x.dtype)))               # grey
+    if augmentation.blur:
+        blurred = blur(x, 0.1 + 1.9 * draws.sigma)
+        x = torch.where(over_images(draws.blur < augmentation.blur), blurred, x)
+    if augmentation.solarise:
+        chosen = over_images(draws.solarise < augmentation.solarise)
+        x = torch.where(chosen & (x >= 0.5), 1 - x, x)
+    x = torch.where(over_images(draws.flip < 0.5), x.flip(3), x)                    # mirrored
+    return normalise(x)
+
+
+def grey(x):
+    """ITU-R 601 luma, (N, 3, H, W) -> (N, 1, H, W)."""
+    return x[:, :1] * 0.2989 + x[:, 1:2] * 0.587 + x[:, 2:] * 0.114
+
+
+def shift_hue(x, turn):
+    """Turns the hue of x (N, 3, H, W) in [0, 1] by turn (N, 1, 1, 1) full circles, in HSV space."""
+    r, g, b = x.unbind(1)
+    value = x.amax(1)
+    chroma = value - x.amin(1)
+    safe = chroma.clamp_min(1e-8)
+    of_green_or_blue = torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
+    hue = torch.where(value == r, (g - b) / safe, of_green_or_blue)
+    k = (constant((5.0, 3.0, 1.0), x.device).view(1, 3, 1, 1) + (hue[:, None] + 6 * turn)) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def blur(x, sigma):
+    """Gaussian blur of x (N, 3, S, S), sigma (N,) in pixels: rows and columns are matrix products."""
+    position = torch.arange(x.shape[-1], device=x.device)
+    distance = (position[:, None] - position).square()
+    kernel = torch.exp(-distance / (2 * sigma.square()[:, None, None]))
+    kernel = (kernel / kernel.sum(2, keepdim=True))[:, None]        # (N, 1, S, S), rows sum to 1
+    return kernel @ x @ kernel.mT
+
+
+def normalise(x):
+    """x (N, 3, H, W) in [0, 1], with CLIP's mean and standard deviation."""
+    mean, std = (constant(v, x.device).to(x.dtype).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    return (x - mean) / std
+
+
+@functools.lru_cache
+@torch.inference_mode(False)                       # an inference tensor would not allow gradients
+def constant(values, device):
+    """A few numbers on the device, copied there once: each copy would make a GPU wait."""
+    return torch.tensor(values, dtype=torch.float32, device=device)

@@ -1,0 +1,253 @@
+"""Image folders, CIFAR and generated views on the disk -> Images."""
+import io
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision
+from PIL import Image, ImageOps
+
+from support.files import append, read_settings, sweep, write_json, write_whole
+from support.world import UserError, progress
+
+IN_MEMORY_SIZE = 64   # images up to this side are kept in memory, as one uint8 tensor
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+
+
+class Images(NamedTuple):
+    """A labelled set of N images: small ones in memory, large ones as files."""
+    names: list                     # relative to the data folder: "train/cat/0001.jpg"
+    labels: torch.Tensor            # (N,)
+    num_classes: int
+    pixels: torch.Tensor = None     # (N, 3, S, S) uint8, or None: read the files below root
+    root: Path = None
+
+    def pil(self, index):
+        """The image as PIL's RGB image; UserError where it cannot be read."""
+        if self.pixels is not None:
+            return Image.fromarray(self.pixels[index].permute(1, 2, 0).numpy())
+        return open_image(self.root / self.names[index])
+
+    def take(self, index):
+        """The images of index (n,), as Images."""
+        pixels = None if self.pixels is None else self.pixels[index]
+        names = [self.names[i] for i in index.tolist()]
+        return self._replace(names=names, labels=self.labels[index], pixels=pixels)
+
+
+def open_image(path):
+    """An image file as PIL's RGB image, upright; UserError where it cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)     # a far too large image
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):     # 16 bits
+                    scaled = (np.asarray(image) / 257).clip(0, 255)
+                    image = Image.fromarray(scaled.astype(np.uint8))
+                return image.convert("RGB")
+    except Exception as error:                     # PIL raises many kinds
+        raise UserError(f"{path} cannot be read as an image ({' '.join(str(error).split())}); "
+                        f"repair or remove it, or leave such images out with --skip-bad") from None
+
+
+def square(image, size):
+    """The central square of a PIL image, resized to size x size."""
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def to_tensor(image):
+    """PIL's RGB image -> (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def spaced(n, count=None):
+    """count places spread evenly over n, or all n, (count,)."""
+    places = torch.linspace(0, n - 1, min(n, count or n), dtype=torch.double)   # float32 repeats some
+    return places.round().long()
+
+
+def read_cifar(dataset, data_dir, split):
+    """CIFAR by torchvision; one process of each machine downloads it, then the others read it."""
+    kinds = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
+    reader, downloads = kinds[dataset], int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if dist.is_initialized() and not downloads:
+        dist.barrier()
+    try:
+        data = reader(data_dir, train=split == "train", download=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{dataset} is not in {data_dir} and could not be downloaded "
+                        f"({type(error).__name__}): put its {reader.filename} there, or name an image "
+                        f"folder with train/ and test/ by --data-dir; --dataset shapes needs no "
+                        f"download") from None
+    if dist.is_initialized() and downloads:
+        dist.barrier()
+    names = [f"{split}/{i:05d}" for i in range(len(data))]
+    pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return Images(names, torch.tensor(data.targets), len(data.classes), pixels)
+
+
+def find_files(root, split):
+    """The image files of a split, a folder a class: train/, or val/ or test/ below root."""
+    wanted = [split] if split == "train" else ["val", "test"]
+    folder = next((root / s for s in wanted if (root / s).is_dir()), None)
+    if folder is None:
+        raise UserError(f"no images for the {split} split: {root} needs train/ and val/ or test/ below "
+                        f"it, a folder a class (--data-dir)")
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    names, labels = [], []
+    for label, name in enumerate(classes):
+        files = sorted(Path(base, f) for base, _, found in os.walk(folder / name) for f in found)
+        names += [str(f.relative_to(root)) for f in files if f.suffix.lower() in SUFFIXES]
+        labels += [label] * (len(names) - len(labels))
+    if not names:
+        raise UserError(f"{folder} holds no images in class folders")
+    return Images(names, torch.tensor(labels), len(classes), root=root)
+
+
+def into_memory(images, image_size, skip_bad):
+    """Reads files into one tensor of squares; skip_bad: leaves out, and names, what is unreadable."""
+    good, bar = [], progress(range(len(images.names)), "reading", "image")
+    pixels = readable(images, bar, image_size, skip_bad, good)
+    if not good:
+        raise UserError(f"none of the {len(images.names)} images below {images.root} can be read")
+    return images.take(torch.tensor(good))._replace(pixels=torch.stack(pixels))
+
+
+def readable(images, indices, image_size, skip_bad, good=None):
+    """The squares (3, S, S) of the images at indices; skip_bad: without those that cannot be read.
+    good: a list that takes the indices of the others."""
+    pixels = []
+    for i in indices:
+        try:
+            pixels.append(to_tensor(square(images.pil(i), image_size)))
+            if good is not None:
+                good.append(i)
+        except UserError as error:
+            if not skip_bad:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+    return pixels
+
+
+# ------------------------------------------------------------------------- generated views on the disk
+
+def find_views(images, views_dir, dataset):
+    """The generated view of each image: a list of N paths, None where an image has none.
+
+    A view lies in views_dir under the relative path of its source with a suffix of its own, with or
+    without "train/" (the authors' release mirrors ImageNet's train folder). Raises UserError where
+    the folder is missing, was made for another data set, or holds a view of none of the images.
+    """
+    views_dir = Path(views_dir)
+    if not views_dir.is_dir():
+        raise UserError(f"there are no generated views: {views_dir} is no folder; generate_views.py "
+                        f"makes them, --views-dir none trains without")
+    files = {str(path.relative_to(views_dir).with_suffix("")): path for path in image_files(views_dir)}
+    keys = [str(Path(name).with_suffix("")) for name in images.names]
+    paths = [files.get(key) or files.get(key.removeprefix("train/")) for key in keys]
+    settings = views_dir / "settings.json"         # a folder of the release has none
+    made_for = read_settings(settings) if settings.exists() else {}
+    same = (made_for.get("dataset", dataset) == dataset
+            and made_for.get("classes", images.num_classes) == images.num_classes)
+    if not same or not any(paths):
+        raise UserError(f"{views_dir} holds no views of these images: the data set is {dataset} with "
+                        f"{images.num_classes} classes, the folder has {len(files)} images, made for "
+                        f"{made_for.get('dataset', 'an unknown data set')} with "
+                        f"{made_for.get('classes', 'an unknown number of')} classes")
+    return paths
+
+
+def image_files(folder):
+    """The image files in a folder and below it, in no fixed order."""
+    for base, _, found in os.walk(folder):
+        yield from (Path(base, file) for file in found if Path(file).suffix.lower() in SUFFIXES)
+
+
+def views_into_memory(images, paths, skip_bad=False):
+    """Views of small images as a tensor like images.pixels; an image without one is its own view."""
+    views = images.pixels.clone()
+    for i, path in enumerate(progress(paths, "reading views", "view")):
+        try:
+            if path is not None:
+                views[i] = to_tensor(square(open_image(path), views.shape[-1]))
+        except UserError:
+            if not skip_bad:
+                raise
+    return views                                                                    # (N, 3, S, S)
+
+
+class ViewFolder:
+    """The folder that generate_views.py writes: the views, manifest.jsonl, settings.json."""
+
+    def __init__(self, folder, suffix):
+        """suffix: of the views' files, .png or .jpg."""
+        self.folder, self.suffix, self.manifest = Path(folder), suffix, Path(folder, "manifest.jsonl")
+
+    def path(self, name):
+        return self.folder / Path(name).with_suffix(self.suffix)
+
+    def prepare(self, settings, names, world):
+        """Starts the folder or goes on with it; UserError where it holds anything else."""
+        seen = {}
+        for name in names:                         # a.jpg and a.png of one class would share a view
+            other = seen.setdefault(Path(name).with_suffix(""), name)
+            if other != name:
+                raise UserError(f"{other} and {name} would have the same view: rename one of them")
+        path, advice = self.folder / "settings.json", "name another --views-dir or remove the folder"
+        if path.exists():
+            before = read_settings(path)
+            for key in settings:
+                if before.get(key) != settings[key]:
+                    raise UserError(f"{self.folder} holds views of other settings: {key} is "
+                                    f"{before.get(key)} there and {settings[key]} here; {advice}")
+        elif self.folder.exists():
+            others = [entry.name for entry in os.scandir(self.folder)
+                      if entry.name != "preview.png" and not entry.name.endswith(".tmp")]
+            if others:
+                raise UserError(f"{self.folder} is not empty ({others[0]}) and no views folder of this "
+                                f"script; {advice}")
+        world.wait()                               # all processes look before one writes
+        if world.rank == 0:
+            if not path.exists():
+                write_json(path, settings)
+            sweep(self.folder)
+            if self.manifest.exists() and not self.manifest.read_bytes().endswith(b"\n"):
+                append(self.manifest, "\n")        # a kill cut the last line short
+        world.wait()
+
+    def made(self):
+        """{source: its noise level} of the views that are there."""
+        levels = {}
+        text = self.manifest.read_text(errors="replace") if self.manifest.exists() else ""
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+                name, level = entry["source"], entry["noise_level"]
+                if type(level) is int and 0 <= level < 1000 and self.path(name).exists():
+                    levels[name] = level
+            except (ValueError, TypeError, KeyError):
+                continue                           # a line that a kill cut short
+        return levels
+
+    def write(self, view, left, **line):
+        """Writes a view (PIL image), then its line in the manifest. left: views still to be written,
+        for the message where the disk is full."""
+        path = self.path(line["source"])
+        if not path.parent.resolve().is_relative_to(self.folder.resolve()):
+            raise UserError(f"{path.parent} is a symbolic link out of {self.folder}: remove that link")
+        content = io.BytesIO()
+        view.save(content, **(dict(format="PNG") if self.suffix == ".png" else
+                              dict(format="JPEG", quality=95)))
+        needed = left * len(content.getvalue())
+        write_whole(path, lambda temporary: temporary.write_bytes(content.getvalue()), needed)
+        append(self.manifest, json.dumps(line) + "\n", needed)

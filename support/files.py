@@ -1,0 +1,124 @@
+"""Files that appear whole or not at all, settings, and component files."""
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from support.world import UserError
+
+
+def write_whole(path, write, needed=None, sync=False):
+    """Calls write(temporary path) and renames the result: the file appears whole or not at all.
+
+    needed: bytes, named where the disk is full; None: as many as the file there has.
+    sync: the new file is on the disk before it replaces the old one, even if the power fails.
+    Raises UserError where the file cannot be written; the file that was there stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)          # a symbolic link of this name is not followed
+        write(temporary)
+        if sync:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:       # RuntimeError: torch.save's
+        if isinstance(error, RuntimeError) and not re.search("writ|iostream|inline_con", str(error)):
+            raise
+        why, code = getattr(error, "strerror", None), getattr(error, "errno", None)
+        if code not in (None, errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise UserError(f"{path} cannot be written ({why}): name another folder") from None
+        size = needed or (path.stat().st_size if path.exists() else None)
+        raise full_disk(path, why or "the disk is full?", size) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def full_disk(path, why, needed=None):
+    """UserError: path could not be written. needed: bytes, where that is known."""
+    there = next(p for p in path.absolute().parents if p.exists())
+    free = shutil.disk_usage(there).free / 1e6
+    text = f", about {max(needed / 1e6, 0.01):.2f} MB are needed" if needed else ""
+    return UserError(f"{path} could not be written ({why}): {free:.1f} MB are free in {there}{text}")
+
+
+def append(path, text, needed=None):
+    """One write to the end of a file: lines of several processes do not mix. A symbolic link is not
+    followed. needed: see write_whole."""
+    path, content = Path(path), text.encode()
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    file = os.open(path, flags, 0o644)
+    try:
+        complete, why = os.write(file, content) == len(content), "the disk is full"
+    except OSError as error:
+        complete, why = False, error.strerror
+    finally:
+        os.close(file)
+    if not complete:
+        raise full_disk(path, why, needed)
+
+
+def sweep(folder, pattern="*.tmp", seconds=3600):
+    """Removes temporary files that a killed process left in a folder or below it, where they are
+    older than so many seconds: a running process may still write the newer ones."""
+    for path in Path(folder).rglob(pattern):
+        with contextlib.suppress(OSError):
+            if time.time() - path.lstat().st_mtime >= seconds:
+                path.unlink()
+
+
+def read_settings(path):
+    """A settings file, a dict; UserError where the file is damaged."""
+    try:
+        settings = json.loads(Path(path).read_text())
+        if not isinstance(settings, dict):
+            raise ValueError("no settings in it")
+        return settings
+    except ValueError as error:
+        raise UserError(f"{path} is damaged or not by this project ({error}): remove it or name "
+                        f"another folder") from None
+
+
+def write_component(path, **content):
+    """foreground.npz: component (K,), threshold, and what they were fitted with."""
+    def write(temporary):
+        with open(temporary, "wb") as file:        # np.savez would add a suffix to a name
+            np.savez(file, **content)
+    write_whole(path, write)
+
+
+def read_component(path, size=None):
+    """A component: foreground.npz, or the release's pca_vectors.npy, which has no threshold.
+
+    Returns component (K,) and threshold or None. Raises UserError where file or size is wrong.
+    """
+    try:
+        data = np.load(path, allow_pickle=False)
+        is_npz = isinstance(data, np.lib.npyio.NpzFile)
+        component = torch.from_numpy(np.asarray(data["component"] if is_npz else data))
+        component = component.float().flatten()
+        threshold = float(data["threshold"]) if is_npz else None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is no component file ({error}); it must be a foreground.npz or a "
+                        f"pca_vectors.npy") from None
+    if not (component.isfinite().all() and component.any()):
+        raise UserError(f"{path} holds no usable component: it is all zeros or not finite")
+    if size is not None and len(component) != size:
+        raise UserError(f"{path} has a component of {len(component)} numbers, the encoder's features "
+                        f"have {size}: it was fitted on another encoder")
+    return component, threshold
