@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import bench
+from studies import bench
 import genview
 
 
@@ -48,5 +48,5 @@ def test_the_table(monkeypatch):
     done = subprocess.run([sys.executable, Path(bench.__file__), "augmentation"], capture_output=True, text=True)
     assert done.returncode == 0 and "| augmentation, two views of an image each | " in done.stdout
     monkeypatch.setattr(sys, "argv", ["bench.py", "speed"])
-    with pytest.raises(genview.Trouble, match="speed: the parts are steps"):
+    with pytest.raises(UserError, match="speed: the parts are steps"):
         bench.main()

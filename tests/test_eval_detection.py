@@ -16,8 +16,12 @@ from torchvision.models.detection import MaskRCNN
 
 import eval_detection
 import genview
+import support.checkpoints
+import support.files
+import support.networks
+import support.world
 import train_moco
-from genview import Trouble
+from support.world import UserError
 
 needs_coco = pytest.mark.skipif(importlib.util.find_spec("pycocotools") is None, reason="pycocotools is optional")
 
@@ -56,7 +60,7 @@ def backbone(tmp_path_factory):
     args = train_moco.parse_args(argv=["--dataset", "folder", "--data-dir", data, "--views-dir", "none", "--image-size", "72", "--arch",
                                        "resnet18", "--batch-size", "8", "--queue", "16", "--epochs", "1", "--workers", "0",
                                        "--output-dir", str(folder / "run"), "--device", "cpu"])
-    train_moco.train(args, genview.setup("cpu"))
+    train_moco.train(args, support.world.setup("cpu"))
     return folder / "run/backbone.pt"
 
 
@@ -87,7 +91,7 @@ def test_trains_and_evaluates(coco, backbone, tmp_path, monkeypatch, capsys):
     other = torch.load(backbone, weights_only=True)
     other["conv1.weight"] *= 2
     torch.save(other, tmp_path / "other.pt")
-    with pytest.raises(Trouble, match="is of another run"):                       # never another backbone's figures
+    with pytest.raises(UserError, match="is of another run"):                       # never another backbone's figures
         detect(monkeypatch, *flags, "--backbone", tmp_path / "other.pt")
 
 
@@ -96,7 +100,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(coco, backbone, tmp_pat
     monkeypatch.setattr(eval_detection, "SHORT_SIDES", (64, 96))
     flags = ["--backbone", backbone, "--data-dir", coco, "--steps", 3, "--batch-size", 2, "--lr", 0.002, "--workers", 0,
              "--device", "cpu", "--save-minutes", 0]
-    write, writes = genview.write_whole, []
+    write, writes = support.files.write_whole, []
 
     def stop_after_two(path, function):
         write(path, function)
@@ -106,10 +110,10 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(coco, backbone, tmp_pat
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(genview, "write_whole", stop_after_two)
         detect(monkeypatch, *flags, "--output-dir", tmp_path / "run")
-    assert genview.load_checkpoint(tmp_path / "run/last.pt")["step"] == 2
+    assert support.checkpoints.load_checkpoint(tmp_path / "run/last.pt")["step"] == 2
     for folder in ("run", "whole"):
         detect(monkeypatch, *flags, "--output-dir", tmp_path / folder)
-    states = [genview.load_checkpoint(tmp_path / folder / "last.pt")["model"] for folder in ("run", "whole")]
+    states = [support.checkpoints.load_checkpoint(tmp_path / folder / "last.pt")["model"] for folder in ("run", "whole")]
     assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in states)))
 
 
@@ -120,7 +124,7 @@ def test_damaged_annotations_are_named(coco, tmp_path):
     for text in ("", "{", "[]", "{}", '{"images": []}', '{"images": [], "annotations": [], "categories": []}',
                  '{"images": [{"id": 1}], "annotations": [{"id": 1, "image_id": 1}], "categories": [{"id": 1}]}'):
         (tmp_path / "annotations/instances_train2017.json").write_text(text)
-        with pytest.raises(Trouble, match="is damaged or not in COCO's format"):
+        with pytest.raises(UserError, match="is damaged or not in COCO's format"):
             eval_detection.Coco(tmp_path, "train")
 
 
@@ -130,7 +134,7 @@ def test_two_processes_share_the_work(coco, backbone, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    code = "import eval_detection as e, genview; e.SHORT_SIDES = (64,); genview.run(e.main)"
+    code = "import eval_detection as e, genview; e.SHORT_SIDES = (64,); support.world.script(e.main)"
     flags = ["--backbone", backbone, "--data-dir", coco, "--steps", 2, "--batch-size", 2, "--lr", 0.002, "--workers", 0,
              "--device", "cpu", "--output-dir", tmp_path / "run"]
     processes = [subprocess.Popen(
@@ -139,7 +143,7 @@ def test_two_processes_share_the_work(coco, backbone, tmp_path):
                               PYTHONPATH=os.path.dirname(eval_detection.__file__))) for rank in (0, 1)]
     said = [process.communicate(timeout=200)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert "box AP" in said[0] and not said[1] and genview.load_checkpoint(tmp_path / "run/last.pt")["step"] == 2
+    assert "box AP" in said[0] and not said[1] and support.checkpoints.load_checkpoint(tmp_path / "run/last.pt")["step"] == 2
 
 
 @needs_coco
@@ -176,31 +180,31 @@ def test_the_schedule_and_the_shares(tmp_path):
     rates = [eval_detection.learning_rate(args, step) for step in (0, 499, 59_999, 60_000, 79_999, 80_000)]
     assert rates == pytest.approx([0.02 / 500, 0.02, 0.02, 0.002, 0.002, 0.0002])
     args.steps, args.batch_size = 7, 4
-    world = lambda rank, size: genview.World(rank, size, torch.device("cpu"), torch.float32)
+    world = lambda rank, size: support.world.World(rank, size, torch.device("cpu"), torch.float32)
     whole = list(eval_detection.batches(10, args, world(0, 1), 0))
     halves = [list(eval_detection.batches(10, args, world(rank, 2), 0)) for rank in (0, 1)]
     assert len(whole) == 7 and whole == [a + b for a, b in zip(*halves)] and list(eval_detection.batches(10, args, world(0, 1), 3)) == whole[3:]
     assert len(set(whole[0] + whole[1])) == 8
-    with pytest.raises(Trouble, match="do not fill one batch of 4"):
+    with pytest.raises(UserError, match="do not fill one batch of 4"):
         list(eval_detection.batches(3, args, world(0, 1), 0))
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch, image_folder, backbone):
     if importlib.util.find_spec("pycocotools"):
-        with pytest.raises(Trouble, match="download train2017.zip"):
+        with pytest.raises(UserError, match="download train2017.zip"):
             eval_detection.Coco(tmp_path, "train")
     importing = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", lambda name, *rest: (_ for _ in ()).throw(ImportError()) if
                         name.startswith("pycocotools") else importing(name, *rest))
-    with pytest.raises(Trouble, match="pip install pycocotools"):
+    with pytest.raises(UserError, match="pip install pycocotools"):
         eval_detection.Coco(tmp_path, "train")
 
 
 def test_the_backbone_must_be_for_large_pictures(tmp_path, backbone):
-    world = genview.World(0, 1, torch.device("cpu"), torch.float32)
+    world = support.world.World(0, 1, torch.device("cpu"), torch.float32)
     for arch, size in (("resnet18", 32), ("vit_narrow", 96)):
-        torch.save(genview.make_backbone(arch, size)[0].state_dict(), tmp_path / "small.pt")
-        with pytest.raises(Trouble, match="no ResNet for large pictures"):
+        torch.save(support.networks.make_backbone(arch, size)[0].state_dict(), tmp_path / "small.pt")
+        with pytest.raises(UserError, match="no ResNet for large pictures"):
             eval_detection.mask_rcnn(tmp_path / "small.pt", None, 4, world)
     model = eval_detection.mask_rcnn(backbone, None, 4, world)
     state = torch.load(backbone, weights_only=True)

@@ -15,8 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import eval_linear as ev  # noqa: E402
 import genview  # noqa: E402
+import support.augment
+import support.checkpoints
+import support.data
+import support.networks
+import support.world
 import tiny  # noqa: E402
-from genview import Images, Trouble, World  # noqa: E402
+from support.data import Images
+from support.world import UserError, World  # noqa: E402
 
 torch.set_num_threads(1)                     # small tensors: threads would only wait for each other
 ONE = World(0, 1, torch.device("cpu"), torch.float32)
@@ -29,7 +35,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval")
     tiny.save_images(folder / "data", per_class=6, size=32)
     torch.manual_seed(0)
-    backbone, _ = genview.make_backbone("resnet18", 224)
+    backbone, _ = support.networks.make_backbone("resnet18", 224)
     state = backbone.state_dict()
     args = {"dataset": "folder", "data_dir": str(folder / "data"), "arch": "resnet18", "image_size": 32}
     ours = {f"query.backbone.{k}": v for k, v in state.items()} | {f"key.backbone.{k}": v + 1 for k, v in state.items()}
@@ -55,7 +61,7 @@ def script(*arguments):
     """Runs the script in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["eval_linear.py", "--device", "cpu", *map(str, arguments)])
-        genview.run(ev.main)
+        support.world.script(ev.main)
 
 
 # ------------------------------------------------------------------------------------------------------------- checkpoints
@@ -63,7 +69,7 @@ def script(*arguments):
 def test_all_formats_give_the_same_features(folder, images):
     features = {}
     for name in ("last.pt", "plain.pt", "release.pth"):
-        backbone, dim, args = ev.load_backbone(folder / name)
+        backbone, dim, args = support.checkpoints.load_backbone(folder / name)
         assert dim == DIM and args.get("dataset") == ("folder" if name == "last.pt" else None)
         features[name] = ev.extract_features(backbone, images, 32, ONE, batch_size=5)
         assert features[name].shape == (12, DIM) and features[name].dtype == torch.float32
@@ -72,10 +78,10 @@ def test_all_formats_give_the_same_features(folder, images):
 
 
 def test_the_small_stem_is_seen_and_settings_lie_beside_a_backbone(tmp_path):
-    backbone, _ = genview.make_backbone("resnet18", 32)
+    backbone, _ = support.networks.make_backbone("resnet18", 32)
     torch.save(backbone.state_dict(), tmp_path / "backbone.pt")
     (tmp_path / "args.json").write_text(json.dumps({"dataset": "cifar10", "arch": "resnet18"}))
-    loaded, _, args = ev.load_backbone(tmp_path / "backbone.pt")
+    loaded, _, args = support.checkpoints.load_backbone(tmp_path / "backbone.pt")
     assert loaded.conv1.kernel_size == (3, 3) and args["dataset"] == "cifar10"
     for ours, theirs in zip(loaded.state_dict().values(), backbone.state_dict().values()):
         assert torch.equal(ours, theirs)
@@ -83,19 +89,19 @@ def test_the_small_stem_is_seen_and_settings_lie_beside_a_backbone(tmp_path):
 
 def test_another_architecture_is_trouble(folder, tmp_path):
     for name in ("last.pt", "plain.pt", "release.pth"):
-        with pytest.raises(Trouble, match="another architecture.*layer1.0.conv1.weight.*resnet50.*resnet18"):
-            ev.load_backbone(folder / name, "resnet50")
-        with pytest.raises(Trouble, match="another architecture.*layer1.2.conv1.weight.*resnet34.*resnet18"):
-            ev.load_backbone(folder / name, "resnet34")
+        with pytest.raises(UserError, match="another architecture.*layer1.0.conv1.weight.*resnet50.*resnet18"):
+            support.checkpoints.load_backbone(folder / name, "resnet50")
+        with pytest.raises(UserError, match="another architecture.*layer1.2.conv1.weight.*resnet34.*resnet18"):
+            support.checkpoints.load_backbone(folder / name, "resnet34")
     state = torch.load(folder / "plain.pt")
     torch.save({k: v for k, v in state.items() if k != "layer2.0.bn1.running_var"}, tmp_path / "missing.pt")
-    with pytest.raises(Trouble, match="no layer2.0.bn1.running_var"):
-        ev.load_backbone(tmp_path / "missing.pt", "resnet18")
-    with pytest.raises(Trouble, match="--arch"):
-        ev.load_backbone(tmp_path / "missing.pt")
+    with pytest.raises(UserError, match="no layer2.0.bn1.running_var"):
+        support.checkpoints.load_backbone(tmp_path / "missing.pt", "resnet18")
+    with pytest.raises(UserError, match="--arch"):
+        support.checkpoints.load_backbone(tmp_path / "missing.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(Trouble, match="list.pt"):
-        ev.load_backbone(tmp_path / "list.pt", "resnet18")
+    with pytest.raises(UserError, match="list.pt"):
+        support.checkpoints.load_backbone(tmp_path / "list.pt", "resnet18")
 
 
 def test_trouble_on_the_command_line(folder, capsys):
@@ -111,18 +117,18 @@ def test_trouble_on_the_command_line(folder, capsys):
 # ---------------------------------------------------------------------------------------------------------------- features
 
 def test_features_are_the_backbones_own(folder, images):
-    backbone, _, _ = ev.load_backbone(folder / "last.pt")
+    backbone, _, _ = support.checkpoints.load_backbone(folder / "last.pt")
     features = ev.extract_features(backbone.train(), images, 32, ONE, batch_size=4)
     assert backbone.training                       # as it was before
     with torch.no_grad():
-        again = backbone.eval()(genview.normalise(images.pixels.float() / 255))
+        again = backbone.eval()(support.augment.normalise(images.pixels.float() / 255))
     torch.testing.assert_close(features, again, atol=1e-4, rtol=1e-4)
     assert ev.extract_features(backbone, images, 40, ONE).shape == (12, DIM)        # resized
     on_disk = images._replace(pixels=None)
-    whole, central = (images.pil(0), genview.to_tensor(images.pil(0).resize((28, 28), 2, box=(2, 2, 30, 30))))
+    whole, central = (images.pil(0), support.data.to_tensor(images.pil(0).resize((28, 28), 2, box=(2, 2, 30, 30))))
     assert whole.size == (32, 32)
     x = next(ev.pictures(on_disk, torch.arange(1), 28, ONE, 1, workers=0))
-    torch.testing.assert_close(x[0], genview.normalise(central / 255))              # 28 = 32 * 224 / 256: cut, not resized
+    torch.testing.assert_close(x[0], support.augment.normalise(central / 255))              # 28 = 32 * 224 / 256: cut, not resized
 
 
 def test_random_crops_are_drawn_from_seed_and_epoch(images):
@@ -134,10 +140,10 @@ def test_random_crops_are_drawn_from_seed_and_epoch(images):
 
 def test_unreadable_files(folder, images, tmp_path):
     bad = images._replace(pixels=None, root=tmp_path)
-    with pytest.raises(Trouble, match="--skip-bad"):
+    with pytest.raises(UserError, match="--skip-bad"):
         list(ev.pictures(bad, torch.arange(2), 24, ONE, 2, workers=0))
     grey, = ev.pictures(bad, torch.arange(2), 24, ONE, 2, workers=0, skip_bad=True)
-    torch.testing.assert_close(grey, genview.normalise(torch.full((2, 3, 24, 24), 128 / 255)))
+    torch.testing.assert_close(grey, support.augment.normalise(torch.full((2, 3, 24, 24), 128 / 255)))
 
 
 # --------------------------------------------------------------------------------------------------------------------- kNN
@@ -198,7 +204,7 @@ def test_the_linear_probe_learns_what_is_separable():
 
 
 def test_a_learning_rate_that_diverges_is_trouble():
-    with pytest.raises(Trouble, match="--lr"):
+    with pytest.raises(UserError, match="--lr"):
         ev.linear_on_features(torch.randn(32, 8), torch.arange(32) % 2, 2, settings(lr=float("inf")), ONE)
 
 
@@ -248,17 +254,17 @@ def test_finetuning_on_a_list_of_names(tmp_path, capsys):
         file.write("99.png\n")
     assert ev.listed_subset(images.names, listed).tolist() == [3, 7, 12]
     assert "1 of its 4 names are not in the data set" in capsys.readouterr().out
-    with pytest.raises(Trouble, match="lists 4 names, of which 0 fit 0 images"):
+    with pytest.raises(UserError, match="lists 4 names, of which 0 fit 0 images"):
         ev.listed_subset(["x.png"], listed)
-    with pytest.raises(Trouble, match="fit 4 images.*with their folders"):
+    with pytest.raises(UserError, match="fit 4 images.*with their folders"):
         ev.listed_subset([f"{c}/7.png" for c in "abcd"], listed)
-    with pytest.raises(Trouble, match="cannot be read as a list"):
+    with pytest.raises(UserError, match="cannot be read as a list"):
         ev.listed_subset(images.names, tmp_path / "nothing.txt")
 
 
 def test_the_subset_depends_on_the_seed_alone():
     labels = torch.arange(1000) % 10
-    subset = lambda seed: ev.balanced_subset(labels, 0.1, genview.step_generator(seed))
+    subset = lambda seed: ev.balanced_subset(labels, 0.1, support.world.step_generator(seed))
     assert torch.equal(subset(3), subset(3)) and not torch.equal(subset(3), subset(4))
     assert (labels[subset(3)].bincount() == 10).all()
 
@@ -273,9 +279,9 @@ def test_fewer_labels_another_recipe():
 def test_a_vision_transformer_is_recognised(tmp_path):
     """From its tensors alone: architecture, patches, size."""
     for arch, size in (("vit_narrow", 32), ("vit_narrow", 96)):
-        backbone, _ = genview.make_backbone(arch, size)
+        backbone, _ = support.networks.make_backbone(arch, size)
         torch.save(backbone.state_dict(), tmp_path / "vit.pt")
-        loaded, dim, _ = ev.load_backbone(tmp_path / "vit.pt")
+        loaded, dim, _ = support.checkpoints.load_backbone(tmp_path / "vit.pt")
         x = torch.randn(2, 3, size, size)
         assert dim == 96 and torch.equal(loaded.eval()(x), backbone.eval()(x))
     before = {name: x.clone() for name, x in backbone.state_dict().items()}           # fine-tuning: all but the positions
@@ -301,7 +307,7 @@ def test_the_script(folder, capsys, protocol, options, last):
 
 def _one_of_two(rank, store, checkpoint):
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    genview.setup = lambda device: ONE._replace(rank=rank, size=2)                  # once for the three runs
+    support.world.setup = lambda device: ONE._replace(rank=rank, size=2)                  # once for the three runs
     for options in (["--k", "3", "--epochs", "3", "--limit", "11"],                 # 11: no multiple of two
                     ["--protocol", "finetune", "--labels", "1", "--epochs", "1"],
                     ["--augment", "--lr", "0.1", "--epochs", "1"]):

@@ -22,6 +22,9 @@ from PIL import Image
 import eval_linear
 import generate_views
 import genview
+import support.data
+import support.networks
+import support.world
 import train_byol
 import train_moco
 import train_swav
@@ -56,7 +59,7 @@ def world(tmp_path_factory):
     args = train_moco.parse_args(argv=["--dataset", "folder", "--data-dir", str(folder / "images"), *small(), "--views-dir", "none",
                                        "--output-dir", str(folder / "run")])
     with contextlib.redirect_stdout(io.StringIO()):
-        train_moco.train(args, genview.setup("cpu"))
+        train_moco.train(args, support.world.setup("cpu"))
     return folder
 
 
@@ -112,7 +115,7 @@ def call(name, flags):
             patch.setattr(sys, "argv", [f"{name}.py", *flags])
             patch.chdir(here)
             try:
-                genview.run(MAINS[name])
+                support.world.script(MAINS[name])
                 status = 0
             except SystemExit as stop:
                 status = stop.code or 0
@@ -147,7 +150,7 @@ def test_the_good_lines_work(world):
 
 
 def test_200_bad_command_lines(world, request):
-    """A traceback would be an exception that leaves genview.run: it fails this test."""
+    """A traceback would be an exception that leaves support.world.run: it fails this test."""
     refused = 0
     for name, line in bad_lines(world, 1000):      # some replaced values happen to be right
         if refused == 200:
@@ -173,7 +176,7 @@ def test_200_bad_command_lines(world, request):
     ("train_swav", {"--small-size": 64}, "must be at most --image-size 32"),
     ("eval_linear", {"--checkpoint": "vit.pt", "--arch": "vit_narrow", "--image-size": 64}, "for pictures of 32 pixels")])
 def test_what_is_wrong_is_named(name, more, text, world, tmp_path):
-    torch.save(genview.make_backbone("vit_narrow", 32)[0].state_dict(), world / "vit.pt")
+    torch.save(support.networks.make_backbone("vit_narrow", 32)[0].state_dict(), world / "vit.pt")
     more = {flag: world / value if (world / str(value)).exists() else value for flag, value in more.items()}
     status, said = call(name, [str(x) for pair in (good(name, world, tmp_path / "run") | more).items() for x in pair])
     assert status == 2 and text in said, said
@@ -262,10 +265,10 @@ def test_60_bad_images(world, tmp_path):
         assert status == 2 and "cannot be read as an image" in said and "--skip-bad" in said, said
         status, said = call("train_moco", line + ["--skip-bad"])
         assert status == 0, said
-    deep, flat = (np.asarray(genview.open_image(tmp_path / "images/train/cat" / name)).astype(int) for name in ("mode-I16.png", "mode-L.png"))
+    deep, flat = (np.asarray(support.data.open_image(tmp_path / "images/train/cat" / name)).astype(int) for name in ("mode-I16.png", "mode-L.png"))
     assert abs(deep - flat).max() <= 1
-    turned = np.asarray(genview.open_image(tmp_path / "images/train/cat/turned.jpg")).astype(int)
-    upright = np.asarray(genview.open_image(tmp_path / "images/train/cat/0000.png").rotate(-90)).astype(int)
+    turned = np.asarray(support.data.open_image(tmp_path / "images/train/cat/turned.jpg")).astype(int)
+    upright = np.asarray(support.data.open_image(tmp_path / "images/train/cat/0000.png").rotate(-90)).astype(int)
     assert abs(turned - upright).mean() < 15
 
 

@@ -19,6 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import generate_views
 import genview
+import support.data
+import support.files
+import support.world
 import tiny
 
 STEPS = 4
@@ -53,7 +56,7 @@ def run(world, views, *more, **options):
     """Runs main in this process, as the command line does. Returns the exit status."""
     argv, sys.argv = sys.argv, ["generate_views.py", *command(world, views, *more, **options)]
     try:
-        genview.run(generate_views.main)
+        support.world.script(generate_views.main)
         return 0
     except SystemExit as end:
         return end.code
@@ -142,7 +145,7 @@ def test_embedding_noise_follows_the_equation_for_each_image_alone(world, monkey
         z = abar ** 0.5 * (c[i:i + 1] - mean) / std + (1 - abar) ** 0.5 * e
         assert torch.allclose(noisy[0][i:i + 1, :16], z * std + mean, atol=1e-4)
     pipe.vae.post_quant_conv.weight.data.fill_(float("nan"))                        # as half precision can do
-    with pytest.raises(genview.Trouble, match="--dtype float32"):
+    with pytest.raises(UserError, match="--dtype float32"):
         generate_views.generate(pipe, args, level, c, seeds)
 
 
@@ -164,7 +167,7 @@ def test_tokens_do_not_depend_on_the_other_images_of_a_batch(world, dtype):
 
 def test_files_settings_and_levels(world):
     views, images = world / "views", genview.load_images("folder", world / "images", "train", 999)
-    found = genview.find_views(images, views, "folder")
+    found = support.data.find_views(images, views, "folder")
     assert None not in found and all(Image.open(path).size == (32, 32) for path in found)
     manifest = generate_views.read_manifest(views)
     assert sorted(manifest) == sorted(images.names)
@@ -234,7 +237,7 @@ def test_release_component_fixed_noise_and_larger_views(world):
     np.save(world / "pca_vectors.npy", vector)
     more = ["--component", str(world / "pca_vectors.npy"), "--noise", "250", "--save-size", "96", "--limit", "3"]
     assert run(world, "release", *more) == 0
-    component, _ = genview.load_component(world / "release" / "foreground.npz")
+    component, _ = support.files.read_component(world / "release" / "foreground.npz")
     unit = torch.tensor(vector[:, 0] / np.linalg.norm(vector))
     assert torch.allclose(component, unit, atol=1e-5) or torch.allclose(component, -unit, atol=1e-5)
     lines = generate_views.read_manifest(world / "release")
@@ -249,7 +252,7 @@ def test_flip_takes_the_other_side(world):
     v1, _ = generate_views.find_foreground(args, pipe, images)
     flipped, alpha = generate_views.find_foreground(argparse.Namespace(**vars(args) | {"flip_foreground": True}), pipe, images)
     assert torch.equal(flipped, -v1)
-    tokens = torch.cat([t for _, t, _ in generate_views.encode_all(pipe, images, genview.spaced(24, 10).tolist())])
+    tokens = torch.cat([t for _, t, _ in generate_views.encode_all(pipe, images, support.data.spaced(24, 10).tolist())])
     assert generate_views.foreground_proportion(tokens, flipped, alpha).mean().item() == pytest.approx(0.4, abs=0.01)
 
 
@@ -258,7 +261,7 @@ def test_maps_that_show_only_the_place_are_named(monkeypatch, capsys, place, war
     tokens = place * torch.randn(1, 16, 8) + torch.randn(40, 16, 8)
     monkeypatch.setattr(generate_views, "encode_all", lambda *_: [(None, part, None) for part in tokens.split(8)])
     pipe = argparse.Namespace(image_encoder=argparse.Namespace(config=argparse.Namespace(hidden_size=8)))
-    images = genview.Images(["x"] * 40, torch.zeros(40), 1)
+    images = support.data.Images(["x"] * 40, torch.zeros(40), 1)
     args = argparse.Namespace(component=None, flip_foreground=False, fit_images=40, data_dir="")
     generate_views.find_foreground(args, pipe, images)
     assert ("tell their places" in capsys.readouterr().out) == warned
@@ -334,7 +337,7 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch, capsys):
     assert sizes == [7, 4, 2, 2, 2, 1] and args.batch_size == 2
     assert "more than 2 images" in capsys.readouterr().out
     monkeypatch.setattr(generate_views, "generate", lambda *_: sizes[0] and (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
-    with pytest.raises(genview.Trouble, match="--size"):
+    with pytest.raises(UserError, match="--size"):
         generate_views.generate_all(None, args, 0, torch.arange(7), list(range(7)))
 
 
@@ -356,7 +359,7 @@ def test_another_solver_draws_other_pictures_of_the_same_noise(world, capsys):
 
 def test_trouble_of_the_writing_thread_ends_the_run(world, monkeypatch, capsys):
     def full(*_):
-        raise genview.Trouble("no space left")
+        raise UserError("no space left")
     monkeypatch.setattr(generate_views, "write_views", full)
     assert run(world, "full", "--limit", "9", "--batch-size", "2") == 2
     assert "no space left" in capsys.readouterr().err

@@ -14,8 +14,24 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import genview  # noqa: E402
+import quality_loss  # noqa: E402
+import support.augment  # noqa: E402
+import support.checkpoints  # noqa: E402
+import support.data  # noqa: E402
+import support.files  # noqa: E402
+import support.networks  # noqa: E402
+import support.world  # noqa: E402
+import support.augment
+import support.checkpoints
+import support.data
+import support.files
+import support.networks
+import support.world
 import tiny  # noqa: E402
-from genview import Augmentation, Images, PairLoader, Trouble, World  # noqa: E402
+from genview import PairLoader
+from support.augment import Augmentation
+from support.data import Images
+from support.world import UserError, World  # noqa: E402
 
 torch.set_num_threads(1)                     # small tensors: threads would only wait for each other
 CPU = torch.device("cpu")
@@ -38,13 +54,13 @@ def in_memory(n=12, size=16, seed=0):
 # --------------------------------------------------------------------------------------------------------- augmentations
 
 def recoloured(x, augmentation=PLAIN, order=(0, 1, 2, 3), **numbers):
-    """genview.recolour of x with given random numbers; without them nothing is changed. Undoes the normalisation."""
+    """support.augment.recolour of x with given random numbers; without them nothing is changed. Undoes the normalisation."""
     columns = dict(apply=0, brightness=1, contrast=2, saturation=3, hue=4, grey=5, blur=6, sigma=7, solarise=8, flip=9)
     u = torch.full((len(x), 10), 0.999)
     for name, value in numbers.items():
         u[:, columns[name]] = value
-    out = genview.recolour(x.clone(), u, list(order), augmentation)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (genview.CLIP_MEAN, genview.CLIP_STD))
+    out = support.augment.recolour(x.clone(), u, list(order), augmentation)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (support.augment.CLIP_MEAN, support.augment.CLIP_STD))
     return out * std + mean
 
 
@@ -78,7 +94,7 @@ def test_hue_of_grey_and_of_primary_colours():
     colours = torch.tensor([[0.0, 0, 0], [1, 1, 1], [0.5, 0.5, 0.5], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]])
     colours = colours[..., None, None]
     for turn in (-0.5, -0.1, 0.0, 0.1, 1 / 3, 0.5):
-        ours = genview.shift_hue(colours, torch.full((len(colours), 1, 1, 1), turn))
+        ours = support.augment.shift_hue(colours, torch.full((len(colours), 1, 1, 1), turn))
         torch.testing.assert_close(ours, tv.adjust_hue(colours, turn), atol=1e-3, rtol=0)
 
 
@@ -101,9 +117,9 @@ def test_blur_matches_torchvision_in_the_interior(u):
 
 def test_every_image_has_its_own_numbers():
     u = torch.rand(6, 10, generator=torch.Generator().manual_seed(1))
-    together = genview.recolour(X.clone(), u, [2, 0, 3, 1], FULL)
+    together = support.augment.recolour(X.clone(), u, [2, 0, 3, 1], FULL)
     for i in range(6):
-        alone = genview.recolour(X[i:i + 1].clone(), u[i:i + 1], [2, 0, 3, 1], FULL)
+        alone = support.augment.recolour(X[i:i + 1].clone(), u[i:i + 1], [2, 0, 3, 1], FULL)
         torch.testing.assert_close(together[i:i + 1], alone, atol=1e-5, rtol=0)
     assert together.isfinite().all()
 
@@ -113,7 +129,7 @@ def test_every_image_has_its_own_numbers():
 def test_crop_matches_torchvision(box, size):
     pixels = random_pixels(2, 32)
     x1, y1, x2, y2 = box
-    ours = genview.crop(pixels, torch.tensor([box, box]).float(), size)
+    ours = support.augment.crop(pixels, torch.tensor([box, box]).float(), size)
     # torchvision cuts first and repeats the cut's border; ours sees what lies beyond: enlarged, the rim of one pixel differs
     theirs = tv.resized_crop(pixels.float(), y1, x1, y2 - y1, x2 - x1, [size, size], antialias=False)
     rim = int(np.ceil(size / min(x2 - x1, y2 - y1) / 2)) if size > min(x2 - x1, y2 - y1) else 0
@@ -123,8 +139,8 @@ def test_crop_matches_torchvision(box, size):
 
 @pytest.mark.parametrize("height, width", [(32, 32), (20, 60), (300, 40)])
 def test_crop_boxes_are_inside_and_within_bounds(height, width):
-    u = torch.rand(5000, genview.CROP_TRIES, 4, generator=torch.Generator().manual_seed(0))
-    boxes = genview.crop_boxes(u, height, width, (0.2, 1.0))
+    u = torch.rand(5000, support.augment.CROP_TRIES, 4, generator=torch.Generator().manual_seed(0))
+    boxes = support.augment.crop_boxes(u, height, width, (0.2, 1.0))
     x1, y1, x2, y2 = boxes.unbind(1)
     assert (boxes >= -1e-3).all() and (x2 <= width + 1e-3).all() and (y2 <= height + 1e-3).all()
     w, h = x2 - x1, y2 - y1
@@ -139,8 +155,8 @@ def test_crop_boxes_are_inside_and_within_bounds(height, width):
 
 
 def test_crop_boxes_without_a_fit_is_the_central_square():
-    u = torch.rand(3, genview.CROP_TRIES, 4)
-    boxes = genview.crop_boxes(u, 10, 100, (0.9, 1.0))
+    u = torch.rand(3, support.augment.CROP_TRIES, 4)
+    boxes = support.augment.crop_boxes(u, 10, 100, (0.9, 1.0))
     torch.testing.assert_close(boxes, torch.tensor([[45.0, 0, 55, 10]]).expand(3, 4))
 
 
@@ -149,7 +165,7 @@ def test_crop_boxes_without_a_fit_is_the_central_square():
 def batches(images, views, epoch=0, world=None, seed=3, batch_size=4, augmentation=FULL, with_places=False, **options):
     loader = PairLoader(images, views, [augmentation] * 2, 16, batch_size, seed, world or one_process(), workers=0,
                         **options)
-    return [(index, *views) + (tuple(places) if with_places else ()) for index, views, places in loader.epoch(epoch)]
+    return [tuple(views) for views in loader.epoch(epoch)]
 
 
 def same(a, b):
@@ -187,7 +203,7 @@ def test_half_of_the_generated_ones_are_view_1(files):
     n = 400
     images = Images([f"train/{i:05d}" for i in range(n)], torch.zeros(n), 1, torch.zeros(n, 3, 8, 8, dtype=torch.uint8))
     white = torch.full_like(images.pixels, 255)
-    black, bright = (genview.normalise(torch.full((3, 1, 1), value)) for value in (0.0, 1.0))
+    black, bright = (support.augment.normalise(torch.full((3, 1, 1), value)) for value in (0.0, 1.0))
     first = 0
     for _, view1, view2 in batches(images, white, batch_size=100, augmentation=PLAIN):
         is_white1, is_white2 = ((v - bright).abs().amax((1, 2, 3)) < 1e-3 for v in (view1, view2))
@@ -209,7 +225,7 @@ def test_without_views_both_are_of_the_image():
     images = in_memory()
     images = images._replace(pixels=torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1).expand(12, 3, 8, 8).contiguous())
     for index, view1, view2 in batches(images, None, augmentation=PLAIN):
-        expected = genview.normalise((index.float() / 255).view(-1, 1, 1, 1).expand(-1, 3, 16, 16))
+        expected = support.augment.normalise((index.float() / 255).view(-1, 1, 1, 1).expand(-1, 3, 16, 16))
         torch.testing.assert_close(view1, expected, atol=1e-3, rtol=0)              # the weights of grey sum to 0.9999
         torch.testing.assert_close(view2, expected, atol=1e-3, rtol=0)
 
@@ -220,11 +236,11 @@ def test_crops_of_files_are_crops_of_the_picture(files):
     assert not generated.any()
     assert index == 5 and view1.shape == view2.shape == (3, 16, 16) and view1.dtype == torch.uint8
     assert not torch.equal(view1, view2)
-    u = torch.rand(2, genview.COLUMNS, generator=genview.step_generator(3, 0, 5, 1))
+    u = torch.rand(2, genview.COLUMNS, generator=support.world.step_generator(3, 0, 5, 1))
     v = 1                                          # view 2's box, cut by torchvision's own way
-    box = genview.crop_boxes(u[v, None, :-11].unflatten(1, (10, 4)), 80, 80, PLAIN.scale)
+    box = support.augment.crop_boxes(u[v, None, :-11].unflatten(1, (10, 4)), 80, 80, PLAIN.scale)
     theirs = files[0].pil(5).resize((16, 16), Image.Resampling.BILINEAR, box=tuple(box[0].tolist()))
-    assert torch.equal(view2, genview.to_tensor(theirs))
+    assert torch.equal(view2, support.data.to_tensor(theirs))
     torch.testing.assert_close(boxes[1], box[0] / 80)
 
 
@@ -236,12 +252,12 @@ def test_places_say_where_the_views_are_from(files):
     pixels, views = plain.repeat(12, 1, 1, 1), plain.repeat(12, 1, 1, 1)
     views[:, 2] = 255
     images = in_memory()._replace(pixels=pixels)
-    geometry = genview.Augmentation(jitter=(0, 0, 0, 0), blur=0.0)
+    geometry = support.augment.Augmentation(jitter=(0, 0, 0, 0), blur=0.0)
     seen = 0
     for index, *both, place1, place2 in batches(images, views, augmentation=geometry, with_places=True):
         assert ((place1.row >= 12) ^ (place2.row >= 12)).all()
         for x, place in zip(both, (place1, place2)):
-            x = x * torch.tensor(genview.CLIP_STD).view(3, 1, 1) + torch.tensor(genview.CLIP_MEAN).view(3, 1, 1)
+            x = x * torch.tensor(support.augment.CLIP_STD).view(3, 1, 1) + torch.tensor(support.augment.CLIP_MEAN).view(3, 1, 1)
             colour = (x.amax((2, 3)) - x.amin((2, 3)))[:, 2] < 0.01                 # the others were made grey
             centre = (place.box[:, :2] + place.box[:, 2:]) / 2
             torch.testing.assert_close(x.mean((2, 3))[colour, :2], centre[colour], atol=0.02, rtol=0)
@@ -262,14 +278,14 @@ def test_unreadable_images_are_named_or_left_out(tmp_path, capsys):
     tiny.save_images(tmp_path, per_class=3)
     bad = tmp_path / "train" / "cat" / "zz.png"
     bad.write_bytes((tmp_path / "train" / "cat" / os.listdir(tmp_path / "train" / "cat")[0]).read_bytes()[:60])
-    with pytest.raises(Trouble, match="zz.png cannot be read .*--skip-bad"):
+    with pytest.raises(UserError, match="zz.png cannot be read .*--skip-bad"):
         genview.load_images("folder", tmp_path, "train", 32)
     images = genview.load_images("folder", tmp_path, "train", 32, skip_bad=True)
     assert len(images.names) == len(images.labels) == len(images.pixels) == 6
     assert "zz.png" in capsys.readouterr().err
     large = genview.load_images("folder", tmp_path, "train", 100)                   # stays on the disk
     assert large.pixels is None and len(large.names) == 7
-    with pytest.raises(Trouble, match="zz.png"):
+    with pytest.raises(UserError, match="zz.png"):
         batches(large, None, batch_size=7)
     (_, view1, _), = batches(large, None, batch_size=7, skip_bad=True)
     assert view1.shape[0] == 7 and view1.isfinite().all()
@@ -279,29 +295,29 @@ def test_limit_is_spread_over_the_classes(tmp_path):
     tiny.save_images(tmp_path, per_class=6)
     images = genview.load_images("folder", tmp_path, "train", 32, limit=4)
     assert images.labels.tolist() == [0, 0, 1, 1] and len(images.names) == len(images.pixels) == 4
-    with pytest.raises(Trouble, match="train/ and val/"):
+    with pytest.raises(UserError, match="train/ and val/"):
         genview.load_images("folder", tmp_path / "train", "train", 32)
 
 
 def test_views_are_found_or_refused(tmp_path):
     tiny.save_images(tmp_path / "data", per_class=3)
     images = genview.load_images("folder", tmp_path / "data", "train", 32)
-    with pytest.raises(Trouble, match="is no folder"):
-        genview.find_views(images, tmp_path / "missing", "folder")
+    with pytest.raises(UserError, match="is no folder"):
+        support.data.find_views(images, tmp_path / "missing", "folder")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(Trouble, match="holds no views"):
-        genview.find_views(images, tmp_path / "empty", "folder")
+    with pytest.raises(UserError, match="holds no views"):
+        support.data.find_views(images, tmp_path / "empty", "folder")
     for layout, strip in (("ours", ""), ("release", "train/")):
         views = tmp_path / layout
         for name in images.names[1:]:
             target = (views / name.removeprefix(strip)).with_suffix(".jpg")
             target.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (48, 48), (255, 0, 0)).save(target)
-        found = genview.find_views(images, views, "folder")
+        found = support.data.find_views(images, views, "folder")
         assert found[0] is None
         assert [str(p.relative_to(views).with_suffix("")) for p in found[1:]] == \
             [str(Path(n.removeprefix(strip)).with_suffix("")) for n in images.names[1:]]
-        pixels = genview.load_views(images, found)
+        pixels = support.data.views_into_memory(images, found)
         assert torch.equal(pixels[0], images.pixels[0]) and pixels.shape == images.pixels.shape
         assert (pixels[1:, 0] > 250).all() and (pixels[1:, 1:] < 5).all()
 
@@ -311,14 +327,14 @@ def test_views_of_another_data_set_are_refused(tmp_path):
     images = genview.load_images("folder", tmp_path / "data", "train", 32)
     (tmp_path / "views" / "train").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "views" / "train" / "00000.png")       # CIFAR's names
-    with pytest.raises(Trouble, match="holds no views of these images"):
-        genview.find_views(images, tmp_path / "views", "folder")
+    with pytest.raises(UserError, match="holds no views of these images"):
+        support.data.find_views(images, tmp_path / "views", "folder")
     (tmp_path / "views" / "train" / "cat").mkdir()
     Image.new("RGB", (8, 8)).save((tmp_path / "views" / images.names[0]).with_suffix(".png"))
-    assert sum(path is not None for path in genview.find_views(images, tmp_path / "views", "folder")) == 1
+    assert sum(path is not None for path in support.data.find_views(images, tmp_path / "views", "folder")) == 1
     (tmp_path / "views" / "settings.json").write_text('{"dataset": "cifar10"}')
-    with pytest.raises(Trouble, match="made for cifar10"):
-        genview.find_views(images, tmp_path / "views", "folder")
+    with pytest.raises(UserError, match="made for cifar10"):
+        support.data.find_views(images, tmp_path / "views", "folder")
 
 
 # ------------------------------------------------------------------------------------------ the foreground and the encoder
@@ -357,7 +373,7 @@ def component_oracle(tokens, rows, columns, fraction):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_fit_foreground_finds_what_was_planted(sign):
     tokens, direction = planted(sign=sign)
-    v1, alpha = genview.fit_foreground(tokens, (7, 7))
+    v1, alpha = quality_loss.fit_foreground(tokens, (7, 7))
     assert v1.shape == (12,) and v1.dtype == torch.float32 and isinstance(alpha, float)
     assert v1.norm().item() == pytest.approx(1, abs=1e-5)
     assert (v1 @ direction).item() > 0.99
@@ -371,24 +387,24 @@ def test_fit_foreground_finds_what_was_planted(sign):
 
 def test_negated_tokens_give_the_negated_component():
     tokens, _ = planted()
-    (v1, alpha), (minus, minus_alpha) = genview.fit_foreground(tokens, (7, 7)), genview.fit_foreground(-tokens, (7, 7))
+    (v1, alpha), (minus, minus_alpha) = quality_loss.fit_foreground(tokens, (7, 7)), quality_loss.fit_foreground(-tokens, (7, 7))
     torch.testing.assert_close(v1, -minus, atol=1e-5, rtol=0)
     assert alpha == pytest.approx(minus_alpha, abs=1e-4)
 
 
 def test_fit_foreground_on_an_oblong_grid_half_precision_and_fraction():
     tokens = planted(n=300, side=6)[0][:, :24].contiguous()                         # four rows of six; two parts of 256
-    v1, alpha = genview.fit_foreground(tokens.half(), (4, 6), fraction=0.25)
+    v1, alpha = quality_loss.fit_foreground(tokens.half(), (4, 6), fraction=0.25)
     oracle, threshold = component_oracle(tokens.half().numpy(), 4, 6, 0.25)
     np.testing.assert_allclose(v1, oracle, atol=1e-3)
     assert alpha == pytest.approx(threshold, abs=1e-2)
     with pytest.raises(ValueError, match=r"\(300, 24, 12\)"):
-        genview.fit_foreground(tokens, (5, 5))
+        quality_loss.fit_foreground(tokens, (5, 5))
 
 
 def test_orientation_of_a_given_component():
     tokens, direction = planted()
-    v1, alpha = genview.orient_foreground(-3 * direction, tokens, (7, 7))
+    v1, alpha = quality_loss.orient_foreground(-3 * direction, tokens, (7, 7))
     torch.testing.assert_close(v1, direction, atol=1e-5, rtol=0)
     assert (tokens @ v1 > alpha).float().mean().item() == pytest.approx(0.4, abs=2e-3)
 
@@ -405,19 +421,19 @@ def test_load_component(tmp_path):
     v1 = np.arange(5, dtype=np.float32)
     np.savez(tmp_path / "foreground.npz", component=v1, threshold=0.7)
     np.save(tmp_path / "pca_vectors.npy", v1[:, None])
-    component, threshold = genview.load_component(tmp_path / "foreground.npz", 5)
+    component, threshold = support.files.read_component(tmp_path / "foreground.npz", 5)
     assert torch.equal(component, torch.tensor(v1)) and threshold == pytest.approx(0.7)
-    component, threshold = genview.load_component(tmp_path / "pca_vectors.npy")
+    component, threshold = support.files.read_component(tmp_path / "pca_vectors.npy")
     assert torch.equal(component, torch.tensor(v1)) and threshold is None
-    with pytest.raises(Trouble, match="5 numbers.*have 6"):
-        genview.load_component(tmp_path / "pca_vectors.npy", 6)
+    with pytest.raises(UserError, match="5 numbers.*have 6"):
+        support.files.read_component(tmp_path / "pca_vectors.npy", 6)
     np.savez(tmp_path / "other.npz", x=v1)
     (tmp_path / "text.npy").write_text("no array")
     (tmp_path / "void.npy").write_bytes(b"")
     (tmp_path / "short.npz").write_bytes((tmp_path / "foreground.npz").read_bytes()[:100])
     for name in ("other.npz", "text.npy", "void.npy", "short.npz", "missing.npz"):
-        with pytest.raises(Trouble, match=name):
-            genview.load_component(tmp_path / name)
+        with pytest.raises(UserError, match=name):
+            support.files.read_component(tmp_path / name)
 
 
 def test_a_pickled_component_is_refused_and_not_run(tmp_path):
@@ -426,8 +442,8 @@ def test_a_pickled_component_is_refused_and_not_run(tmp_path):
     np.savez(tmp_path / "object.npz", component=np.array([Malicious(victim)], dtype=object), threshold=0.0)
     (tmp_path / "pickle.npy").write_bytes(pickle.dumps(Malicious(victim)))
     for name in ("object.npy", "object.npz", "pickle.npy"):
-        with pytest.raises(Trouble, match=name):
-            genview.load_component(tmp_path / name)
+        with pytest.raises(UserError, match=name):
+            support.files.read_component(tmp_path / name)
     assert not victim.exists()
 
 
@@ -459,12 +475,12 @@ def test_class_and_register_tokens_are_left_out(tmp_path):
 
 def test_a_missing_encoder_is_trouble(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(Trouble, match="--encoder"):
+    with pytest.raises(UserError, match="--encoder"):
         genview.FrozenEncoder(str(tmp_path / "nothing"))
     from transformers import BertConfig, BertModel
     BertModel(BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
               ).save_pretrained(tmp_path / "bert")
-    with pytest.raises(Trouble, match="--encoder"):                                 # reads text
+    with pytest.raises(UserError, match="--encoder"):                                 # reads text
         genview.FrozenEncoder(str(tmp_path / "bert"))
 
 
@@ -472,15 +488,15 @@ def test_a_missing_encoder_is_trouble(tmp_path, monkeypatch):
 
 def test_write_whole_leaves_the_old_file_if_the_writer_fails(tmp_path):
     path = tmp_path / "new" / "file.txt"
-    genview.write_whole(path, lambda p: p.write_text("old"))
+    support.files.write_whole(path, lambda p: p.write_text("old"))
 
     def broken(temporary):
         temporary.write_text("half")
         raise RuntimeError("disk full")
     with pytest.raises(RuntimeError):
-        genview.write_whole(path, broken)
+        support.files.write_whole(path, broken)
     assert path.read_text() == "old" and os.listdir(path.parent) == ["file.txt"]
-    genview.write_whole(path, lambda p: p.write_text("new"))
+    support.files.write_whole(path, lambda p: p.write_text("new"))
     assert path.read_text() == "new" and os.listdir(path.parent) == ["file.txt"]
 
 
@@ -491,24 +507,24 @@ def test_load_checkpoint_runs_no_code(tmp_path):
     (tmp_path / "short.pt").write_bytes((tmp_path / "bad.pt").read_bytes()[:100])
     (tmp_path / "empty.pt").write_bytes(b"")
     for name in ("bad.pt", "plain.pkl", "short.pt", "empty.pt", "missing.pt"):
-        with pytest.raises(Trouble, match=name):
-            genview.load_checkpoint(tmp_path / name)
+        with pytest.raises(UserError, match=name):
+            support.checkpoints.load_checkpoint(tmp_path / name)
     assert not victim.exists()
     torch.save({"model": torch.ones(2)}, tmp_path / "good.pt")
-    assert genview.load_checkpoint(tmp_path / "good.pt")["model"].sum() == 2
+    assert support.checkpoints.load_checkpoint(tmp_path / "good.pt")["model"].sum() == 2
 
 
 def test_trouble_is_one_line_and_status_2(capsys):
     def main():
-        raise Trouble("Traceback of a worker\n  somewhere\ngenview.Trouble: x.png is broken")
+        raise UserError("Traceback of a worker\n  somewhere\nUserError: x.png is broken")
     with pytest.raises(SystemExit) as stop:
-        genview.run(main)
+        support.world.script(main)
     assert stop.value.code == 2 and capsys.readouterr().err == "error: x.png is broken\n"
 
 
 @pytest.mark.parametrize("arch, small, dim", [("resnet18", True, 512), ("resnet18", False, 512)])
 def test_make_backbone(arch, small, dim):
-    backbone, features = genview.make_backbone(arch, 64 if small else 65)
+    backbone, features = support.networks.make_backbone(arch, 64 if small else 65)
     assert features == dim and backbone.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, dim)
     assert backbone.conv1.stride == ((1, 1) if small else (2, 2)) and backbone.conv1.bias is None
 
@@ -516,7 +532,7 @@ def test_make_backbone(arch, small, dim):
 @pytest.mark.parametrize("arch, millions", [("vit_small", 21.67), ("vit_base", 85.80)])
 def test_vision_transformers_of_moco_v3(arch, millions):
     """Class token, positions and last norm counted, no classifier; positions and patch projection do not learn."""
-    vit, _ = genview.make_backbone(arch, 224)
+    vit, _ = support.networks.make_backbone(arch, 224)
     assert round(sum(p.numel() for p in vit.parameters()) / 1e6, 2) == millions
     assert {name for name, p in vit.named_parameters() if not p.requires_grad} == {
         "encoder.pos_embedding", "conv_proj.weight", "conv_proj.bias"}
@@ -524,7 +540,7 @@ def test_vision_transformers_of_moco_v3(arch, millions):
 
 
 def test_positions_are_sines_of_row_and_column():
-    positions = genview.sine_positions(16, 5)
+    positions = support.networks.sine_positions(16, 5)
     assert positions.shape == (1, 26, 16) and not positions[0, 0].any()
     for row in range(5):
         for column in range(5):
@@ -546,5 +562,5 @@ def test_small_crops_come_in_turn_from_both_pictures(files):
 
 @pytest.mark.parametrize("arch", ["vit_b_16", "nothing", "fasterrcnn_resnet50_fpn"])
 def test_other_architectures_are_trouble(arch):
-    with pytest.raises(Trouble, match="resnet50"):
-        genview.make_backbone(arch, 224)
+    with pytest.raises(UserError, match="resnet50"):
+        support.networks.make_backbone(arch, 224)

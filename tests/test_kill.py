@@ -24,13 +24,16 @@ from PIL import Image
 
 import generate_views
 import genview
+import support.checkpoints
+import support.files
+import support.world
 import train_moco
 
 CASES = {"v2": ["--method", "mocov2", "--queue", "16"], "v3": ["--method", "mocov3", "--hidden", "16"]}
 
 
 def start(work):
-    """Forks a process that does the work; returns its id. Its exit status: 0, genview.run's, or 99 after a traceback."""
+    """Forks a process that does the work; returns its id. Its exit status: 0, support.world.run's, or 99 after a traceback."""
     pid = os.fork()
     if pid:
         return pid
@@ -38,7 +41,7 @@ def start(work):
     try:
         sys.stdout = sys.stderr = open(os.devnull, "w")
         torch.set_num_threads(1)
-        genview.run(work)
+        support.world.script(work)
         status = 0
     except SystemExit as stop:
         status = stop.code
@@ -93,13 +96,13 @@ def training(world, output, *flags):
     flags = ["--dataset", "folder", "--data-dir", world / "images", "--views-dir", world / "views", "--encoder", world / "clip",
              "--image-size", 32, "--arch", "resnet10_narrow", "--batch-size", 8, "--epochs", 2, "--output-dir", output,
              "--save-minutes", 0, "--log-every", 1, "--device", "cpu", *flags]
-    return lambda: train_moco.train(train_moco.parse_args(argv=list(map(str, flags))), genview.setup("cpu"))
+    return lambda: train_moco.train(train_moco.parse_args(argv=list(map(str, flags))), support.world.setup("cpu"))
 
 
 def same_run(a, b):
     """Parameters, statistics, queue and optimizer bit for bit; the same loss at every step of the log."""
     a, b = Path(a), Path(b)
-    states = [genview.load_checkpoint(folder / "last.pt") for folder in (a, b)]
+    states = [support.checkpoints.load_checkpoint(folder / "last.pt") for folder in (a, b)]
     for one, other in zip(*(torch.utils._pytree.tree_leaves([s["model"], s["optimizer"]]) for s in states)):
         assert torch.equal(one, other) if torch.is_tensor(one) else one == other
     logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (a, b)]
@@ -176,10 +179,10 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(world, tmp_path, capsy
     training(world, tmp_path / "run", *CASES["v2"], "--resume")()
     assert "is damaged" in (said := capsys.readouterr().out) and "going on from" in said
     same_run(tmp_path / "whole", tmp_path / "run")
-    assert genview.load_checkpoint(tmp_path / "run/previous.pt")       # the damaged one did not take its place
+    assert support.checkpoints.load_checkpoint(tmp_path / "run/previous.pt")       # the damaged one did not take its place
     (tmp_path / "run/previous.pt").unlink()
     (tmp_path / "run/last.pt").write_bytes(content)
-    with pytest.raises(genview.Trouble, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         training(world, tmp_path / "run", *CASES["v2"], "--resume")()
 
 
@@ -199,7 +202,7 @@ def test_sigterm_saves_and_says_so(world, tmp_path):
             patch.setattr(train_moco, "train_step", stop_at_third)
             training(world, tmp_path / "run", *flags)()
     assert end(start(terminated)) == 128 + signal.SIGTERM
-    assert genview.load_checkpoint(tmp_path / "run/last.pt")["step"] == 3
+    assert support.checkpoints.load_checkpoint(tmp_path / "run/last.pt")["step"] == 3
     assert end(start(training(world, tmp_path / "run", *flags, "--resume"))) == 0
     same_run(tmp_path / "whole", tmp_path / "run")
 
@@ -214,7 +217,7 @@ def test_sigterm_to_the_readers_of_files_too(world, tmp_path):
     terminated = at_step(3, lambda: os.killpg(0, signal.SIGTERM), work(tmp_path / "run"))
     assert end(start(work(tmp_path / "whole"))) == 0
     assert end(start(lambda: (os.setpgrp(), terminated()))) == 128 + signal.SIGTERM
-    assert genview.load_checkpoint(tmp_path / "run/last.pt")["step"] == 4
+    assert support.checkpoints.load_checkpoint(tmp_path / "run/last.pt")["step"] == 4
     assert end(start(work(tmp_path / "run", "--resume"))) == 0
     same_run(tmp_path / "whole", tmp_path / "run")
 
@@ -232,11 +235,11 @@ def test_a_failing_knn_costs_no_training(world, tmp_path):
             work(tmp_path / "run")()
     assert end(start(work(tmp_path / "whole"))) == 0
     assert end(start(failing)) == 2
-    state = genview.load_checkpoint(tmp_path / "run/last.pt")
+    state = support.checkpoints.load_checkpoint(tmp_path / "run/last.pt")
     assert (state["epoch"], state["step"]) == (0, 6)
     picture = next((tmp_path / "images/train").rglob("*.png"))
     picture.rename(tmp_path / "away.png")
-    with pytest.raises(genview.Trouble, match="is of a run on 48 images, here are 47"):
+    with pytest.raises(UserError, match="is of a run on 48 images, here are 47"):
         work(tmp_path / "run", "--resume")()
     (tmp_path / "away.png").rename(picture)
     assert end(start(work(tmp_path / "run", "--resume", "--skip-bad"))) == 0
@@ -306,7 +309,7 @@ def die():
 
 
 def fail():
-    raise genview.Trouble("the third batch is no good")
+    raise UserError("the third batch is no good")
 
 
 @pytest.mark.parametrize("lost, how", [(0, die), (1, die), (1, fail)])
@@ -333,7 +336,7 @@ def test_two_processes_killed_go_on_to_the_same_result(world, tmp_path):
     assert run(tmp_path / "broken", act=die) == [-signal.SIGKILL] * 2
     assert run(tmp_path / "broken", "--resume") == [0, 0]
     same_run(tmp_path / "whole", tmp_path / "broken")
-    statistics = genview.load_checkpoint(tmp_path / "whole/last.pt")["statistics"]
+    statistics = support.checkpoints.load_checkpoint(tmp_path / "whole/last.pt")["statistics"]
     name = "query.backbone.1.running_mean"
     assert len(statistics) == 2 and not torch.equal(statistics[0][name], statistics[1][name])
 
@@ -367,7 +370,7 @@ def test_generation_into_a_folder_that_may_not_be_written(number, world, tmp_pat
         raise OSError(number, os.strerror(number))
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(SystemExit) as stop:
-        genview.run(generation(world, tmp_path / "views"))
+        support.world.script(generation(world, tmp_path / "views"))
     assert stop.value.code == 2 and not list((tmp_path / "views").rglob("*.tmp"))
     assert re.fullmatch(r"error: .*views/\S+ could not be written \(.*\): name another folder\n", capsys.readouterr().err)
 
@@ -393,7 +396,7 @@ def test_another_number_of_processes_is_said(world, tmp_path, capsys):
     assert [end(pid) for pid in pids] == [-signal.SIGKILL] * 2
     training(world, tmp_path / "run", *flags, "--resume")()
     assert "is of a run of 2 processes, here are 1" in capsys.readouterr().out
-    assert genview.load_checkpoint(tmp_path / "run/last.pt")["epoch"] == 4
+    assert support.checkpoints.load_checkpoint(tmp_path / "run/last.pt")["epoch"] == 4
 
 
 # -------------------------------------------------------------------------------------------------------------- the disk
@@ -418,7 +421,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(world, tmp_path):
         step()
     assert end(start(full)) == 2
     assert "last.pt could not be written" in log.read_text() and "MB are free" in log.read_text() and "are needed" in log.read_text()
-    assert genview.load_checkpoint(tmp_path / "run/last.pt")["epoch"] == 1 and not list((tmp_path / "run").glob("*.tmp"))
+    assert support.checkpoints.load_checkpoint(tmp_path / "run/last.pt")["epoch"] == 1 and not list((tmp_path / "run").glob("*.tmp"))
     assert end(start(training(world, tmp_path / "run", *flags, "--resume"))) == 0
     same_run(tmp_path / "whole", tmp_path / "run")
 
@@ -450,7 +453,7 @@ def test_what_a_kill_left_behind_is_removed(world, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("half")
     os.utime(old, (time.time() - 4000,) * 2)
-    genview.sweep(tmp_path / "views")
+    support.files.sweep(tmp_path / "views")
     assert not old.exists() and new.exists()
     assert end(start(training(world, tmp_path / "run", *CASES["v2"]))) == 0
     assert not run.exists()

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-SCRIPTS = ("quality_loss", "generate_views", "train_moco", "eval_linear", "genview", "shapes", "train_generator",
-           "eval_generator", "ablation", "train_byol", "train_swav", "eval_detection", "cached_quality", "quality_study", "bench")
+SCRIPTS = ("quality_loss", "generate_views", "train_moco", "eval_linear", "genview", "shapes", "train_byol",
+           "train_swav", "eval_detection", "recipes")
 
 
 def test_every_name_exists():

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import genview
+import support.augment
+import support.data
 import shapes
 import train_moco
 from generate_views import foreground_proportion
@@ -58,16 +60,16 @@ def test_views_are_drawn_apart_from_the_pictures():
         views, _ = train_moco.shapes_views(encoder, types.SimpleNamespace(noise="400", seed=seed), 4096)
         assert (views[:500] - pixels).abs().mean() > 0.7 * (pixels.roll(1, 0) - pixels).abs().mean()
     some, _ = train_moco.shapes_views(encoder, types.SimpleNamespace(noise="400", seed=2), 512)
-    assert torch.equal(some, views[genview.spaced(4096, 512)])
+    assert torch.equal(some, views[support.data.spaced(4096, 512)])
 
 
 def test_the_encoder_sees_the_foreground(scenes):
     """Its first principal component is the figure; the proportion found follows the true one."""
     encoder = shapes.train_encoder(steps=60)
     with torch.no_grad():
-        tokens = encoder(genview.normalise(shapes.render(scenes) / 255))
+        tokens = encoder(support.augment.normalise(shapes.render(scenes) / 255))
     assert tokens.shape == (600, 64, 64) and not any(p.requires_grad for p in encoder.parameters())
-    component, threshold = genview.fit_foreground(tokens, (8, 8))
+    component, threshold = quality_loss.fit_foreground(tokens, (8, 8))
     mask = shapes.foreground(scenes)
     cells = mask.view(600, 8, 4, 8, 4).mean((2, 4)).flatten()
     assert torch.corrcoef(torch.stack([(tokens @ component).flatten(), cells]))[0, 1] > 0.8

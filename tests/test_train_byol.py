@@ -9,12 +9,14 @@ import torch
 
 import eval_linear
 import genview
+import support.checkpoints
+import support.world
 import train_byol
 import train_moco
 import train_swav
 from quality_loss import sinkhorn, swapped_prediction
 
-CPU = genview.World(0, 1, torch.device("cpu"), torch.float32)
+CPU = support.world.World(0, 1, torch.device("cpu"), torch.float32)
 
 
 def settings(**changes):
@@ -56,7 +58,7 @@ def test_a_step_on_two_images_by_hand(name):
     twin = train_byol.METHODS[name](settings()).train()
     twin.load_state_dict(method.state_dict())
     twin.update(0.0)                               # comes before the forward pass
-    quality_of = lambda a, b, places: (torch.tensor([0.0, math.log(3)]), torch.zeros(2), torch.zeros(2))        # w: 0.5, 1.5
+    quality_of = lambda a, b: (torch.tensor([0.0, math.log(3)]), torch.zeros(2), torch.zeros(2))        # w: 0.5, 1.5
     loss, change = one_step(method, views, quality_of)
     p1, p2 = (twin.predictor(twin.query(v)) for v in views)
     if name == "byol":
@@ -134,7 +136,7 @@ def run(script, data, folder, *flags):
              "--output-dir", folder, "--device", "cpu", "--dim", 12, "--hidden", 10, *flags]
     args = train_moco.parse_args(script.PRESETS, list(map(str, flags)))
     methods = script.METHODS if script is train_byol else {"swav": train_swav.SwAV}
-    train_moco.train(args, genview.setup("cpu"), methods.get)
+    train_moco.train(args, support.world.setup("cpu"), methods.get)
 
 
 @pytest.mark.parametrize("script, method, more", [
@@ -154,7 +156,7 @@ def test_with_views_and_quality(script, method, more, image_folder, encoder_fold
     assert re.search(rf"kNN top-1 \d+\.\d% \({train_moco.NAMES[method]} \+ GenView's views \+ quality weights\)$", said.strip())
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert {"loss", "pos", "neg", "std", "ess"} <= log[0].keys() and 0 < log[0]["ess"] <= 1 and log[0]["std"] > 0
-    backbone, dim, _ = eval_linear.load_backbone(tmp_path / "run/last.pt")
+    backbone, dim, _ = support.checkpoints.load_backbone(tmp_path / "run/last.pt")
     assert dim == 128
     run(script, image_folder, tmp_path / "run", *flags, "--resume")                 # nothing left to do
     assert "kNN top-1" in capsys.readouterr().out

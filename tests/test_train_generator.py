@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import ablation
-import eval_generator
+from studies import ablation
+from studies import eval_generator
 import generate_views
 import genview
-import train_generator
+from studies import train_generator
 import train_moco
-from genview import Trouble
+from support.world import UserError
 
 FLAGS = ["--limit", "16", "--batch-size", "4", "--steps", "6", "--log-every", "1", "--device", "cpu"]
 
@@ -195,14 +195,14 @@ def test_batch_norm_goes_on_after_an_interruption(tmp_path, monkeypatch):
 
 
 def test_other_settings_are_refused(trained, image_folder):
-    with pytest.raises(Trouble, match="other settings.*another --output-dir"):
+    with pytest.raises(UserError, match="other settings.*another --output-dir"):
         call(train_generator, "--data-dir", image_folder, "--output-dir", trained, *FLAGS, "--seed", "1")
 
 
 def test_loss_not_finite_is_named(image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(train_generator.Autoencoder, "forward",
                         lambda self, *_: {"error": next(self.parameters()).sum() * float("nan")})
-    with pytest.raises(Trouble, match="autoencoder is not finite at step 1"):
+    with pytest.raises(UserError, match="autoencoder is not finite at step 1"):
         call(train_generator, "--data-dir", image_folder, "--output-dir", tmp_path, *FLAGS)
     assert not (tmp_path / "last.pt").exists()
 
@@ -256,7 +256,7 @@ def test_the_miniature_in_the_repository():
 def test_mini_that_is_not_there_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(genview, "MINI", tmp_path / "weights" / "mini-unclip")
     for load in (lambda: generate_views.load_pipeline("mini", torch.float32, "cpu"), lambda: genview.FrozenEncoder("mini")):
-        with pytest.raises(Trouble, match="no weights/mini-unclip here: train_generator.py"):
+        with pytest.raises(UserError, match="no weights/mini-unclip here: train_generator.py"):
             load()
 
 
@@ -324,13 +324,13 @@ def test_ablation_runs_each_row_once_and_writes_the_table(tmp_path, monkeypatch,
                      "quality": ("adaptive", "pair", "exact"), "cached": ("adaptive", "pair", "cached"),
                      "extra": ("adaptive", "extra", "off")}
     assert "| MoCo v2 | plain | 42.0 ± 2.0 | 50.0 ± 0.0 | 40.0, 42.0, 44.0 |" in (tmp_path / "table.md").read_text()
-    with pytest.raises(Trouble, match="other settings"):
+    with pytest.raises(UserError, match="other settings"):
         call(ablation, "--output-dir", tmp_path, "--epochs", 3)
     calls.clear()
     call(ablation, "--dataset", "shapes", "--methods", "all", "--rows", "plain", "quality", "--output-dir", tmp_path / "shapes")
     assert {call[0] for call in calls} == {f"{method}-{row}-{seed}" for method in ablation.METHODS for row in ("plain", "quality")
                                            for seed in (0, 1, 2)}
-    with pytest.raises(Trouble, match="the controls .* cifar10"):
+    with pytest.raises(UserError, match="the controls .* cifar10"):
         call(ablation, "--dataset", "shapes", "--rows", "class100", "--output-dir", tmp_path / "ceiling")
 
 
@@ -362,7 +362,7 @@ def test_the_copies_are_what_the_autoencoder_keeps(tmp_path):
 
 
 def test_a_failing_row_is_named(tmp_path):
-    with pytest.raises(Trouble, match="generate_views.py.*error: "):
+    with pytest.raises(UserError, match="generate_views.py.*error: "):
         call(ablation, "--output-dir", tmp_path, "--data-dir", tmp_path / "nothing", "--model", tmp_path)
 
 
@@ -381,7 +381,7 @@ def test_extra_samples_keep_the_number_of_steps(image_folder, tmp_path, monkeypa
     any_folder.image_size = 32
     assert torch.equal(train_moco.load_extra(any_folder, images), genview.load_images("folder", image_folder, "test", 32).pixels[:12])
     any_folder.views_dir = tmp_path
-    with pytest.raises(Trouble, match="holds no pictures for --views extra"):
+    with pytest.raises(UserError, match="holds no pictures for --views extra"):
         train_moco.load_extra(any_folder, images)
     generated = tmp_path / "views"
     generated.mkdir()
@@ -401,6 +401,6 @@ def test_extra_samples_keep_the_number_of_steps(image_folder, tmp_path, monkeypa
 
 
 def test_extra_samples_need_views(tmp_path):
-    with pytest.raises(Trouble, match="--views extra needs generated views"):
+    with pytest.raises(UserError, match="--views extra needs generated views"):
         train_moco.parse_args(argv=["--dataset", "cifar10", "--views-dir", "none", "--views", "extra",
                                     "--output-dir", str(tmp_path)])

@@ -15,14 +15,17 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 import genview
+import support.networks
+import support.world
 import train_byol
 import train_moco
+from support import runs
 import train_swav
-from quality_loss import info_nce, quality_weights
+from quality_loss import info_nce, pair_quality, quality_weights
 
 ROOT = Path(__file__).parents[1]
 METHODS = train_moco.METHODS | train_byol.METHODS | {"swav": train_swav.SwAV}
-CPU = genview.World(0, 1, torch.device("cpu"), torch.float32)
+CPU = support.world.World(0, 1, torch.device("cpu"), torch.float32)
 
 
 def settings(method="mocov2", **changes):
@@ -95,8 +98,8 @@ def two_steps(name, world):
     share = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
     seen_weights = []
 
-    def quality_of(a, b, places):
-        quality = train_moco.pair_quality(features(a).mT, features(b).mT, component)
+    def quality_of(a, b):
+        quality = pair_quality(features(a).mT, features(b).mT, component)
         seen_weights.append(quality_weights(quality[0], 1.0, world.group))
         return tuple(q.detach() for q in quality)
     wrapped = method
@@ -107,7 +110,7 @@ def two_steps(name, world):
     optimizer.param_groups[0]["lr"] = 0.05
     losses, gradients = [], None
     for step in range(2):
-        readouts = train_moco.train_step(wrapped, optimizer, [v[step, share] for v in views], (), quality_of, 1.0,
+        readouts = train_moco.train_step(wrapped, optimizer, [v[step, share] for v in views], quality_of, 1.0,
                                          step / 2, world)
         losses.append(readouts["loss"])
         gradients = gradients or [p.grad.clone() for p in method.parameters() if p.grad is not None]
@@ -120,7 +123,7 @@ def two_steps(name, world):
 def one_of_two(rank, name, port, folder):
     os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    world = genview.setup("cpu")._replace(dtype=torch.float32)
+    world = support.world.setup("cpu")._replace(dtype=torch.float32)
     torch.save(two_steps(name, world), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -152,7 +155,7 @@ def test_v2_step_by_hand():
     k = F.normalize(method.key(view2), dim=1)
     loss, _ = method((view1, view2), w, CPU)
     q = F.normalize(method.query(view1), dim=1)                                   # same batch statistics as in the call
-    torch.testing.assert_close(loss, info_nce(q, k, queue, 0.2, w))
+    torch.testing.assert_close(loss, info_nce(q, k, queue, temperature=0.2, weights=w))
     torch.testing.assert_close(method.queue[:8], k)
     assert torch.equal(method.queue[8:], queue[8:]) and method.pointer == 8
     method((view1, view2), None, CPU)
@@ -218,7 +221,7 @@ def test_mocov3_with_a_vision_transformer(image_folder, tmp_path):
     assert linear(method.query.head) == [(96, 16), (16, 16), (16, 12)] and linear(method.predictor) == [(12, 16), (16, 12)]
     assert isinstance(method.query.head[-1], torch.nn.BatchNorm1d) and isinstance(method.predictor[-1], torch.nn.BatchNorm1d)
     before = method.query.backbone.state_dict()
-    train_moco.train(args, genview.setup("cpu"))
+    train_moco.train(args, support.world.setup("cpu"))
     after = torch.load(tmp_path / "run/backbone.pt", weights_only=True)
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same == {"encoder.pos_embedding", "conv_proj.weight", "conv_proj.bias"}
@@ -274,7 +277,7 @@ def test_learning_rate_and_lars():
     assert [round(train_moco.learning_rate(args, e), 6) for e in (0, 1, 2, 6, 10)] == [0, 0.3, 0.6, 0.3, 0]
     assert train_moco.learning_rate(settings(lr=0.3, batch_size=512, warmup_epochs=1, epochs=1), 1) == 0.6      # SimSiam's predictor
     w, b = torch.nn.Parameter(torch.tensor([[3.0, 4.0]])), torch.nn.Parameter(torch.tensor([1.0]))
-    optimizer = train_moco.LARS([w, b], lr=0.5, weight_decay=0.1)
+    optimizer = support.networks.LARS([w, b], lr=0.5, weight_decay=0.1)
     for _ in range(2):
         w.grad, b.grad = torch.tensor([[0.6, 0.8]]), torch.tensor([2.0])
         optimizer.step()
@@ -320,7 +323,7 @@ def test_shapes_as_a_user(tmp_path):
     done = script("--dataset", "shapes", "--limit", 512, "--epochs", 1, "--output-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"kNN top-1 \d+\.\d% \(MoCo v2 \+ GenView's views \+ quality weights\)", done.stdout.splitlines()[-1])
-    assert {f.name for f in (tmp_path / "run").iterdir()} == {"last.pt", "previous.pt", "backbone.pt", "log.jsonl", "args.json",
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {"last.pt", "backbone.pt", "log.jsonl", "args.json",
                                                              "pairs.png"}
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert {"loss", "chance", "pos", "neg", "ess", "images_per_s"} <= log[0].keys() and 0 < log[0]["ess"] <= 1
@@ -356,14 +359,14 @@ def test_large_images_go_through_workers(image_folder, encoder_folder, tmp_path,
 
 def test_resume_goes_on_to_the_same_result(image_folder, tmp_path, monkeypatch):
     in_process(*small(image_folder, tmp_path / "whole"))
-    save, saves = train_moco.Run.save, []
+    save, saves = runs.Run.save, []
 
     def save_once_then_die(self, *state):
         save(self, *state)
         saves.append(state)
         if len(saves) == 1:
             raise KeyboardInterrupt
-    monkeypatch.setattr(train_moco.Run, "save", save_once_then_die)
+    monkeypatch.setattr(runs.Run, "save", save_once_then_die)
     with pytest.raises(KeyboardInterrupt):
         in_process(*small(image_folder, tmp_path / "broken"))
     in_process(*small(image_folder, tmp_path / "broken", "--resume"))
@@ -390,7 +393,7 @@ def test_plain_by_default_says_so(image_folder, tmp_path, monkeypatch, capsys):
 def trouble(capsys, *flags):
     """Runs in process, as main does; returns the one line on stderr. The exit status must be 2."""
     with pytest.raises(SystemExit) as stop:
-        genview.run(lambda: in_process(*flags))
+        support.world.script(lambda: in_process(*flags))
     assert stop.value.code == 2
     line, = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if line.startswith("error: ")]
     return line

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import train_generator
+from studies import train_generator
 
 
 def clip_vision_model(seed=0):
