@@ -23,64 +23,59 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-import train_moco
 from generate_views import encode, generate, load_pipeline
 from genview import FrozenEncoder, PairLoader, PairQuality
 from support.augment import CLIP_MEAN, CLIP_STD
 from support.data import Images
-from support.world import Parser, UserError, World, say, script, setup, whole
+from support.world import Parser, UserError, World, say, script, setup, step_generator, whole
+from train_moco import MoCoV2, augmentations, make_optimizer, parse_args, train_step
 
 
-def take_turns(steps, windows, sync):
-    """Median seconds of the steps {name: function}: called in turn, a first round to warm up."""
-    times = {name: [] for name in steps}
-    for name, step in [*steps.items()] * (windows + 1):
+def take_turns(rows, windows, sync):
+    """Calls rows (name, function, images) in turn. Returns {name: median seconds per image}."""
+    times = {name: [] for name, *_ in rows}
+    for name, function, n in rows * (windows + 1):
         sync()
         start = time.perf_counter()
-        step()
+        function()
         sync()
-        times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+        times[name].append((time.perf_counter() - start) / n)
+    return {name: statistics.median(x[1:]) for name, x in times.items()}       # the first warms up
 
 
 def pictures(n):
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (n, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    pixels = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=step_generator(0))
     return Images([f"train/{i:05d}" for i in range(n)], torch.arange(n) % 10, 10, pixels)
 
 
-def training(world, batch_size=256, n=50_000, quality_of=None):
-    """MoCo v2 on n images, by train_moco.py's functions. Returns method, optimizer, a generator of
-    batches, and a function that trains on the next batch, or on a given one."""
-    args = train_moco.parse_args(argv=["--dataset=cifar10", "--views-dir=none", "--queue=4096",
-                                       f"--batch-size={batch_size}", "--output-dir=runs/bench"])
-    torch.manual_seed(0)
-    method = train_moco.MoCoV2(args).to(world.device, memory_format=torch.channels_last).train()
-    optimizer, images = train_moco.make_optimizer(args, method), pictures(n)
-    loader = PairLoader(images, images.pixels.flip(0), train_moco.augmentations(args), 32,
-                        batch_size, 0, world)
+def training(world, batch=256, n=50_000, quality_of=None):
+    """MoCo v2 on n images. Returns method, optimizer, batches and a function, its training step."""
+    args = parse_args(argv=["--dataset=cifar10", "--views-dir=none", "--queue=4096",
+                            f"--batch-size={batch}", "--output-dir=runs/bench"])
+    method = MoCoV2(args).to(world.device, memory_format=torch.channels_last).train()
+    optimizer, images = make_optimizer(args, method), pictures(n)
+    loader = PairLoader(images, images.pixels.flip(0), augmentations(args), 32, batch, 0, world)
     batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
 
     def step(views=None):
         views = views or next(batches)
-        train_moco.train_step(method, optimizer, views, quality_of, 1.0, 0.0, world)
+        train_step(method, optimizer, views, quality_of, 1.0, 0.0, world)
     return method, optimizer, batches, step
 
 
 @functools.cache
-def plain_loop(device, batch_size=256, n=4096):
-    """What one writes without a thought for speed: torchvision's transforms for each image, float32,
-    channels first, parameters averaged one by one, the loss read at every step. The rest is the
-    same. Yields the loss of each step."""
-    world, images = World(0, 1, torch.device(device), torch.float32), pictures(n)
-    method, optimizer, *_ = training(world, batch_size, n)
+def plain_loop(device, batch=256, n=4096):
+    """Code without a thought for speed: torchvision's transforms image by image, float32, channels
+    first, parameters averaged one by one, the loss read at every step. Yields the loss."""
+    world, images = World(0, 1, device, torch.float32), pictures(n)
+    method, optimizer, *_ = training(world, batch, n)
     method.to(memory_format=torch.contiguous_format)
     transform = v2.Compose([
         v2.RandomResizedCrop(32, (0.2, 1)), v2.RandomHorizontalFlip(),
         v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2),
         v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(CLIP_MEAN, CLIP_STD)])
-    loader = DataLoader(range(n), batch_size, shuffle=True, drop_last=True, collate_fn=lambda part: [
-        torch.stack([transform(images.pil(i)) for i in part]).to(device) for _ in range(2)])
+    loader = DataLoader(range(n), batch, shuffle=True, drop_last=True, collate_fn=lambda ids: [
+        torch.stack([transform(images.pil(i)) for i in ids]).to(device) for _ in range(2)])
     for views in itertools.chain.from_iterable(itertools.repeat(loader)):
         for key, query in zip(method.key.parameters(), method.query.parameters(), strict=True):
             key.data = 0.99 * key.data + 0.01 * query.data
@@ -95,45 +90,36 @@ def plain_step(device):
     return next(plain_loop(device))
 
 
-# --------------------------------------- what is measured: {row: (function, images of one call)}
-
 def steps(world):
-    """Training without and with exact quality, and a plain loop."""
+    """Like the other parts: yields name, function, images of one call."""
     *_, batches, step = training(world)
-    views = next(batches)
-    rows = {"step without quality, loader included": step,
-            "... compute alone: the same batch again": lambda: step(views)}
+    yield "step without quality, loader included", step, 256
+    yield "... compute alone, the same batch again", functools.partial(step, next(batches)), 256
     for name in ("mini", "CLIP ViT-B/32"):
         encoder = FrozenEncoder("mini")
         if name != "mini":                         # random weights: nothing is downloaded
             encoder.model, encoder.size = CLIPVisionModel(CLIPVisionConfig(patch_size=32)), 224
-            encoder.eval().requires_grad_(False)
         encoder.to(world.device, memory_format=torch.channels_last)
         v1 = torch.randn(encoder.model.config.hidden_size, device=world.device)
-        rows[f"... with exact quality ({name})"] = training(
-            world, quality_of=PairQuality(encoder, v1))[-1]
+        quality_of = PairQuality(encoder, v1)
+        yield f"... with exact quality ({name})", training(world, quality_of=quality_of)[-1], 256
     # In a process of its own, without what setup changes in this one.
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    rows["a plain float32 channels-first loop"] = lambda: pool.submit(
-        plain_step, str(world.device)).result()
-    return {row: (function, 256) for row, function in rows.items()}
+    yield "a plain float32 loop", lambda: pool.submit(plain_step, world.device).result(), 256
 
 
 def augmentation(world):
     *_, batches, _ = training(world, n=10_000)
-    return {"augmentation, two views of an image each": (lambda: next(batches), 256)}
+    yield "augmentation, two views of an image each", lambda: next(batches), 256
 
 
 def size(world):
-    """Speed should not depend on the number of images or on the batch."""
-    counts = (1000, 2000, 4000, 8000)
-    rows = {f"step, {n:,} images": (training(world, n=n)[-1], 256) for n in counts}
-    return rows | {f"step, batch {batch}": (training(world, batch, 8000)[-1], batch)
-                   for batch in (64, 128, 512, 1024)}
+    sizes = [(256, n) for n in (1000, 2000, 4000, 8000)]      # the speed should not depend on these
+    for batch, n in sizes + [(batch, 8000) for batch in (64, 128, 512, 1024)]:
+        yield f"step, {n:,} images, batch {batch}", training(world, batch, n)[-1], batch
 
 
 def generation(world, n=32):
-    """Views in a batch, and one at a time with an encoder pass each for tokens and embedding."""
     pipe = load_pipeline("mini", torch.float32, world.device)
     images = [pictures(n).pil(i) for i in range(n)]
     args = SimpleNamespace(steps=20, guidance=2.0, size=32, save_size=32, dtype="float32")
@@ -144,37 +130,30 @@ def generation(world, n=32):
 
     def single():
         for i, image in enumerate(images):
-            x = pipe.feature_extractor(images=image, return_tensors="pt").pixel_values
-            with torch.inference_mode():
-                pipe.image_encoder(x.to(world.device))
-            pipe(image=image, noise_level=100, prompt="", num_inference_steps=20, guidance_scale=2.0,
-                 generator=torch.Generator().manual_seed(i))
-    return {f"generation, the 32 x 32 miniature, 20 steps, guidance 2, batch {n}": (batched, n),
-            "... one image at a time with two encoder passes": (single, n)}
-
-
-PARTS = {part.__name__: part for part in (steps, augmentation, size, generation)}
+            pipe(image=image, noise_level=100, prompt="", num_inference_steps=20,
+                 guidance_scale=2.0, generator=torch.Generator().manual_seed(i))
+    yield f"generation, the 32 x 32 miniature, 20 steps, guidance 2, batch {n}", batched, n
+    yield "... one image at a time", single, n
 
 
 def main():
+    parts = {part.__name__: part for part in (steps, augmentation, size, generation)}
     parser = Parser("Measures this machine.")
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)} (default: all)")
     parser.add_argument("--windows", type=whole(3), default=3, help="calls; their median counts")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first available)")
     args = parser.parse_args()
-    if unknown := set(args.parts) - PARTS.keys():
-        raise UserError(f"{', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
+    if unknown := set(args.parts) - parts.keys():
+        raise UserError(f"{', '.join(sorted(unknown))}: the parts are {', '.join(parts)}")
     world = setup(args.device)
-    say(f"ResNet-18, 32 x 32, batch 256; {world.device}, {torch.get_num_threads()} CPU threads, "
-        f"{world.dtype}, PyTorch {torch.__version__}; medians of {args.windows}\n\n"
-        f"| what | images/s | time per image over the first row's |\n| --- | --- | --- |")
-    for part in args.parts or PARTS:
-        rows = PARTS[part](world)
-        functions = {row: function for row, (function, _) in rows.items()}
-        t = take_turns(functions, args.windows, getattr(torch, world.device.type).synchronize)
-        times = [t[row] / n for row, (_, n) in rows.items()]
-        for row, seconds in zip(rows, times, strict=True):
-            say(f"| {row} | {1 / seconds:,.1f} | {seconds / times[0]:.2f} |")
+    say(f"ResNet-18, 32 x 32; {world.device}, {torch.get_num_threads()} threads, {world.dtype}, "
+        f"PyTorch {torch.__version__}; medians of {args.windows}\n\n"
+        "| what | images/s | time per image over the first row's |\n| --- | --- | --- |")
+    for part in args.parts or parts:
+        sync = getattr(torch, world.device.type).synchronize
+        seconds = take_turns(list(parts[part](world)), args.windows, sync)
+        for name, value in seconds.items():
+            say(f"| {name} | {1 / value:,.1f} | {value / next(iter(seconds.values())):.2f} |")
 
 
 if __name__ == "__main__":

@@ -41,3 +41,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.nodeid in unported:
             item.add_marker(pytest.mark.xfail(reason="not yet ported to the new house", run=False))
+
+
+collect_ignore = ["test_train_generator.py"]       # to be ported: it does not import in the new house

@@ -1,48 +1,48 @@
-"""eval_linear.py: checkpoints of every format, kNN against a loop, the probes on data where the answer is known."""
+"""eval_linear.py: checkpoints of every format, kNN against a loop, probes with known answers."""
 import json
 import math
 import re
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import eval_linear as ev  # noqa: E402
-import genview  # noqa: E402
-import support.augment
-import support.checkpoints
-import support.data
-import support.networks
+import eval_linear as ev
+import genview
 import support.world
-import tiny  # noqa: E402
-from support.data import Images
-from support.world import UserError, World  # noqa: E402
+from support.augment import normalise
+from support.checkpoints import load_backbone
+from support.data import Images, to_tensor
+from support.networks import make_backbone
+from support.world import UserError, World, step_generator
 
-torch.set_num_threads(1)                     # small tensors: threads would only wait for each other
 ONE = World(0, 1, torch.device("cpu"), torch.float32)
 DIM = 512
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Images of two classes and three checkpoints of one resnet18: ours, a plain state dict, the release's format."""
+    """Images of two classes and three checkpoints of one resnet18: ours, a plain state dict, the
+    release's format."""
     folder = tmp_path_factory.mktemp("eval")
     tiny.save_images(folder / "data", per_class=6, size=32)
     torch.manual_seed(0)
-    backbone, _ = support.networks.make_backbone("resnet18", 224)
-    state = backbone.state_dict()
-    args = {"dataset": "folder", "data_dir": str(folder / "data"), "arch": "resnet18", "image_size": 32}
-    ours = {f"query.backbone.{k}": v for k, v in state.items()} | {f"key.backbone.{k}": v + 1 for k, v in state.items()}
-    torch.save({"model": ours | {"queue": torch.ones(4, 2)}, "args": args, "epoch": 1}, folder / "last.pt")
-    torch.save(state | {"fc.weight": torch.ones(1000, DIM), "fc.bias": torch.ones(1000)}, folder / "plain.pt")
+    state = make_backbone("resnet18", 224)[0].state_dict()
+    args = {"dataset": "folder", "data_dir": str(folder / "data"), "arch": "resnet18",
+            "image_size": 32}
+    ours = {f"query.backbone.{k}": v for k, v in state.items()}
+    ours |= {f"key.backbone.{k}": v + 1 for k, v in state.items()}
+    model = ours | {"queue": torch.ones(4, 2)}
+    torch.save({"model": model, "args": args, "epoch": 1}, folder / "last.pt")
+    classifier = {"fc.weight": torch.ones(1000, DIM), "fc.bias": torch.ones(1000)}
+    torch.save(state | classifier, folder / "plain.pt")
     release = {f"backbone.{k}": v for k, v in state.items() if "num_batches_tracked" not in k}
-    torch.save({"meta": {}, "state_dict": release | {"neck.fc0.weight": torch.ones(3)}}, folder / "release.pth")
+    release |= {"neck.fc0.weight": torch.ones(3)}
+    torch.save({"meta": {}, "state_dict": release}, folder / "release.pth")
+    torch.save(make_backbone("vit_narrow", 32)[0].state_dict(), folder / "vit.pt")
     return folder
 
 
@@ -52,8 +52,8 @@ def images(folder):
 
 
 def settings(**values):
-    usual = dict(lr=1.0, backbone_lr=0.01, epochs=20, batch_size=32, seed=0, labels=1.0, labels_file=None, image_size=32, workers=0,
-                 skip_bad=False)
+    usual = dict(lr=1.0, backbone_lr=0.01, epochs=20, batch_size=32, seed=0, labels=1.0,
+                 labels_file=None, image_size=32, workers=0, skip_bad=False)
     return SimpleNamespace(**usual | values)
 
 
@@ -64,12 +64,12 @@ def script(*arguments):
         support.world.script(ev.main)
 
 
-# ------------------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------- checkpoints
 
 def test_all_formats_give_the_same_features(folder, images):
     features = {}
     for name in ("last.pt", "plain.pt", "release.pth"):
-        backbone, dim, args = support.checkpoints.load_backbone(folder / name)
+        backbone, dim, args = load_backbone(folder / name)
         assert dim == DIM and args.get("dataset") == ("folder" if name == "last.pt" else None)
         features[name] = ev.extract_features(backbone, images, 32, ONE, batch_size=5)
         assert features[name].shape == (12, DIM) and features[name].dtype == torch.float32
@@ -78,83 +78,96 @@ def test_all_formats_give_the_same_features(folder, images):
 
 
 def test_the_small_stem_is_seen_and_settings_lie_beside_a_backbone(tmp_path):
-    backbone, _ = support.networks.make_backbone("resnet18", 32)
-    torch.save(backbone.state_dict(), tmp_path / "backbone.pt")
+    state = make_backbone("resnet18", 32)[0].state_dict()
+    torch.save(state, tmp_path / "backbone.pt")
     (tmp_path / "args.json").write_text(json.dumps({"dataset": "cifar10", "arch": "resnet18"}))
-    loaded, _, args = support.checkpoints.load_backbone(tmp_path / "backbone.pt")
+    loaded, _, args = load_backbone(tmp_path / "backbone.pt")
     assert loaded.conv1.kernel_size == (3, 3) and args["dataset"] == "cifar10"
-    for ours, theirs in zip(loaded.state_dict().values(), backbone.state_dict().values()):
-        assert torch.equal(ours, theirs)
+    assert all(torch.equal(x, state[name]) for name, x in loaded.state_dict().items())
 
 
-def test_another_architecture_is_trouble(folder, tmp_path):
-    for name in ("last.pt", "plain.pt", "release.pth"):
-        with pytest.raises(UserError, match="another architecture.*layer1.0.conv1.weight.*resnet50.*resnet18"):
-            support.checkpoints.load_backbone(folder / name, "resnet50")
-        with pytest.raises(UserError, match="another architecture.*layer1.2.conv1.weight.*resnet34.*resnet18"):
-            support.checkpoints.load_backbone(folder / name, "resnet34")
+@pytest.mark.parametrize("name", ["last.pt", "plain.pt", "release.pth"])
+@pytest.mark.parametrize("arch, tensor", [("resnet50", "layer1.0.conv1.weight"),
+                                          ("resnet34", "layer1.2.conv1.weight")])
+def test_another_architecture_is_refused(folder, name, arch, tensor):
+    with pytest.raises(UserError, match=f"another architecture.*{tensor}.*{arch}.*resnet18"):
+        load_backbone(folder / name, arch)
+
+
+def test_a_checkpoint_that_fits_no_architecture_is_refused(folder, tmp_path):
     state = torch.load(folder / "plain.pt")
-    torch.save({k: v for k, v in state.items() if k != "layer2.0.bn1.running_var"}, tmp_path / "missing.pt")
-    with pytest.raises(UserError, match="no layer2.0.bn1.running_var"):
-        support.checkpoints.load_backbone(tmp_path / "missing.pt", "resnet18")
-    with pytest.raises(UserError, match="--arch"):
-        support.checkpoints.load_backbone(tmp_path / "missing.pt")
+    del state["layer2.0.bn1.running_var"]
+    torch.save(state, tmp_path / "missing.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(UserError, match="list.pt"):
-        support.checkpoints.load_backbone(tmp_path / "list.pt", "resnet18")
+    for name, arch, message in (("missing.pt", "resnet18", "no layer2.0.bn1.running_var"),
+                                ("missing.pt", None, "--arch"), ("list.pt", "resnet18", "list.pt")):
+        with pytest.raises(UserError, match=message):
+            load_backbone(tmp_path / name, arch)
 
 
-def test_trouble_on_the_command_line(folder, capsys):
-    done = subprocess.run([sys.executable, "eval_linear.py", "--checkpoint", folder / "last.pt", "--arch", "resnet50"],
-                          capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert "another architecture" in done.stderr and "resnet50" in done.stderr and "resnet18" in done.stderr
-    with pytest.raises(SystemExit) as stop:
-        script("--checkpoint", folder / "plain.pt")
-    assert stop.value.code == 2 and "--dataset" in capsys.readouterr().err
+def test_a_vision_transformer_is_recognised(tmp_path):
+    """From its tensors alone: architecture, patches, size. Fine-tuning changes all but positions."""
+    for size in (32, 96):
+        backbone, _ = make_backbone("vit_narrow", size)
+        torch.save(backbone.state_dict(), tmp_path / "vit.pt")
+        loaded, dim, _ = load_backbone(tmp_path / "vit.pt")
+        x = torch.randn(2, 3, size, size)
+        assert dim == 96 and torch.equal(loaded.eval()(x), backbone.eval()(x))
+    before = {name: x.clone() for name, x in backbone.state_dict().items()}
+    ev.finetune(backbone, dim, coloured(), settings(epochs=2, lr=0.01, batch_size=8, image_size=96),
+                ONE)
+    same = [name for name, x in backbone.state_dict().items() if torch.equal(x, before[name])]
+    assert same == ["encoder.pos_embedding"]
 
 
-# ---------------------------------------------------------------------------------------------------------------- features
+# ---------------------------------------------------------------------------------------- features
 
 def test_features_are_the_backbones_own(folder, images):
-    backbone, _, _ = support.checkpoints.load_backbone(folder / "last.pt")
+    backbone, _, _ = load_backbone(folder / "last.pt")
     features = ev.extract_features(backbone.train(), images, 32, ONE, batch_size=4)
     assert backbone.training                       # as it was before
     with torch.no_grad():
-        again = backbone.eval()(support.augment.normalise(images.pixels.float() / 255))
+        again = backbone.eval()(normalise(images.pixels.float() / 255))
     torch.testing.assert_close(features, again, atol=1e-4, rtol=1e-4)
     assert ev.extract_features(backbone, images, 40, ONE).shape == (12, DIM)        # resized
+
+
+def test_the_centre_of_a_file_is_cut(images):
+    """28 = 32 * 224 / 256: cut, not resized."""
     on_disk = images._replace(pixels=None)
-    whole, central = (images.pil(0), support.data.to_tensor(images.pil(0).resize((28, 28), 2, box=(2, 2, 30, 30))))
-    assert whole.size == (32, 32)
-    x = next(ev.pictures(on_disk, torch.arange(1), 28, ONE, 1, workers=0))
-    torch.testing.assert_close(x[0], support.augment.normalise(central / 255))              # 28 = 32 * 224 / 256: cut, not resized
+    x, = ev.pictures(on_disk, torch.arange(1), 28, ONE, 1, workers=0)
+    assert images.pil(0).size == (32, 32)
+    centre = to_tensor(images.pil(0).crop((2, 2, 30, 30)))
+    torch.testing.assert_close(x[0], normalise(centre / 255))
 
 
 def test_random_crops_are_drawn_from_seed_and_epoch(images):
     for source in (images, images._replace(pixels=None)):
-        draw = lambda *d: torch.cat(list(ev.pictures(source, torch.arange(12), 24, ONE, 5, workers=0, draw=d)))
+        def draw(*numbers, source=source):
+            return torch.cat(list(ev.pictures(source, torch.arange(12), 24, ONE, 5, workers=0,
+                                              draw=numbers)))
         assert draw(0, 1).shape == (12, 3, 24, 24)
         assert torch.equal(draw(0, 1), draw(0, 1)) and not torch.equal(draw(0, 1), draw(0, 2))
 
 
-def test_unreadable_files(folder, images, tmp_path):
+def test_unreadable_files(images, tmp_path):
     bad = images._replace(pixels=None, root=tmp_path)
     with pytest.raises(UserError, match="--skip-bad"):
         list(ev.pictures(bad, torch.arange(2), 24, ONE, 2, workers=0))
     grey, = ev.pictures(bad, torch.arange(2), 24, ONE, 2, workers=0, skip_bad=True)
-    torch.testing.assert_close(grey, support.augment.normalise(torch.full((2, 3, 24, 24), 128 / 255)))
+    torch.testing.assert_close(grey, normalise(torch.full((2, 3, 24, 24), 128 / 255)))
 
 
-# --------------------------------------------------------------------------------------------------------------------- kNN
+# --------------------------------------------------------------------------------------------- kNN
 
-def knn_oracle(train, labels, test, truth, num_classes, k, t):
+def knn_loop(train, labels, test, truth, num_classes, k, t):
     correct = 0
     for i, x in enumerate(test):
         sims = []
         for j, y in enumerate(train):
-            dot = sum(a * b for a, b in zip(x, y))
-            sims.append((dot / math.sqrt(sum(a * a for a in x) * sum(b * b for b in y)), labels[j]))
+            dot = sum(a * b for a, b in zip(x, y, strict=True))
+            length = math.sqrt(sum(a * a for a in x) * sum(b * b for b in y))
+            sims.append((dot / length, labels[j]))
         votes = [0.0] * num_classes
         for s, label in sorted(sims, reverse=True)[:k]:
             votes[label] += math.exp(s / t)
@@ -167,29 +180,62 @@ def test_knn_matches_the_loop(k, t):
     generator = torch.Generator().manual_seed(0)
     labels, truth = torch.arange(40) % 4, torch.arange(23) % 4
     centres = torch.randn(4, 6, generator=generator)
-    train, test = (centres[y] + 1.2 * torch.randn(len(y), 6, generator=generator) for y in (labels, truth))
+    train, test = (centres[y] + 1.2 * torch.randn(len(y), 6, generator=generator)
+                   for y in (labels, truth))
     ours = ev.knn_accuracy(train * 3, labels, test, truth, num_classes=4, k=k, temperature=t)
     if t > 0.01:                                   # exp(s / t) of the loop overflows below
-        assert ours == pytest.approx(knn_oracle(train.tolist(), labels.tolist(), test.tolist(), truth.tolist(), 4, k, t))
-        assert 25 < ours < 100
+        loop = knn_loop(train.tolist(), labels.tolist(), test.tolist(), truth.tolist(), 4, k, t)
+        assert ours == pytest.approx(loop) and 25 < ours < 100
     else:                                          # as t falls, the nearest neighbour decides
-        assert ours == ev.knn_accuracy(train, labels, test, truth, num_classes=4, k=1, temperature=1.0)
+        assert ours == ev.knn_accuracy(train, labels, test, truth, 4, k=1, temperature=1.0)
 
 
-# ------------------------------------------------------------------------------------------------------------------ subset
+# ---------------------------------------------------------------------------------- labelled images
 
 def test_balanced_subset():
     labels = torch.cat([torch.full((n,), y) for y, n in enumerate((200, 100, 10, 1))])
     labels = labels[torch.randperm(311, generator=torch.Generator().manual_seed(0))]
-    draw = lambda fraction, seed=0: ev.balanced_subset(labels, fraction, torch.Generator().manual_seed(seed))
-    for fraction, counts in ((0.01, [2, 1, 1, 1]), (0.1, [20, 10, 1, 1]), (1.0, [200, 100, 10, 1])):
+
+    def draw(fraction, seed=0):
+        return ev.balanced_subset(labels, fraction, step_generator(seed))
+    for fraction, counts in ((0.01, [2, 1, 1, 1]), (0.1, [20, 10, 1, 1]), (1, [200, 100, 10, 1])):
         index = draw(fraction)
         assert labels[index].bincount().tolist() == counts
         assert len(index.unique()) == len(index) and torch.equal(index, index.sort().values)
     assert torch.equal(draw(0.1), draw(0.1)) and not torch.equal(draw(0.1), draw(0.1, seed=1))
 
 
-# ------------------------------------------------------------------------------------------------------------------ probes
+def test_finetuning_on_a_list_of_names(tmp_path, capsys):
+    names = [f"train/{'ab'[i % 2]}/{i}.png" for i in range(60)]
+    listed = tmp_path / "names.txt"
+    listed.write_text("7.png\ntrain/a/12.png\r\n\nb/3.png\n")
+    assert ev.listed_subset(names, listed).tolist() == [3, 7, 12]
+    ev.finetune(Mean(), 3, coloured()._replace(names=names), settings(
+        epochs=1, labels=0.01, labels_file=listed, batch_size=2, image_size=16), ONE)
+    said = capsys.readouterr().out
+    assert "fine-tuning on 3 labelled images" in said and "not in the data set" not in said
+    assert "the list holds 5.0% of the images, but the recipe is that of --labels 0.01" in said
+    with open(listed, "a") as file:
+        file.write("99.png\n")
+    assert ev.listed_subset(names, listed).tolist() == [3, 7, 12]
+    assert "1 of its 4 names are not in the data set" in capsys.readouterr().out
+    same_name = [f"{c}/7.png" for c in "abcd"]
+    for others, path, message in ((["x.png"], listed, "lists 4 names, of which 0 fit 0 images"),
+                                  (same_name, listed, "fit 4 images.*with their folders"),
+                                  (names, tmp_path / "nothing.txt", "cannot be read as a list")):
+        with pytest.raises(UserError, match=message):
+            ev.listed_subset(others, path)
+
+
+def test_fewer_labels_another_recipe():
+    for labels, lr in ((0.01, 5.0), (0.1, 0.2)):
+        given = ev.parse(["--checkpoint=x", "--dataset=imagenet", "--protocol=finetune",
+                          f"--labels={labels}"])
+        ev.resolve(given, {})
+        assert given.lr == lr
+
+
+# ------------------------------------------------------------------------------------------ probes
 
 def test_the_linear_probe_learns_what_is_separable():
     generator = torch.Generator().manual_seed(0)
@@ -197,15 +243,17 @@ def test_the_linear_probe_learns_what_is_separable():
     features = direction[labels] * 2 + torch.randn(300, 20, generator=generator) * 0.3
     features[:, 3] = 7.0                           # a constant feature does no harm
     for scale in (1e-3, 1e3):                      # one learning rate for features of any size
-        classify = ev.linear_on_features(scale * features[:200], labels[:200], 3, settings(), ONE)
-        assert ev.accuracy(classify(scale * features[200:]), labels[200:]) > 98
-    again = ev.linear_on_features(scale * features[:200], labels[:200], 3, settings(), ONE)
+        train, test = (scale * features).split([200, 100])
+        classify = ev.linear_on_features(train, labels[:200], 3, settings(), ONE)
+        assert ev.accuracy(classify(test), labels[200:]) > 98
+    again = ev.linear_on_features(train, labels[:200], 3, settings(), ONE)
     assert torch.equal(classify(features), again(features))
 
 
-def test_a_learning_rate_that_diverges_is_trouble():
+def test_a_learning_rate_that_diverges_is_refused():
+    x, labels = torch.randn(32, 8), torch.arange(32) % 2
     with pytest.raises(UserError, match="--lr"):
-        ev.linear_on_features(torch.randn(32, 8), torch.arange(32) % 2, 2, settings(lr=float("inf")), ONE)
+        ev.linear_on_features(x, labels, 2, settings(lr=float("inf")), ONE)
 
 
 class Mean(torch.nn.Module):
@@ -236,65 +284,19 @@ def test_linear_probe_on_augmented_pictures_trains_the_head_alone():
 
 def test_finetuning_trains_the_whole_network():
     backbone, images = Mean(), coloured()
-    head = ev.finetune(backbone, 3, images, settings(epochs=10, labels=0.5, batch_size=8, image_size=16), ONE)
+    given = settings(epochs=10, labels=0.5, batch_size=8, image_size=16)
+    head = ev.finetune(backbone, 3, images, given, ONE)
     assert (backbone.factor != 1).all()
     assert ev.accuracy(head(ev.extract_features(backbone, images, 16, ONE)), images.labels) > 98
 
 
-def test_finetuning_on_a_list_of_names(tmp_path, capsys):
-    images = coloured()._replace(names=[f"train/{'ab'[i % 2]}/{i}.png" for i in range(60)])
-    listed = tmp_path / "names.txt"
-    listed.write_text("7.png\ntrain/a/12.png\r\n\nb/3.png\n")
-    assert ev.listed_subset(images.names, listed).tolist() == [3, 7, 12]
-    ev.finetune(Mean(), 3, images, settings(epochs=1, labels=0.01, labels_file=listed, batch_size=2, image_size=16), ONE)
-    said = capsys.readouterr().out
-    assert "fine-tuning on 3 labelled images" in said and "not in the data set" not in said
-    assert "the list holds 5.0% of the images, but the recipe is that of --labels 0.01" in said
-    with open(listed, "a") as file:
-        file.write("99.png\n")
-    assert ev.listed_subset(images.names, listed).tolist() == [3, 7, 12]
-    assert "1 of its 4 names are not in the data set" in capsys.readouterr().out
-    with pytest.raises(UserError, match="lists 4 names, of which 0 fit 0 images"):
-        ev.listed_subset(["x.png"], listed)
-    with pytest.raises(UserError, match="fit 4 images.*with their folders"):
-        ev.listed_subset([f"{c}/7.png" for c in "abcd"], listed)
-    with pytest.raises(UserError, match="cannot be read as a list"):
-        ev.listed_subset(images.names, tmp_path / "nothing.txt")
-
-
-def test_the_subset_depends_on_the_seed_alone():
-    labels = torch.arange(1000) % 10
-    subset = lambda seed: ev.balanced_subset(labels, 0.1, support.world.step_generator(seed))
-    assert torch.equal(subset(3), subset(3)) and not torch.equal(subset(3), subset(4))
-    assert (labels[subset(3)].bincount() == 10).all()
-
-
-def test_fewer_labels_another_recipe():
-    for labels, lr in ((0.01, 5.0), (0.1, 0.2)):
-        given = ev.parse(["--checkpoint", "x", "--dataset", "imagenet", "--protocol", "finetune", "--labels", str(labels)])
-        ev.resolve(given, {})
-        assert given.lr == lr
-
-
-def test_a_vision_transformer_is_recognised(tmp_path):
-    """From its tensors alone: architecture, patches, size."""
-    for arch, size in (("vit_narrow", 32), ("vit_narrow", 96)):
-        backbone, _ = support.networks.make_backbone(arch, size)
-        torch.save(backbone.state_dict(), tmp_path / "vit.pt")
-        loaded, dim, _ = support.checkpoints.load_backbone(tmp_path / "vit.pt")
-        x = torch.randn(2, 3, size, size)
-        assert dim == 96 and torch.equal(loaded.eval()(x), backbone.eval()(x))
-    before = {name: x.clone() for name, x in backbone.state_dict().items()}           # fine-tuning: all but the positions
-    ev.finetune(backbone, dim, coloured(), settings(epochs=2, lr=0.01, labels=1.0, batch_size=8, image_size=96), ONE)
-    same = [name for name, x in backbone.state_dict().items() if torch.equal(x, before[name])]
-    assert same == ["encoder.pos_embedding"]
-
-
-# ------------------------------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------- command line
 
 @pytest.mark.parametrize("protocol, options, last", [
-    ("linear", ["--epochs", 2], "linear"), ("linear", ["--augment", "--epochs", 1, "--lr", 0.1], "linear"),
-    ("knn", ["--k", 3], "kNN"), ("finetune", ["--labels", 0.5, "--epochs", 2, "--batch-size", 6], "finetune")])
+    ("linear", ["--epochs", 2], "linear"),
+    ("linear", ["--augment", "--epochs", 1, "--lr", 0.1], "linear"),
+    ("knn", ["--k", 3], "kNN"),
+    ("finetune", ["--labels", 0.5, "--epochs", 2, "--batch-size", 6], "finetune")])
 def test_the_script(folder, capsys, protocol, options, last):
     script("--checkpoint", folder / "last.pt", "--protocol", protocol, *options)
     output = capsys.readouterr().out
@@ -305,10 +307,28 @@ def test_the_script(folder, capsys, protocol, options, last):
     assert record["settings"]["dataset"] == "folder" and record["settings"]["image_size"] == 32
 
 
+@pytest.mark.parametrize("flags, message", [
+    (["--checkpoint={}/last.pt", "--arch=resnet50"], "another architecture.*resnet50.*resnet18"),
+    (["--checkpoint={}/none.pt"], "none.pt cannot be loaded as a checkpoint"),
+    (["--checkpoint={}/plain.pt"], "does not say its data set.*--dataset"),
+    (["--checkpoint={}/plain.pt", "--dataset=folder"], "needs --data-dir"),
+    (["--checkpoint={}/vit.pt", "--dataset=shapes", "--image-size=64"], "leave --image-size out"),
+    (["--checkpoint=x", "--labels=0"], "--labels: 0 must be from 1e-06 to 1"),
+    (["--checkpoint=x", "--k=few"], "--k: invalid whole number value: 'few'"),
+    ([], "required: --checkpoint")])
+def test_refusals_are_one_line(folder, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        script(*(flag.format(folder) for flag in flags))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert re.match(f"error: .*{message}", error)
+
+
 def _one_of_two(rank, store, checkpoint):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    support.world.setup = lambda device: ONE._replace(rank=rank, size=2)                  # once for the three runs
-    for options in (["--k", "3", "--epochs", "3", "--limit", "11"],                 # 11: no multiple of two
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank,
+                                         world_size=2)
+    ev.setup = lambda device: ONE._replace(rank=rank, size=2)          # once for the three runs
+    for options in (["--k", "3", "--epochs", "3", "--limit", "11"],    # 11: no multiple of two
                     ["--protocol", "finetune", "--labels", "1", "--epochs", "1"],
                     ["--augment", "--lr", "0.1", "--epochs", "1"]):
         sys.argv = ["eval_linear.py", "--checkpoint", checkpoint, *options]
@@ -318,11 +338,13 @@ def _one_of_two(rank, store, checkpoint):
 
 def test_two_processes_evaluate_like_one(folder, tmp_path):
     shutil.copy(folder / "last.pt", tmp_path / "last.pt")
-    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path / "store"), str(tmp_path / "last.pt")), nprocs=2)
+    arguments = (str(tmp_path / "store"), str(tmp_path / "last.pt"))
+    torch.multiprocessing.spawn(_one_of_two, arguments, nprocs=2)
     with pytest.MonkeyPatch.context() as patch:    # float32, as the two
-        patch.setattr(genview, "setup", lambda device: ONE)
+        patch.setattr(ev, "setup", lambda device: ONE)
         script("--checkpoint", tmp_path / "last.pt", "--k", 3, "--epochs", 3, "--limit", 11)
     records = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
     top1 = [(r["protocol"], r["top1"]) for r in records]
-    assert [name for name, _ in top1] == ["kNN", "linear", "finetune", "kNN", "linear", "kNN", "linear"]
+    names = ["kNN", "linear", "finetune", "kNN", "linear", "kNN", "linear"]
+    assert [name for name, _ in top1] == names
     assert top1[:2] == top1[5:]
