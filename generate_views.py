@@ -1,16 +1,16 @@
 r"""Makes the generated views X_i^+ = G(z_i^l), once, before training (section "adaptive view
 generation").
 
-    python generate_views.py --dataset cifar10                       # writes views/cifar10; resumable
-    python generate_views.py --dataset imagenet --data-dir /data/imagenet --preview 8     # look first
+    python generate_views.py --dataset cifar10                     # writes views/cifar10; resumable
+    python generate_views.py --dataset imagenet --data-dir /data/imagenet --preview 8   # look first
     torchrun --nproc_per_node=8 generate_views.py --dataset imagenet --data-dir /data/imagenet
 
-A frozen CLIP encoder tells how much of an image is foreground; the more, the stronger the noise on the
-image's embedding, from which a frozen diffusion model (Stable unCLIP) draws a variation of it. Read
-make_view_set first.
+A frozen CLIP encoder tells how much of an image is foreground; the more, the stronger the noise on
+the image's embedding, from which a frozen diffusion model (Stable unCLIP) draws a variation of it.
+Read make_view_set first.
 
-Legend of the shapes: N images, n of a batch, T patch tokens of an image, K features of a token, D size
-of an image embedding.
+Legend of the shapes: N images, n of a batch, T patch tokens of an image, K features of a token, D
+size of an image embedding.
 """
 import datetime
 import hashlib
@@ -37,7 +37,7 @@ from support.world import Parser, UserError, progress, real, say, script, setup,
 LEVELS = (0, 100, 200, 300, 400)  # of the 1,000 noising steps (release)
 STABLE = "sd2-community/stable-diffusion-2-1-unclip"
 LARGEST_BATCH = 1024              # images generated at once; a GPU is busy long before
-ENCODER_BATCH = 8                 # fixed: rounding depends on it, and rounding can decide on a level
+ENCODER_BATCH = 8                 # fixed: rounding depends on it and can decide on a level
 
 
 # --------------------------------------------------------------------------------- the two formulas
@@ -64,14 +64,14 @@ def foreground_proportion(tokens, component, threshold):
     if tokens.ndim != 3 or not tokens.shape[1] or component.shape != tokens.shape[2:]:
         raise ValueError(f"tokens must be (N, T, K) and component (K,), got {tuple(tokens.shape)}, "
                          f"{tuple(component.shape)}")
-    a = tokens.float() @ component.float()                    # a_ij = <token_ij, v1>            (N, T)
-    return (a > threshold).float().sum(1) / tokens.shape[1]   # p_i = foreground tokens / tokens (N,)
+    a = tokens.float() @ component.float()                   # a_ij = <token_ij, v1>          (N, T)
+    return (a > threshold).float().sum(1) / tokens.shape[1]  # p_i = foreground tokens / tokens (N,)
 
 
 def noise_level(proportion):
     r"""The noise level an image can bear: five equal intervals of the foreground proportion.
 
-    p in [0, 0.2] -> 0    (0.2, 0.4] -> 100    (0.4, 0.6] -> 200    (0.6, 0.8] -> 300    (0.8, 1] -> 400
+    p in [0, 0.2] -> 0   (0.2, 0.4] -> 100   (0.4, 0.6] -> 200   (0.6, 0.8] -> 300   (0.8, 1] -> 400
 
     Args:
         proportion: p, (N,), in [0, 1].
@@ -92,10 +92,10 @@ def noise_level(proportion):
     if outside.any():
         raise ValueError(f"proportion must be in [0, 1], got {p[outside][0].item()}")
     borders = torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=p.dtype, device=p.device)  # rounded as p is
-    return 100 * torch.bucketize(p, borders)                  # a border belongs to the interval below
+    return 100 * torch.bucketize(p, borders)                  # a border is of the interval below
 
 
-# --------------------------------------------------------------------- the frozen models: CLIP, unCLIP
+# ------------------------------------------------------------------ the frozen models: CLIP, unCLIP
 
 def quieten():
     """No warnings and progress bars of the libraries' own."""
@@ -109,30 +109,30 @@ def quieten():
 def load_pipeline(model, dtype, device, solver="own"):
     """Stable unCLIP: the generator G, its noise on embeddings, and CLIP's image encoder C.
 
-    solver: of the denoising, the model's own, or dpm (DPM-Solver++ of second order), which needs fewer
-    steps. Raises UserError where the model cannot be loaded.
+    solver: of the denoising, the model's own, or dpm (DPM-Solver++ of second order), which needs
+    fewer steps. Raises UserError where the model cannot be loaded.
     """
     import diffusers
     quieten()
     model = genview.mini() if model == "mini" else model
     new = tuple(int(part) for part in diffusers.__version__.split(".")[:2]) >= (0, 42)
-    kind = {"dtype" if new else "torch_dtype": dtype}
+    kind = {"dtype" if new else "torch_dtype": dtype, "use_safetensors": True}
     try:                                           # safetensors: no pickled code
-        pipe = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(model, use_safetensors=True, **kind)
+        pipe = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(model, **kind)
     except Exception as error:                     # of three libraries
-        download = (f"where there is a network run `hf download {model} --exclude '*.ckpt'` and name the "
-                    f"folder it prints by --model")
+        download = (f"where there is a network run `hf download {model} --exclude '*.ckpt'` and name "
+                    f"the folder it prints by --model")
         folder = "the folder must hold that pipeline as save_pretrained writes it, in safetensors"
         raise UserError(f"--model {model} could not be loaded as a StableUnCLIPImg2ImgPipeline "
-                        f"({type(error).__name__}): {folder if Path(model).is_dir() else download}; "
-                        f"train_moco.py --dataset shapes needs no download") from None
+                        f"({type(error).__name__}): {folder if Path(model).is_dir() else download}"
+                        f"; train_moco.py --dataset shapes needs no download") from None
     pipe.set_progress_bar_config(disable=True)
     if solver == "dpm":
         pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    pipe.vae.enable_slicing()                      # decodes one by one: the batch causes no rounding
+    pipe.vae.enable_slicing()                      # decodes one by one: a batch causes no rounding
     pipe.to(device)
     with torch.inference_mode():                   # the condition is the image: the prompt is empty
-        pipe.empty_prompt = pipe.encode_prompt("", pipe.device, 1, False)[0]       # (1, words, features)
+        pipe.empty_prompt = pipe.encode_prompt("", pipe.device, 1, False)[0]  # (1, words, features)
     return pipe
 
 
@@ -171,24 +171,24 @@ def generate(pipe, args, level, embeddings, seeds):
     """
     prompt = pipe.empty_prompt.repeat(len(seeds), 1, 1)
     # z_i^l: the pipeline normalises c_i, adds the noise of its own schedule abar and appends l.
-    # Generators of the CPU give the same numbers on every device; with one an image, e and the first
-    # latent do not depend on the rest of the batch.
+    # Generators of the CPU give the same numbers on every device; with one an image, e and the
+    # first latent do not depend on the rest of the batch.
     views = pipe(
         image_embeds=embeddings, noise_level=level,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds], prompt_embeds=prompt,
         negative_prompt_embeds=prompt, num_inference_steps=args.steps, guidance_scale=args.guidance,
-        height=args.size, width=args.size, output_type="pt").images                    # (n, 3, H, W)
+        height=args.size, width=args.size, output_type="pt").images                   # (n, 3, H, W)
     if not views.isfinite().all():
-        raise UserError(f"the generator returned numbers that are not finite in {args.dtype}; --dtype "
-                        f"float32 helps")
+        raise UserError(f"the generator returned numbers that are not finite in {args.dtype}; "
+                        f"--dtype float32 helps")
     pixels = (views.float() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     size = (args.save_size, args.save_size)
     return [Image.fromarray(x).resize(size, Image.Resampling.BICUBIC) for x in pixels]
 
 
 def generate_all(pipe, args, level, embeddings, seeds):
-    """generate in batches of at most args.batch_size, which doubles up to args.largest; where memory
-    runs out, both are halved for good."""
+    """generate in batches of at most args.batch_size, which doubles up to args.largest; where
+    memory runs out, both are halved for good."""
     views = []
     while len(views) < len(seeds):
         part = slice(len(views), len(views) + args.batch_size)
@@ -208,18 +208,18 @@ def generate_all(pipe, args, level, embeddings, seeds):
 # --------------------------------------------------------------------------------- the set of views
 
 def make_view_set(args, pipe, images, world):
-    """The method: encode, count the foreground, choose the noise level, generate; a batch holds images
-    of one level."""
-    folder = ViewFolder(args.views_dir, ".png" if args.save_size <= 64 else ".jpg")  # small: lossless
+    """The method: encode, count the foreground, choose the noise level, generate; a batch holds
+    images of one level."""
+    folder = ViewFolder(args.views_dir, ".png" if args.save_size <= 64 else ".jpg")  # png: lossless
     folder.prepare(settings_of(args, images), images.names, world)
     v1, alpha = shared_foreground(args, pipe, images, world)
     views = Views(args, pipe, images, folder, world)
-    waiting = defaultdict(list)                                       # {level: [(index, p, c), ...]}
+    waiting = defaultdict(list)                                      # {level: [(index, p, c), ...]}
     with views.writer:
         for indices, tokens, c in encode_all(pipe, images, views.todo, views.unreadable):
-            p = foreground_proportion(tokens, v1, alpha)                                       # (n,)
+            p = foreground_proportion(tokens, v1, alpha)                                      # (n,)
             adaptive = args.noise == "adaptive"
-            levels = noise_level(p) if adaptive else torch.full_like(p, args.noise).long()     # (n,)
+            levels = noise_level(p) if adaptive else torch.full_like(p, args.noise).long()    # (n,)
             for index, proportion, level, embedding in zip(indices, p.tolist(), levels.tolist(), c,
                                                            strict=True):
                 waiting[level].append((index, proportion, embedding))
@@ -234,9 +234,9 @@ class Views:
     """Generates batches and writes them; a thread writes one batch while the next is generated."""
 
     def __init__(self, args, pipe, images, folder, world):
-        self.args, self.pipe, self.images, self.folder, self.world = args, pipe, images, folder, world
+        self.args, self.pipe, self.images, self.folder = args, pipe, images, folder
         mine = spaced(len(images.names), args.limit).tolist()[world.rank::world.size]
-        made = folder.made()
+        self.world, made = world, folder.made()
         self.todo = [i for i in mine if images.names[i] not in made]
         self.there = [made[images.names[i]] for i in mine if images.names[i] in made]
         self.levels, self.skipped, self.start = [], 0, time.time()
@@ -276,8 +276,8 @@ class Views:
         mine = torch.cat([numbers, torch.bincount(levels, minlength=1000)]).to(self.world.device)
         made, there, skipped, *counts = self.world.gather(mine[None]).sum(0).tolist()
         text = ", ".join(f"{level}: {count}" for level, count in enumerate(counts) if count)
-        say(f"{made} views made, {there} there already, {skipped} skipped (unreadable); noise levels "
-            f"{text or 'none'}; {seconds:.1f} s, {made / max(seconds, 1e-9):.2f} images/s")
+        say(f"{made} views made, {there} there already, {skipped} skipped (unreadable); noise "
+            f"levels {text or 'none'}; {seconds:.1f} s, {made / max(seconds, 1e-9):.2f} images/s")
 
 
 def settings_of(args, images):
@@ -296,7 +296,7 @@ def image_seed(seed, name):
 
 
 def find_foreground(args, pipe, images):
-    """v1 and alpha for this data set, from images spread over it whatever --limit, or of --component."""
+    """v1 and alpha: from images spread over the data set whatever --limit, or of --component."""
     indices = spaced(len(images.names), args.fit_images).tolist()
     batches = progress(encode_all(pipe, images, indices), "fitting the foreground", "batch",
                        total=math.ceil(len(indices) / ENCODER_BATCH))
@@ -318,21 +318,21 @@ def shared_foreground(args, pipe, images, world):
     return v1.to(pipe.device), torch.as_tensor(alpha, device=pipe.device)
 
 
-# ------------------------------------------------------------------------------------- the preview
+# -------------------------------------------------------------------------------------- the preview
 
 def preview(args, pipe, images):
     """Draws preview.png, a column an image: original, foreground map, views at all levels, the
     adaptive choice framed (the paper's Fig. 3)."""
-    v1, alpha = (torch.as_tensor(x, device=pipe.device) for x in find_foreground(args, pipe, images))
-    cell, columns = 128 if args.save_size <= 128 else 224, []
-    for indices, tokens, c in encode_all(pipe, images, spaced(len(images.names), args.preview).tolist()):
+    v1, alpha = (torch.as_tensor(x).to(pipe.device) for x in find_foreground(args, pipe, images))
+    cell, names, columns = 128 if args.save_size <= 128 else 224, images.names, []
+    for indices, tokens, c in encode_all(pipe, images, spaced(len(names), args.preview).tolist()):
         p = foreground_proportion(tokens, v1, alpha)
-        seeds = [image_seed(args.seed, images.names[i]) for i in indices]
-        views = [generate_all(pipe, args, level, c, seeds) for level in LEVELS]      # [level][image]
+        seeds = [image_seed(args.seed, names[i]) for i in indices]
+        views = [generate_all(pipe, args, level, c, seeds) for level in LEVELS]     # [level][image]
         for i, index in enumerate(indices):
             original = square(images.pil(index), cell)
             shown = [original, foreground_map(original, tokens[i].float() @ v1, alpha)]
-            columns.append((shown + [v[i] for v in views], p[i].item(), noise_level(p[i:i + 1]).item()))
+            columns.append((shown + [v[i] for v in views], p[i].item(), noise_level(p)[i].item()))
     path = args.views_dir / "preview.png"
     write_whole(path, lambda temporary: draw_preview(columns, cell).save(temporary, format="PNG"))
     print(f"{path}: {len(columns)} images. If the coloured part is not the foreground, add "
@@ -344,7 +344,7 @@ def foreground_map(original, a, alpha):
     side, g = original.width, math.isqrt(len(a))
     grid = a.float().cpu().reshape(1, 1, g, g)
     smooth = F.interpolate(grid, size=(side, side), mode="bilinear")[0, 0]
-    grey = (smooth - smooth.min()) / (smooth.max() - smooth.min()).clamp_min(1e-8)       # (side, side)
+    grey = (smooth - smooth.min()) / (smooth.max() - smooth.min()).clamp_min(1e-8)    # (side, side)
     inside = F.interpolate((grid > alpha.cpu()).float(), size=(side, side))[0, 0, :, :, None]
     colour = inside * torch.tensor([255.0, 150.0, 0.0]) + (1 - inside) * 160.0
     return Image.fromarray((colour * (0.25 + 0.75 * grey[:, :, None])).byte().numpy())
@@ -373,7 +373,7 @@ def draw_preview(columns, cell):
     return sheet
 
 
-# ------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------- command line
 
 def noise_argument(text):
     if text != "adaptive" and not (text.isdecimal() and int(text) < 1000):
@@ -389,8 +389,8 @@ def parse_args(argv=None):
     add("--data-dir", help="where the data lies; CIFAR is downloaded there")
     add("--views-dir", help="where the views go; default: views/<dataset>")
     add("--limit", type=whole(1), help="make views of so many images only, evenly spaced")
-    add("--save-size", type=whole(1), help="side of the saved views; default: 32 for CIFAR, else up to "
-                                           "512")
+    add("--save-size", type=whole(1), help="side of the saved views; default: 32 for CIFAR, else "
+                                           "up to 512")
     add = parser.add_argument_group("GenView").add_argument
     add("--model", help=f"hub id or folder of a StableUnCLIPImg2ImgPipeline, or mini (weights/); "
                         f"default: mini for CIFAR, else {STABLE}")
@@ -409,10 +409,10 @@ def parse_args(argv=None):
     add("--fit-images", type=whole(1), default=genview.FIT_IMAGES,
         help="images that the component is fitted on")
     add = parser.add_argument_group("runtime").add_argument
-    add("--preview", type=whole(1), metavar="N", help="only draw <views-dir>/preview.png of N images")
+    add("--preview", type=whole(1), metavar="N", help="only <views-dir>/preview.png, of N images")
     add("--batch-size", type=whole(1),
-        help="images at once; halved where a GPU's memory runs out; default: on a GPU what fits, from "
-             "64 on; on a CPU 64, or 1 for images above 64 pixels")
+        help="images at once; halved where a GPU's memory runs out; default: on a GPU what fits, "
+             "from 64 on; on a CPU 64, or 1 for images above 64 pixels")
     add("--device", help="cuda, mps or cpu; default: the first that is available")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="auto: bfloat16 or float16 on a GPU, else float32")

@@ -36,7 +36,7 @@ FRACTION = 0.4                # share of all tokens that is foreground; sets alp
 MINI = Path(__file__).with_name("weights") / "mini-unclip"    # by studies/train_generator.py
 
 
-# -------------------------------------------------------------------------------------- data sets
+# ---------------------------------------------------------------------------------------- data sets
 
 def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=False):
     """Reads one of the data sets: shapes, cifar10, cifar100, imagenet or folder.
@@ -71,7 +71,7 @@ def default_views_dir(dataset, data_dir):
     return f"views/{Path(data_dir).resolve().name if dataset == 'folder' else dataset}"
 
 
-# -------------------------------------------------------------------------------------- pairs of views
+# ----------------------------------------------------------------------------------- pairs of views
 
 class PairLoader:
     """The positive pairs P_i1 = t1(X_i), P_i2 = t2(X_i^+), in batches (section "framework").
@@ -101,7 +101,7 @@ class PairLoader:
             self.others = self.pixels if views is None else views.to(world.device)
 
     def epoch(self, epoch, start=0):
-        """Yields V views, each (n, 3, S, S): this process's share of each batch from step start on."""
+        """Yields V views, each (n, 3, S, S): this process's share of each batch from step start."""
         order = torch.randperm(len(self.images.names), generator=step_generator(self.seed, epoch))
         n = self.batch_size // self.world.size
         share = slice(self.world.rank * n, (self.world.rank + 1) * n)
@@ -146,7 +146,7 @@ class PairLoader:
 
 
 class CropPairs(Dataset):
-    """The crops of large images: workers decode and crop the files, the colours follow in batches."""
+    """Crops of large images: workers decode and crop the files, the colours follow in batches."""
 
     def __init__(self, images, views, augmentations, image_size, seed, epoch, skip_bad):
         self.images, self.views, self.augmentations = images, views, augmentations
@@ -201,8 +201,8 @@ def load_extra(args, images):
 
 
 def expand(images, extra):
-    """The paper's comparison, naive expansion: further training samples instead of views. extra: see
-    load_extra. Their label is -1; the training uses no labels."""
+    """The paper's comparison, naive expansion: further training samples instead of views. extra:
+    see load_extra. Their label is -1; the training uses no labels."""
     in_memory = images.pixels is not None
     names = [f"extra/{i}" for i in range(len(extra))] if in_memory else extra
     return images._replace(names=images.names + names,
@@ -215,14 +215,14 @@ def expand(images, extra):
 def mini():
     """The folder that "mini" names; UserError where it is not there."""
     if not MINI.is_dir():
-        raise UserError(f"there is no {MINI.parent.name}/{MINI.name} here: studies/train_generator.py "
+        raise UserError(f"no {MINI.parent.name}/{MINI.name} here: studies/train_generator.py "
                         f"trains such a generator, whose folder can be named instead of mini")
     return MINI
 
 
 def clip_tokens(vision_model, hidden):
     """Patch tokens of a CLIP vision model: last hidden state (N, 1 + T, K) -> (N, T, K), the final
-    layer norm applied to each, class token left out (section "adaptive view generation", step 1)."""
+    layer norm on each, class token left out (section "adaptive view generation", step 1)."""
     return vision_model.post_layernorm(hidden[:, 1:])
 
 
@@ -235,10 +235,10 @@ class FrozenEncoder(torch.nn.Module):
     NAMES = {"clip": "openai/clip-vit-base-patch32"}
 
     def __init__(self, name):
-        """name: mini, clip, a hub id or a local folder. Raises UserError where it cannot be loaded."""
+        """name: mini, clip, a hub id or a folder. Raises UserError where it cannot be loaded."""
         super().__init__()
         from transformers import AutoConfig, AutoModel, CLIPVisionModel, logging
-        logging.set_verbosity_error()              # it would report parts that are left out on purpose
+        logging.set_verbosity_error()              # it would report parts left out on purpose
         logging.disable_progress_bar()
         name = mini() / "image_encoder" if name == "mini" else self.NAMES.get(name, name)
         try:
@@ -251,9 +251,9 @@ class FrozenEncoder(torch.nn.Module):
             self(torch.zeros(1, 3, self.size, self.size))                # does it take images?
         except Exception as error:                 # of several libraries
             raise UserError(f"the encoder {name} could not be loaded ({type(error).__name__}): "
-                            f"download it where there is a network and name its folder by --encoder "
-                            f"(timm's models need timm), or train with --quality off; --dataset shapes "
-                            f"needs no download") from None
+                            f"download it where there is a network and name its folder by "
+                            f"--encoder (timm's models need timm), or train with --quality off; "
+                            f"--dataset shapes needs no download") from None
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -289,7 +289,7 @@ def find_foreground(batches, count, size, path=None, flip=False):
         batches: yields tokens (n, T, K) of up to count images of the data set; it is not touched
             where the file at path says everything.
         size: K.
-        path: foreground.npz, or the release's pca_vectors.npy without sign and threshold; None: fit.
+        path: foreground.npz or the release's pca_vectors.npy without sign and threshold; None: fit.
         flip: take the other side as foreground.
     Returns:
         v1 (K,), alpha.
@@ -314,7 +314,7 @@ def find_foreground(batches, count, size, path=None, flip=False):
     a = torch.cat([part.float() @ v1 for part in tokens.split(256)])                # (n, T)
     if len(a) > 1 and a.mean(0).var(correction=0) > 0.9 * a.var(correction=0):
         say("*** the foreground maps of all images are nearly the same: the tokens of this encoder "
-            "depend on the place, not on what the image shows, and adaptive noise levels mean nothing")
+            "depend on the place, not on what the image shows: adaptive noise levels mean nothing")
     return (-v1, foreground_threshold(-a, FRACTION)) if flip else (v1, alpha)
 
 

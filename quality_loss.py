@@ -1,6 +1,6 @@
 r"""GenView's quality-driven contrastive loss (ECCV 2024, arXiv 2403.12003), pure functions.
 
-This file needs PyTorch and nothing else: copy it. Three lines turn a contrastive loss into GenView's:
+This file needs nothing but PyTorch: copy it. Three lines turn a contrastive loss into GenView's:
 
     with torch.no_grad():                                             # E: any frozen encoder
         quality, _, _ = pair_quality(E(view1), E(view2), component)   # feature maps (N, T, K)
@@ -8,9 +8,9 @@ This file needs PyTorch and nothing else: copy it. Three lines turn a contrastiv
 
 `component` comes from fit_foreground, once, on E's feature maps of some thousand images.
 
-Everything is computed in float32 on any device, whatever the dtype or autocast around it; shapes that
-do not fit raise a ValueError that names them; finite input gives no NaN. "Sec. 3.3" below is the
-paper's section "quality-driven contrastive loss", "Sec. 3.2" its "adaptive view generation".
+Everything is computed in float32 on any device, whatever the dtype or autocast around it; shapes
+that do not fit raise a ValueError that names them; finite input gives no NaN. "Sec. 3.3" below is
+the paper's section "quality-driven contrastive loss", "Sec. 3.2" its "adaptive view generation".
 
 Legend of the shapes: N pairs, T positions of a feature map, K features at a position, D size of an
 embedding, M keys, V views, P prototypes. v1, F, M^f, z^f, s^f, q, w, l, L are the paper's symbols.
@@ -41,7 +41,7 @@ def _check(condition, message):
         raise ValueError(message)
 
 
-# ------------------------------------------------------------------------------- weights of pairs
+# --------------------------------------------------------------------------------- weights of pairs
 
 @in_float32
 def foreground_attention(features, component):
@@ -62,11 +62,11 @@ def foreground_attention(features, component):
            f"features must be (N, T, K), got {tuple(features.shape)}")
     _check(component.shape == features.shape[2:], f"component must be ({features.shape[2]},) for "
            f"features {tuple(features.shape)}, got {tuple(component.shape)}")
-    a = features @ component                                    # a = <F, v1>                   (N, T)
+    a = features @ component                                    # a = <F, v1>                 (N, T)
     low, high = a.amin(1, keepdim=True), a.amax(1, keepdim=True)
     # A contrast below 1e-5 of the largest possible |a| is rounding, not foreground: a constant map.
     constant = high - low <= 1e-5 * features.norm(dim=2).amax(1, keepdim=True) * component.norm()
-    a = torch.where(constant, 0.5, (a - low) / (high - low).masked_fill(constant, 1))     # in [0, 1]
+    a = torch.where(constant, 0.5, (a - low) / (high - low).masked_fill(constant, 1))    # in [0, 1]
     # M^f = a / sum(a),    M^b = (1 - a) / sum(1 - a)
     return a / a.sum(1, keepdim=True), (1 - a) / (1 - a).sum(1, keepdim=True)
 
@@ -87,7 +87,7 @@ def pair_quality(features1, features2, component):
     >>> [round(x.item(), 3) for x in pair_quality(view1, view2, subject)]    # new surroundings
     [1.0, 1.0, 0.0]
     """
-    _check(features1.ndim == 3 and features2.ndim == 3 and features1.shape[::2] == features2.shape[::2],
+    _check(features1.ndim == features2.ndim == 3 and features1.shape[::2] == features2.shape[::2],
            f"features of the two views must be (N, T, K) with equal N and K, got "
            f"{tuple(features1.shape)} and {tuple(features2.shape)}")
     fg1, bg1 = foreground_attention(features1, component)
@@ -110,8 +110,8 @@ def quality_weights(quality, gamma=1.0, group=None):
     Args:
         quality: q, (N,).
         gamma: how strongly quality counts; 0 gives weights of 1 (the release uses 1).
-        group: a torch.distributed process group: normalises over the pairs of all its ranks, so that
-            many processes weight like one. None: over this batch alone, as in the release.
+        group: a torch.distributed process group: normalises over the pairs of all its ranks, so
+            that many processes weight like one. None: over this batch alone, as in the release.
     Returns:
         w (N,), float32, detached.
     Source: Sec. 3.3; n and gamma from the authors' release.
@@ -119,7 +119,7 @@ def quality_weights(quality, gamma=1.0, group=None):
     >>> quality_weights(torch.tensor([0.0, 0.6931472]))                      # exp(q) = 1, 2
     tensor([0.6667, 1.3333])
     """
-    _check(quality.ndim == 1 and len(quality) > 0, f"quality must be (N,), got {tuple(quality.shape)}")
+    _check(quality.ndim == 1 and len(quality), f"quality must be (N,), got {tuple(quality.shape)}")
     largest = (gamma * quality).max()          # a constant in the exponent: it avoids overflow
     if group is not None:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
@@ -180,8 +180,8 @@ def info_nce_in_batch(query, keys, *, temperature, weights=None, offset=0):
     >>> info_nce_in_batch(torch.eye(2), torch.eye(2), temperature=1.0)           # log(1 + e^-1)
     tensor(0.3133)
     """
-    _check(query.ndim == 2 and keys.ndim == 2 and query.shape[1] == keys.shape[1] and len(query) > 0,
-           f"query and keys must be (N, D) and (M, D), got {tuple(query.shape)}, {tuple(keys.shape)}")
+    _check(query.ndim == keys.ndim == 2 and query.shape[1] == keys.shape[1] and len(query) > 0,
+           f"query and keys must be (N, D), (M, D), got {tuple(query.shape)}, {tuple(keys.shape)}")
     _check(0 <= offset and offset + len(query) <= len(keys),
            f"rows {offset} to {offset + len(query)} are not among the keys {tuple(keys.shape)}")
     _check(temperature > 0, f"temperature must be positive, got {temperature}")
@@ -224,7 +224,7 @@ def swapped_prediction(scores, codes, *, temperature, weights=None):
         L, a scalar; at chance level it is log(P).
     Source: SwAV (Caron et al. 2020), Eq. 2 and section 3.2; the weights: Sec. 3.3.
 
-    >>> swapped_prediction(torch.zeros(2, 1, 4), torch.eye(4)[:2, None], temperature=0.1)    # log(4)
+    >>> swapped_prediction(torch.zeros(2, 1, 4), torch.eye(4)[:2, None], temperature=0.1)   # log(4)
     tensor(1.3863)
     """
     _check(scores.ndim == 3 and codes.ndim == 3 and scores.shape[1:] == codes.shape[1:]
@@ -234,7 +234,7 @@ def swapped_prediction(scores, codes, *, temperature, weights=None):
     _check(temperature > 0, f"temperature must be positive, got {temperature}")
     log_p = (scores / temperature).log_softmax(2)                               # (V, N, P)
     entropy = -torch.einsum("anp,vnp->avn", codes.detach(), log_p)     # of each code and prediction
-    own = torch.eye(len(codes), len(scores), device=scores.device)[:, :, None]            # (A, V, 1)
+    own = torch.eye(len(codes), len(scores), device=scores.device)[:, :, None]           # (A, V, 1)
     pairs = len(codes) * (len(scores) - 1)
     return _weighted_mean((entropy * (1 - own)).sum((0, 1)) / pairs, weights)
 
@@ -257,7 +257,7 @@ def sinkhorn(scores, epsilon=0.05, iterations=3, group=None):
     >>> sinkhorn(torch.tensor([[1., 0.], [0.9, 0.]]), epsilon=1.0).sum(0).round(decimals=2)
     tensor([1., 1.])
     """
-    _check(scores.ndim == 2 and scores.numel() > 0, f"scores must be (N, P), got {tuple(scores.shape)}")
+    _check(scores.ndim == 2 and scores.numel(), f"scores must be (N, P), got {tuple(scores.shape)}")
     _check(epsilon > 0, f"epsilon must be positive, got {epsilon}")
     log_q = scores / epsilon                                                    # (N, P)
     for _ in range(iterations):
@@ -274,7 +274,7 @@ def sinkhorn(scores, epsilon=0.05, iterations=3, group=None):
 
 def _check_pairs(a, b):
     _check(a.ndim == 2 and a.shape == b.shape and len(a) > 0,
-           f"the two sides of the pairs must be (N, D) alike, got {tuple(a.shape)}, {tuple(b.shape)}")
+           f"both sides of the pairs must be (N, D) alike, got {tuple(a.shape)}, {tuple(b.shape)}")
 
 
 def _weighted_mean(losses, weights):
@@ -299,8 +299,8 @@ def fit_foreground(tokens, grid, fraction=0.4):
         v1 (K,) float32 of unit length; alpha, a float.
     Source: Sec. 3.2, Eq. 7 for alpha; the orientation is ours (see orient_foreground).
     """
-    _check(tokens.ndim == 3 and grid[0] * grid[1] == tokens.shape[1],
-           f"tokens must be (N, {grid[0] * grid[1]}, K) on {tuple(grid)}, got {tuple(tokens.shape)}")
+    _check(tokens.ndim == 3 and grid[0] * grid[1] == tokens.shape[1], f"tokens must be "
+           f"(N, {grid[0] * grid[1]}, K) on {tuple(grid)}, got {tuple(tokens.shape)}")
     # v1 = first eigenvector of Cov(tokens), summed in float64 and in parts: tokens may be large
     # and of half precision. The shift is near the mean and keeps the sums precise.
     shift, first, second = tokens[:256].float().mean((0, 1)), 0.0, 0.0
@@ -309,15 +309,15 @@ def fit_foreground(tokens, grid, fraction=0.4):
         first, second = first + x.double().sum(0), second + (x.T @ x).double()
     count = tokens.shape[0] * tokens.shape[1]
     covariance = second / count - torch.outer(first, first) / count ** 2        # (K, K)
-    v1 = torch.linalg.eigh(covariance)[1][:, -1].float()       # eigenvalues rise: the last is largest
+    v1 = torch.linalg.eigh(covariance)[1][:, -1].float()     # eigenvalues rise: the last is largest
     return orient_foreground(v1, tokens, grid, fraction)
 
 
 def orient_foreground(component, tokens, grid, fraction=0.4):
-    """The sign of a component is arbitrary: foreground is the side that is more frequent at the centre
-    of the images than along their border. As fit_foreground, with the component given."""
+    """The sign of a component is arbitrary: foreground is the side that is more frequent at the
+    centre of the images than along their border. As fit_foreground, with the component given."""
     v1 = component.float() / component.float().norm()
-    a = torch.cat([part.float() @ v1 for part in tokens.split(256)])            # <token_ij, v1>  (N, T)
+    a = torch.cat([part.float() @ v1 for part in tokens.split(256)])        # <token_ij, v1>  (N, T)
     rows, columns = (torch.arange(n, device=a.device) for n in grid)
     border = (((rows == 0) | (rows == grid[0] - 1))[:, None]
               | (columns == 0) | (columns == grid[1] - 1)).flatten()            # (T,)
@@ -332,14 +332,15 @@ def orient_foreground(component, tokens, grid, fraction=0.4):
 
 def foreground_threshold(a, fraction=0.4):
     """alpha (Eq. 7): the quantile of a (N, T) above which this share of all tokens lies."""
-    some = a.flatten()[:: 1 + a.numel() // 16_000_000]      # torch.quantile takes 16 million at most
+    some = a.flatten()[:: 1 + a.numel() // 16_000_000]     # torch.quantile takes 16 million at most
     return torch.quantile(some, 1 - fraction).item()
 
 
 if __name__ == "__main__":
     # Three pairs of views with 2 x 2 positions of 3 features; one position shows the subject.
     subject, grass, sky = torch.eye(3)
-    scene = lambda figure, ground: torch.stack([figure, ground, ground, ground])
+    def scene(figure, ground):
+        return torch.stack([figure, ground, ground, ground])
     pairs = {"new surroundings": scene(subject, sky),       # the pair one wants
              "same surroundings": scene(subject, grass),    # no diversity
              "subject lost": scene(grass, grass)}           # a false positive

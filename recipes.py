@@ -1,7 +1,7 @@
 """Every default that is not one number for all: by data set, method, architecture and protocol.
 
-A recipe groups its values by their source: {source: {flag: value}}. Each value is also a flag, which
-overrides it. Learning rates are for 256 images and grow linearly with the batch in all these papers.
+A recipe groups its values by source: {source: {flag: value}}. Each value is also a flag, which
+overrides it. Learning rates are for 256 images and grow linearly with the batch in all the papers.
 """
 from support.world import real, whole
 
@@ -49,9 +49,9 @@ SHAPES = dict(arch="resnet10_narrow", image_size=32, epochs=30, batch_size=128, 
               knn_every=5)
 CIFAR = dict(arch="resnet18", image_size=32, epochs=200, batch_size=256, optimizer="sgd",
              weight_decay=5e-4, warmup_epochs=5, crop_min=0.2, blur=0.0, knn_every=10)
-VIT = dict(arch="vit_base", image_size=224, epochs=300, batch_size=4096, optimizer="adamw", lr=1.5e-4,
-           weight_decay=0.1, warmup_epochs=40, dim=256, hidden=4096, temperature=0.2, momentum=0.99,
-           crop_min=0.08, blur=0.5)
+VIT = dict(arch="vit_base", image_size=224, epochs=300, batch_size=4096, optimizer="adamw",
+           lr=1.5e-4, weight_decay=0.1, warmup_epochs=40, dim=256, hidden=4096, temperature=0.2,
+           momentum=0.99, crop_min=0.08, blur=0.5)
 
 TRAINING = {
     ("imagenet", "mocov2"): {
@@ -61,7 +61,7 @@ TRAINING = {
         "ours": dict(start_batches=10, knn_every=20)},
     ("imagenet", "mocov3"): {
         "v3": dict(arch="resnet50", image_size=224, epochs=100, batch_size=4096, optimizer="lars",
-                   lr=0.6, weight_decay=1e-6, warmup_epochs=10, dim=256, hidden=4096,   # 9.6 at 4096
+                   lr=0.6, weight_decay=1e-6, warmup_epochs=10, dim=256, hidden=4096,  # 9.6 at 4096
                    temperature=1.0, momentum=0.99, crop_min=0.2, blur=0.5),
         "ours": dict(knn_every=20)},
     ("imagenet", "mocov3-vit"): {"v3": VIT, "ours": dict(knn_every=20)},
@@ -79,13 +79,14 @@ TRAINING = {
         "ours": dict(knn_every=20)},
     ("imagenet", "swav"): {                        # warmup_epochs: the paper warms up for 10
         "swav": dict(arch="resnet50", image_size=224, epochs=200, batch_size=4096, optimizer="lars",
-                     lr=0.3, weight_decay=1e-6, warmup_epochs=0, dim=128, hidden=2048,   # 4.8 at 4096
-                     prototypes=3000, temperature=0.1, epsilon=0.05, freeze_epochs=1, crop_min=0.14,
-                     small_crops=6, small_size=96, small_min=0.05, blur=0.5),
+                     lr=0.3, weight_decay=1e-6, warmup_epochs=0, dim=128,   # 4.8 at 4096
+                     hidden=2048, prototypes=3000, temperature=0.1, epsilon=0.05, freeze_epochs=1,
+                     crop_min=0.14, small_crops=6, small_size=96, small_min=0.05, blur=0.5),
         "ours": dict(knn_every=20)},
     ("cifar10", "mocov2"): {
         "v2": CIFAR | dict(lr=0.03, dim=128, queue=4096, temperature=0.1, momentum=0.99),
-        "ours": dict(batch_size=256, warmup_epochs=1, crop_min=0.2, start_batches=10, knn_every=10)},
+        "ours": dict(batch_size=256, warmup_epochs=1, crop_min=0.2, start_batches=10,
+                     knn_every=10)},
     ("cifar10", "mocov3"): {
         "ours": CIFAR | dict(lr=0.03, dim=256, hidden=2048, temperature=0.2, momentum=0.99)},
     ("cifar10", "mocov3-vit"): {                   # patches of 4 pixels
@@ -98,15 +99,14 @@ TRAINING = {
         "ours": dict(epochs=200, knn_every=10)},   # 800 epochs there
     # SwAV: with few images few prototypes, as its queue is left out. At epsilon 0.05 small runs
     # stayed at uniform assignments, loss at log P; at 0.01 they learn.
-    ("cifar10", "swav"): {
-        "ours": CIFAR | dict(lr=0.06, dim=128, hidden=512, prototypes=128, temperature=0.1,
-                             epsilon=0.01, freeze_epochs=1, small_crops=2, small_size=16,
-                             small_min=0.08)},
+    ("cifar10", "swav"): {"ours": CIFAR | dict(
+        lr=0.06, dim=128, hidden=512, prototypes=128, temperature=0.1, epsilon=0.01,
+        freeze_epochs=1, small_crops=2, small_size=16, small_min=0.08)},
     ("shapes", "mocov2"): {
         "ours": SHAPES | dict(queue=2048, temperature=0.2, momentum=0.99, start_batches=0)},
     ("shapes", "mocov3"): {"ours": SHAPES | dict(hidden=512, temperature=0.2, momentum=0.99)},
-    ("shapes", "mocov3-vit"): {
-        "ours": SHAPES | dict(arch="vit_narrow", lr=1e-3, hidden=512, temperature=0.2, momentum=0.99)},
+    ("shapes", "mocov3-vit"): {"ours": SHAPES | dict(
+        arch="vit_narrow", lr=1e-3, hidden=512, temperature=0.2, momentum=0.99)},
     ("shapes", "byol"): {"ours": SHAPES | dict(hidden=512, momentum=0.98)},
     ("shapes", "simsiam"): {"ours": SHAPES | dict(dim=512, hidden=128)},
     ("shapes", "swav"): {
@@ -123,8 +123,8 @@ def training(dataset, method, arch=None):
     return {flag: value for group in groups.values() for flag, value in group.items()}
 
 
-# Evaluation. augment: random crops and flips in every epoch; without, the features are computed once
-# and standardised to length 1 on average, so that one learning rate suits all checkpoints.
+# Evaluation. augment: random crops and flips in every epoch; without, the features are computed
+# once and standardised to length 1 on average, so that one learning rate suits all checkpoints.
 LINEAR = {
     "small": dict(epochs=100, batch_size=256, lr=1.0, augment=False),                    # ours
     # The release's for MoCo v3 with ResNet-50. Its ViTs: --lr 12. Customary for MoCo v2:

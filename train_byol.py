@@ -47,7 +47,7 @@ class SimSiam(nn.Module):
     def __init__(self, args):
         super().__init__()
         backbone, features = make_backbone(args.arch, args.image_size, zero_init_residual=True)
-        between = [args.dim] * (1 if args.image_size <= IN_MEMORY_SIZE else 2)  # CIFAR: a layer less
+        between = [args.dim] * (1 if args.image_size <= IN_MEMORY_SIZE else 2)  # CIFAR: one less
         head = mlp([features, *between, args.dim], norm=True, last_norm=True)
         self.query = Encoder(backbone, head)
         self.predictor = mlp([args.dim, args.hidden, args.dim], norm=True)
@@ -65,8 +65,8 @@ class SimSiam(nn.Module):
 
 @torch.no_grad()
 def readouts(prediction, target, other):
-    """Mean cosine of a prediction with its target (should rise) and with the targets of other pairs;
-    the spread of the embeddings."""
+    """Mean cosine of a prediction with its target (should rise) and with the targets of other
+    pairs; the spread of the embeddings."""
     p, z = F.normalize(prediction.float(), dim=1), F.normalize(target.float(), dim=1)
     n, pos = len(p), (p * z).sum(1).mean()
     neg = (n * p.mean(0) @ z.mean(0) - pos) / max(n - 1, 1)

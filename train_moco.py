@@ -42,7 +42,7 @@ from support.data import spaced
 from support.networks import LARS, make_backbone
 from support.world import UserError, fast_dtype, say, script, setup, step_generator
 
-# -------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------- models
 
 def mlp(sizes, norm=False, last_norm=False):
     """Linear layers from sizes[0] to sizes[-1] numbers with ReLUs between them; norm: batch norm
@@ -71,7 +71,7 @@ class Encoder(nn.Module):
 
 
 class Momentum(nn.Module):
-    """What v2, v3 and BYOL share: a query encoder that learns and a key encoder, its moving average."""
+    """Shared by v2, v3, BYOL: a query encoder that learns and a key encoder, its moving average."""
 
     def __init__(self, args, head, zero_init_residual=True):
         """head: feature size of the backbone -> projector."""
@@ -116,7 +116,7 @@ class MoCoV2(Momentum):
     """MoCo v2 (Chen et al. 2020): negatives from a queue of the keys of the last batches.
 
     Batch norm leaks: within a batch, statistics shared by query and key give the positive away.
-    MoCo shuffles the keys between GPUs, which one device cannot. Here keys are computed with running
+    MoCo shuffles keys between GPUs, which one device cannot. Here keys are computed with running
     statistics, averaged by the same momentum as the weights (EMAN, Cai et al. 2021): nothing of the
     batch enters a key, on one device or on many, and it is faster.
     """
@@ -125,7 +125,7 @@ class MoCoV2(Momentum):
         super().__init__(args, lambda features: mlp([features, features, args.dim]),
                          zero_init_residual=False)
         self.temperature = args.temperature
-        self.register_buffer("queue", F.normalize(torch.randn(args.queue, args.dim), dim=1))  # (M, D)
+        self.register_buffer("queue", F.normalize(torch.randn(args.queue, args.dim)))  # (M, D)
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
         self.chance = math.log(1 + args.queue)     # the loss of a guess among 1 + M keys
 
@@ -165,12 +165,12 @@ class MoCoV3(Momentum):
                                                     last_norm=True))
         self.predictor = mlp([args.dim, args.hidden, args.dim], norm=True, last_norm=vit)
         self.temperature = args.temperature
-        self.chance = 4 * args.temperature * math.log(args.batch_size)     # two directions, times 2t
+        self.chance = 4 * args.temperature * math.log(args.batch_size)    # two directions, times 2t
 
     def forward(self, views, weights, world):
-        q1, q2 = (F.normalize(self.predictor(self.query(v)).float(), dim=1) for v in views)  # (N, D)
+        q1, q2 = (F.normalize(self.predictor(self.query(v)).float()) for v in views)         # (N, D)
         with torch.no_grad():                                                         # (all N, D)
-            k1, k2 = (world.gather(F.normalize(self.key(v).float(), dim=1)) for v in views)
+            k1, k2 = (world.gather(F.normalize(self.key(v).float())) for v in views)
         t, offset = self.temperature, world.rank * len(q1)      # where this process's keys begin
         # Both directions carry the same w. 2t keeps the size of the gradient when t changes.
         loss = 2 * t * (
@@ -180,7 +180,7 @@ class MoCoV3(Momentum):
 
 
 METHODS = {"mocov2": MoCoV2, "mocov3": MoCoV3}
-NAMES = {"mocov2": "MoCo v2", "mocov3": "MoCo v3", "byol": "BYOL", "simsiam": "SimSiam", "swav": "SwAV"}
+NAMES = dict(mocov2="MoCo v2", mocov3="MoCo v3", byol="BYOL", simsiam="SimSiam", swav="SwAV")
 
 
 @torch.no_grad()
@@ -193,12 +193,12 @@ def similarities(q, k, negatives, positives=0):
 
 
 def spread(z):
-    """Standard deviation of unit embeddings (N, D) times sqrt(D): 1 if they point everywhere, 0 in a
-    collapse."""
+    """Standard deviation of unit embeddings (N, D) times sqrt(D): 1 if they point everywhere, 0
+    in a collapse."""
     return z.std(0).mean() * z.shape[1] ** 0.5
 
 
-# ------------------------------------------------------------------------------------------ the step
+# ----------------------------------------------------------------------------------------- the step
 
 def train_step(method, optimizer, views, quality_of, gamma, fraction, world):
     """One step of GenView.
@@ -214,14 +214,14 @@ def train_step(method, optimizer, views, quality_of, gamma, fraction, world):
     with world.autocast():
         weights = None
         if quality_of is not None:
-            quality, s_f, s_b = quality_of(*views[:2])               # q_i = s_i^f - s_i^b          (N,)
-            weights = quality_weights(quality, gamma, world.group)   # w_i = n exp(gamma q_i) / sum (N,)
-        getattr(method, "module", method).update(fraction)           # theta_k <- m theta_k + (1-m) theta_q
-        loss, readouts = method(views, weights, world)               # L = (1/n) sum_i w_i l_i
+            q, s_f, s_b = quality_of(*views[:2])              # q_i = s_i^f - s_i^b          (N,)
+            weights = quality_weights(q, gamma, world.group)  # w_i = n exp(gamma q_i) / sum (N,)
+        getattr(method, "module", method).update(fraction)    # theta_k <- m theta_k + (1-m) theta_q
+        loss, readouts = method(views, weights, world)        # L = (1/n) sum_i w_i l_i
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    if weights is not None:    # ess: effective sample size, the share of pairs that would count as much
+    if weights is not None:    # ess: effective sample size, share of pairs that would count as much
         readouts |= {"ess": weights.sum() ** 2 / weights.square().sum() / len(weights),
                      "s_f": s_f.mean(), "s_b": s_b.mean()}
     return {"loss": loss.detach(), **readouts}
@@ -242,7 +242,7 @@ def make_optimizer(args, method):
 
 
 def learning_rate(args, epoch):
-    """Linear warm-up, then a cosine to 0; epoch may be fractional. The peak grows with the batch."""
+    """Linear warm-up, then cosine to 0; epoch may be fractional. The peak grows with the batch."""
     peak = args.lr * args.batch_size / 256
     if epoch < args.warmup_epochs:
         return peak * epoch / args.warmup_epochs
@@ -259,8 +259,8 @@ def set_learning_rate(optimizer, args, epoch):
 # ----------------------------------------------------------------------------------------- the loop
 
 def train(args, world, methods=METHODS):
-    """Trains, evaluates, writes the run's folder. methods: {name: class}, args -> module with .query,
-    .chance, update(fraction) and forward(views, weights, world)."""
+    """Trains, evaluates, writes the run's folder. methods: {name: class}, args -> module with
+    .query, .chance, update(fraction) and forward(views, weights, world)."""
     run = runs.Run(args, world, label(args))
     images, test = (load_images(args.dataset, args.data_dir, split, args.image_size, args.limit,
                                 args.skip_bad) for split in ("train", "test"))
@@ -302,12 +302,12 @@ def distribute(method, loader, args, world, fresh):
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     if fresh and args.start_batches:
         with world.autocast():
-            method.start(views[0] for views in itertools.islice(loader.epoch(0), args.start_batches))
+            method.start(v[0] for v in itertools.islice(loader.epoch(0), args.start_batches))
     if args.compile:
         compile_method(method)
     if world.size == 1:
         return method
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")     # old versions need it
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")    # old versions need it
     return nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
 
 
@@ -319,14 +319,14 @@ def compile_method(method):
 
 def knn(method, train_images, test_images, args, world):
     """kNN on the backbone's features; the training never sees the labels."""
-    dtype = torch.half if world.device.type == "cuda" else torch.float        # ImageNet: 5 GB in half
-    train, test = (extract_features(method.query.backbone, images, args.image_size, world, 512,
+    dtype = torch.half if world.device.type == "cuda" else torch.float      # ImageNet: 5 GB in half
+    a, b = (extract_features(method.query.backbone, images, args.image_size, world, 512,
                                     args.workers, args.skip_bad, dtype)
                    for images in (train_images, test_images))
-    return knn_accuracy(train, train_images.labels, test, test_images.labels, train_images.num_classes)
+    return knn_accuracy(a, train_images.labels, b, test_images.labels, train_images.num_classes)
 
 
-# ----------------------------------------------------------------------------- what to train on
+# --------------------------------------------------------------------------------- what to train on
 
 def augmentations(args):
     """t1, t2. MoCo v3 blurs and solarises the two views unequally, as BYOL does, and jitters
@@ -363,21 +363,21 @@ def prepare(args, images, world):
         quality_of = PairQuality(encoder, component.to(world.device))
     pool, views = (expand(images, views), None) if args.views == "extra" else (images, views)
     if len(images.names) < args.batch_size:
-        raise UserError(f"{len(images.names)} images do not fill one batch of {args.batch_size}: lower "
-                        f"--batch-size")
-    loader = PairLoader(pool, views, augmentations(args), args.image_size, args.batch_size, args.seed,
-                        world, args.workers, args.skip_bad)
+        raise UserError(f"{len(images.names)} images do not fill one batch of {args.batch_size}: "
+                        f"lower --batch-size")
+    loader = PairLoader(pool, views, augmentations(args), args.image_size, args.batch_size,
+                        args.seed, world, args.workers, args.skip_bad)
     loader.steps = len(images.names) // args.batch_size      # with extra samples the same work
     return loader, quality_of
 
 
 def shapes_views(encoder, args, count):
-    """Adaptive view generation in the world of shapes: tokens -> foreground proportion -> noise level
-    -> perturbed scene. Returns views of count images (count, 3, 32, 32) uint8, and v1."""
+    """Adaptive view generation in the world of shapes: tokens -> foreground proportion -> noise
+    level -> perturbed scene. Returns views of count images (count, 3, 32, 32) uint8, and v1."""
     scenes = shapes.split("train")
     with torch.no_grad():
         pictures = shapes.render(scenes).split(512)
-        tokens = torch.cat([encoder(normalise(x / 255)) for x in pictures])                # (N, 64, K)
+        tokens = torch.cat([encoder(normalise(x / 255)) for x in pictures])             # (N, 64, K)
     component, threshold = fit_foreground(tokens, (8, 8))
     adaptive = noise_level(foreground_proportion(tokens, component, threshold))           # (N,)
     level = adaptive if args.noise == "adaptive" else int(args.noise)
@@ -385,36 +385,36 @@ def shapes_views(encoder, args, count):
     return views[spaced(len(views), count)], component
 
 
-# -------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
-def parse_args(methods=METHODS, description=__doc__.split("\n")[0], argv=None):
-    """The flags, with the recipe's values where a flag is not given; UserError where they contradict
-    each other."""
-    datasets = recipes.DATA_DIRS
-    args = runs.parser_of(description, datasets, methods, recipes.FLAGS).parse_args(argv)
+def parse_args(methods=METHODS, description=None, argv=None):
+    """The flags, with the recipe's values where a flag is not given; UserError where they
+    contradict each other."""
+    datasets, text = recipes.DATA_DIRS, description or __doc__.split("\n")[0]
+    args = runs.parser_of(text, datasets, methods, recipes.FLAGS).parse_args(argv)
     runs.apply_recipe(args, recipes.training(args.dataset, args.method, args.arch), recipes.FLAGS)
     args.data_dir = args.data_dir or datasets[args.dataset]
     if args.data_dir is None:
-        raise UserError("--dataset folder needs --data-dir, a folder with train/ and val/ or test/ in it")
+        raise UserError("--dataset folder needs --data-dir, a folder with train/ and val/ or test/")
     if args.dataset == "shapes" and args.views_dir not in (None, "none"):
         raise UserError("--dataset shapes makes its views itself: --views-dir can only be none")
     if args.views_dir is None:
         args.views_dir = default_views_dir(args.dataset, args.data_dir)
         if args.dataset != "shapes" and not Path(args.views_dir, "manifest.jsonl").exists():
-            say(f"*** No generated views in {args.views_dir}: this is plain {NAMES[args.method]}, not "
-                f"GenView. They are made by\n***   python generate_views.py --dataset {args.dataset} "
-                f"--data-dir {args.data_dir}")
+            say(f"*** No generated views in {args.views_dir}: this is plain {NAMES[args.method]}, "
+                f"not GenView. They are made by\n***   python generate_views.py "
+                f"--dataset {args.dataset} --data-dir {args.data_dir}")
             args.views_dir = "none"
     if args.views == "extra" and args.views_dir == "none":
-        raise UserError("--views extra needs generated views: make them with generate_views.py, or name "
-                        "their --views-dir")
+        raise UserError("--views extra needs generated views: make them with generate_views.py, "
+                        "or name their --views-dir")
     with_views = args.views_dir != "none" and args.views == "pair"
     args.quality = args.quality or ("exact" if with_views else "off")
     args.encoder = args.encoder or ("mini" if args.image_size <= 32 else "clip")
     level = args.noise.isdecimal() and int(args.noise) < 1000
     if args.noise != "adaptive" and not (args.dataset == "shapes" and level):
-        raise UserError(f"--noise is adaptive or a level from 0 to 999, and for --dataset shapes alone, "
-                        f"not {args.noise}: elsewhere generate_views.py decides on it")
+        raise UserError(f"--noise is adaptive or a level from 0 to 999, and for --dataset shapes "
+                        f"alone, not {args.noise}: elsewhere generate_views.py decides on it")
     runs.resolve_batch(args)
     kind = "plain" if args.views_dir == "none" else "genview"
     runs.resolve_folder(args, f"{args.dataset}-{args.method}-{kind}")
@@ -423,11 +423,11 @@ def parse_args(methods=METHODS, description=__doc__.split("\n")[0], argv=None):
 
 def label(args):
     """What a run is, in words."""
-    name = NAMES[args.method]
+    name, pair = NAMES[args.method], args.views == "pair"
     if args.views_dir == "none":
         name = f"plain {name}, no generated views"
     else:
-        name += " + GenView's views" if args.views == "pair" else ", generated images as extra samples"
+        name += " + GenView's views" if pair else ", generated images as extra samples"
     return name + (" + quality weights" if args.quality != "off" else "")
 
 

@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=8 train_swav.py --dataset imagenet --data-dir /data/imagenet \\
         --views-dir /data/imagenet-views
 
-Legend of the shapes: N images of this process, V views of each (two large ones, then small crops taken
-in turn from image and generated view), D size of an embedding, P prototypes.
+Legend of the shapes: N images of this process, V views of each (two large ones, then small crops
+taken in turn from image and generated view), D size of an embedding, P prototypes.
 """
 import math
 
@@ -40,9 +40,9 @@ class SwAV(nn.Module):
         self.frozen = fraction < self.frozen_until
 
     def forward(self, views, weights, world):
-        sizes = sorted({v.shape[-1] for v in views}, reverse=True)   # views of one size in one batch
+        sizes = sorted({v.shape[-1] for v in views}, reverse=True)  # views of one size in one batch
         z = torch.cat([self.query(torch.cat([v for v in views if v.shape[-1] == size]))
-                       for size in sizes])                           # large ones first
+                       for size in sizes])                          # large ones first
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float(), dim=1)                                   # (V N, D)
             scores = F.linear(z, self.prototypes.weight.float())                # cosines
@@ -59,8 +59,8 @@ METHODS = {"swav": SwAV}
 
 def main():
     args = parse_args(METHODS, __doc__.split("\n")[0])
-    if args.small_size > args.image_size:
-        raise UserError(f"--small-size {args.small_size} must be at most --image-size {args.image_size}")
+    if args.small_size > (most := args.image_size):
+        raise UserError(f"--small-size {args.small_size} must be at most --image-size {most}")
     if args.arch in VITS and args.small_crops and args.small_size != args.image_size:
         raise UserError(f"{args.arch} takes views of one size: --small-crops 0")
     train(args, setup(args.device), METHODS)

@@ -2,54 +2,42 @@
 
     python -m studies.eval_generator --data-dir data/cifar10-jpeg      # writes runs/eval-generator
 
-The judge is a small classifier, trained with all labels of the training images. It looks at n test
-images, at their views, and at their foregrounds alone. D: its features.
+The judge, a classifier trained on the training images, looks at n test images, at views of them and
+at their foregrounds alone.
 """
-import json
 import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 if not __package__:
-    sys.stderr.write("error: call it from the root of the repository: "
-                     "python -m studies.eval_generator\n")
+    sys.stderr.write("error: call it from the root: python -m studies.eval_generator\n")
     sys.exit(2)
 
 import torch
 import torch.nn.functional as F
 from torchvision.utils import save_image
 
-import generate_views
-from eval_linear import extract_features, finetune, zero_linear
-from generate_views import LEVELS, encode_all, foreground_proportion, image_seed, noise_level
+import generate_views as gv
+from eval_linear import extract_features, finetune
 from genview import FRACTION, load_images
 from quality_loss import fit_foreground
-from recipes import DATA_DIRS, GENERATION
+from recipes import GENERATION
 from support.augment import normalise
-from support.checkpoints import load_checkpoint
 from support.data import Images, spaced, to_tensor
 from support.files import write_whole
 from support.networks import make_backbone
-from support.world import Parser, UserError, progress, real, say, script, setup, whole
+from support.world import Parser, progress, real, say, script, setup, whole
 
 
-def train_judge(args, num_classes, world):
-    """A classifier, Sequential(backbone, head); a file keeps it for the next call."""
+def train_judge(args, world):
+    """A small network trained with all labels: (backbone, classifier)."""
     backbone, dim = make_backbone("resnet10_narrow", 32)
-    judge = torch.nn.Sequential(backbone, zero_linear(dim, num_classes))
-    judge.to(world.device, memory_format=torch.channels_last)
-    name = f"judge-{args.dataset}-{Path(args.data_dir).name}-{args.epochs}-{args.seed}.pt"
-    if (args.output_dir / name).exists():
-        judge.load_state_dict(load_checkpoint(args.output_dir / name))
-        return judge.eval()
-    settings = SimpleNamespace(labels=1.0, labels_file=None, seed=args.seed, lr=0.1, backbone_lr=0.1,
-                               batch_size=128, epochs=args.epochs, image_size=32, workers=0,
-                               skip_bad=False)
-    images = load_images(args.dataset, args.data_dir, "train", 32)
-    judge[1] = finetune(backbone, dim, images, settings, world)
-    write_whole(args.output_dir / name, partial(torch.save, judge.state_dict()))
-    return judge.eval()
+    backbone.to(world.device, memory_format=torch.channels_last)
+    settings = SimpleNamespace(labels=1.0, labels_file=None, lr=0.1, backbone_lr=0.1, batch_size=128,
+                               image_size=32, workers=0, skip_bad=False, **vars(args))
+    images = load_images("cifar10", args.data_dir, "train", 32)
+    return backbone, finetune(backbone, dim, images, settings, world)
 
 
 @torch.inference_mode()
@@ -61,12 +49,11 @@ def look(judge, pixels, world):
 
 
 def views_of(pipe, c, seeds, steps, guidance):
-    """{level: (n, 3, 32, 32) uint8}, a view of each image at each noise level; c (n, embedding)."""
-    settings = SimpleNamespace(steps=steps, guidance=guidance, size=32, save_size=32, dtype="float32",
-                               batch_size=100, largest=100)
-    generate = partial(generate_views.generate_all, pipe, settings, embeddings=c, seeds=seeds)
-    return {level: torch.stack([to_tensor(view) for view in generate(level=level)])
-            for level in progress(LEVELS, "views", "level")}
+    """{level: (n, 3, 32, 32) uint8}, a view for each embedding of c (n, D), at each noise level."""
+    args = SimpleNamespace(steps=steps, guidance=guidance, size=32, save_size=32, dtype="float32",
+                           batch_size=100, largest=100)
+    return {level: torch.stack([*map(to_tensor, gv.generate_all(pipe, args, level, c, seeds))])
+            for level in progress(gv.LEVELS, "views", "level")}
 
 
 @torch.inference_mode()
@@ -81,8 +68,8 @@ def reconstruct(pipe, pixels):
 def draw_samples(pipe, pixels, path, steps, guidance):
     """A PNG; its rows: pixels (n, 3, 32, 32) uint8, what the autoencoder keeps, views by level."""
     c = pipe.image_encoder(normalise(pixels / 255)).image_embeds
-    views = views_of(pipe, c, range(len(pixels)), steps, guidance)
-    grid = torch.cat([pixels.cpu(), reconstruct(pipe, pixels).cpu(), *views.values()]) / 255
+    views = views_of(pipe, c, range(len(pixels)), steps, guidance).values()
+    grid = torch.cat([x.cpu() for x in (pixels, reconstruct(pipe, pixels), *views)]) / 255
     write_whole(path, partial(save_image, grid, nrow=len(pixels), format="png"))
 
 
@@ -90,106 +77,97 @@ def percent(hits):
     return f"{100 * hits.float().mean():.1f}"
 
 
-def markdown(header, *rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+def markdown(*rows):
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
 
 
-def tables(truth, original, kept, pixels_kept, pixels, by_level, proportion):
-    """Agreement with the judge's label of the original, by noise level and by foreground proportion.
+def tables(truth, original, kept, error, by_level, proportion):
+    """How often the judge's label is the original's, by noise level and by foreground proportion.
 
-    original, kept: the judge's (features, labels); by_level: {level: (those of two views, pixels of
-    two views (2, n, 3, 32, 32))}; proportion (n,). Returns Markdown.
+    truth, original, kept: labels (n,), the latter the judge's of the images and of what the
+    autoencoder keeps, whose squared error is error; by_level: {level: ((features, labels), pixels)
+    of one view, the same of another}; proportion (n,). Returns Markdown.
     """
-    error = ((pixels_kept.float() - pixels.float()) / 127.5).square().mean()
-    rows = [("originals", 100, percent(original[1] == truth), "", ""),
+    rows = [("pictures", "judge's label as on the original", "judge's label true",
+             "two views of one image: 1 - cosine", "root mean square difference (of 255)"),
+            ("originals", 100, percent(original == truth), "", ""),
             (f"the autoencoder's (mean squared error {error:.4f} on [-1, 1])",
-             percent(kept[1] == original[1]), percent(kept[1] == truth), "", "")]
+             percent(kept == original), percent(kept == truth), "", "")]
     same = {}
-    for level, (((f1, labels1), (f2, labels2)), (view1, view2)) in by_level.items():
+    for level, (((f1, labels1), view1), ((f2, labels2), view2)) in by_level.items():
         labels = torch.stack([labels1, labels2])
-        same[level] = labels == original[1]                                             # (2, n)
+        same[level] = labels == original                                                # (2, n)
+        distance = 1 - (f1 * f2).sum(1).mean()
         difference = (view1.float() - view2.float()).square().mean().sqrt()
         rows.append((f"views, noise level {level}", percent(same[level]), percent(labels == truth),
-                     f"{1 - (f1 * f2).sum(1).mean():.3f}", f"{difference:.1f}"))
-    groups = []
-    for level in LEVELS:                           # each stands for a fifth of the proportions
-        inside = noise_level(proportion) == level
-        groups.append((f"{level / 500:g} to {(level + 100) / 500:g}", int(inside.sum()),
-                       *(percent(s[:, inside]) if inside.any() else "-" for s in same.values())))
-    header = ("pictures", "judge's label as on the original", "judge's label true",
-              "two views of one image: 1 - cosine", "root mean square difference (of 255)")
-    columns = (f"level {level}" for level in same)
-    return (markdown(header, *rows) + "\n"
-            + markdown(("foreground proportion", "images", *columns), *groups))
+                     f"{distance:.3f}", f"{difference:.1f}"))
+    groups = [("foreground proportion", "images", *(f"level {level}" for level in same))]
+    for level in gv.LEVELS:                        # each stands for a fifth of the proportions
+        inside = gv.noise_level(proportion) == level
+        agree = [percent(s[:, inside]) if inside.any() else "-" for s in same.values()]
+        groups.append((f"{level / 500:g} to {(level + 100) / 500:g}", int(inside.sum()), *agree))
+    return markdown(*rows) + "\n" + markdown(*groups)
 
 
 def foreground_table(judge, pixels, a, label, world):
-    """Does the judge recognise images by their foreground? How often its label stays label (n,).
+    """How often the judge's label stays label (n,) where only the foreground is left, or the rest.
 
-    Of each image the FRACTION of its 64 places with the largest a = <token, v1> (n, 64) is left, or
-    all the others; the rest has the image's mean colour. Every image keeps as much (unlike Eq. 7),
-    so that the mean map's places, equal in all images, and random ones can be compared. Markdown.
+    Foreground: the FRACTION of the 64 places with the largest a = <token, v1> (n, 64), of every image
+    as many (unlike Eq. 7) for a comparison with the mean map's places, which are the same in all
+    images, and with random ones. What is not left has the image's mean colour. Returns Markdown.
     """
-    count, rows = round(FRACTION * a.shape[1]), []
+    count = round(FRACTION * a.shape[1])
     random = torch.rand(a.shape, generator=torch.Generator().manual_seed(0))
-    maps = {"the map's foreground": a, "the mean map's": a.mean(0).expand_as(a), "random": random}
-    mean = pixels.float().mean((2, 3), keepdim=True)
-    for name, score in maps.items():
+    rows = [(f"{count} of the 64 places of each picture",
+             "judge's label as on the original: only these left", "only the others left")]
+    x, mean = pixels.float(), pixels.float().mean((2, 3), keepdim=True)
+    for name, score in (("the map's foreground", a), ("the mean map's", a.mean(0).expand_as(a)),
+                        ("random", random)):
         rank = score.argsort(1, descending=True).argsort(1)
         keep = F.interpolate((rank < count).view(-1, 1, 8, 8).float(), size=32)
-        parts = [torch.lerp(mean, pixels.float(), k).round().byte() for k in (keep, 1 - keep)]
+        parts = [torch.lerp(mean, x, part).round().byte() for part in (keep, 1 - keep)]
         rows.append((name, *(percent(look(judge, part, world)[1] == label) for part in parts)))
-    return markdown((f"{count} of the 64 places of each picture",
-                     "judge's label as on the original: only these left", "only the others left"), *rows)
+    return markdown(*rows)
 
 
 def main():
     parser = Parser("Measures what a 32 x 32 generator's views keep, by noise level.")
     add = parser.add_argument
-    add("--dataset", choices=["cifar10", "cifar100", "folder"], default="cifar10", help="images")
-    add("--data-dir", help="where they lie, in a folder with train/ and test/ in it")
+    add("--data-dir", default="data", help="CIFAR-10, or a folder with train/ and test/ in it")
     add("--model", default="mini", help="mini, or a folder of a StableUnCLIPImg2ImgPipeline")
     add("--images", type=whole(2), default=1000, help="test images that are judged")
     add("--epochs", type=whole(1), default=20, help="of the judge")
     add("--steps", type=whole(1), default=GENERATION["mini"]["steps"], help="of denoising")
     add("--guidance", type=real(0, 1e4), default=GENERATION["mini"]["guidance"], help="its scale")
-    add("--output-dir", type=Path, default=Path("runs/eval-generator"), help="tables and judge")
+    add("--output-dir", type=Path, default=Path("runs/eval-generator"), help="tables, samples.png")
     add("--seed", type=whole(), default=0, help="of the judge and the views")
     add("--device", help="cuda, mps or cpu (default: the first that is available)")
     args = parser.parse_args()
-    args.data_dir = args.data_dir or DATA_DIRS[args.dataset]
-    if args.data_dir is None:
-        raise UserError("--dataset folder needs --data-dir, a folder with train/ and test/ in it")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    text = evaluate(args, setup(args.device))
-    write_whole(args.output_dir / "tables.md", lambda temporary: temporary.write_text(text))
-    settings = json.dumps(vars(args), default=str)
-    say(f"{text}\n{settings}\n{args.output_dir}: tables.md, samples.png, the judge")
-
-
-def evaluate(args, world):
-    """Writes samples.png. Returns the tables."""
+    world, how = setup(args.device), (args.steps, args.guidance)
     torch.manual_seed(args.seed)                   # of the judge's initial weights
-    pipe = generate_views.load_pipeline(args.model, torch.float32, world.device)
-    images = load_images(args.dataset, args.data_dir, "test", 32, args.images)
-    pixels, n, how = images.pixels, len(images.pixels), (args.steps, args.guidance)
+    pipe = gv.load_pipeline(args.model, torch.float32, world.device)
+    images = load_images("cifar10", args.data_dir, "test", 32, args.images)
+    pixels, n = images.pixels, len(images.pixels)
     some = pixels[spaced(n, 16)].to(world.device)
     draw_samples(pipe, some, args.output_dir / "samples.png", *how)
-    judge = train_judge(args, images.num_classes, world)
-    _, tokens, c = zip(*encode_all(pipe, images, range(n)), strict=True)
+    judge = train_judge(args, world)
+    _, tokens, c = map(list, zip(*gv.encode_all(pipe, images, range(n)), strict=True))
     tokens, c = torch.cat(tokens).cpu(), torch.cat(c)
     v1, alpha = fit_foreground(tokens, (8, 8), FRACTION)
-    proportion = foreground_proportion(tokens, v1, alpha)
-    seeds = [[image_seed(seed, name) for name in images.names] for seed in (args.seed, args.seed + 1)]
-    first, second = (views_of(pipe, c, s, *how) for s in seeds)
-    by_level = {level: ([look(judge, view[level], world) for view in (first, second)],
-                        (first[level], second[level])) for level in LEVELS}
+    proportion = gv.foreground_proportion(tokens, v1, alpha)
+    by_level = {level: [] for level in gv.LEVELS}
+    for seed in (args.seed, args.seed + 1):
+        seeds = [gv.image_seed(seed, name) for name in images.names]
+        for level, views in views_of(pipe, c, seeds, *how).items():
+            by_level[level].append((look(judge, views, world), views))
     kept = reconstruct(pipe, pixels.to(world.device)).cpu()
-    original, judged = look(judge, pixels, world), look(judge, kept, world)
-    a = tokens.float() @ v1
-    return (tables(images.labels, original, judged, kept, pixels, by_level, proportion) + "\n"
-            + foreground_table(judge, pixels, a, original[1], world))
+    error = ((kept.float() - pixels.float()) / 127.5).square().mean()
+    original, copied = (look(judge, x, world)[1] for x in (pixels, kept))
+    text = tables(images.labels, original, copied, error, by_level, proportion) + "\n"
+    text += foreground_table(judge, pixels, tokens.float() @ v1, original, world)
+    write_whole(args.output_dir / "tables.md", lambda temporary: temporary.write_text(text))
+    say(f"{text}\n{args.output_dir}: tables.md, samples.png")
 
 
 if __name__ == "__main__":

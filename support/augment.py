@@ -13,7 +13,7 @@ from torchvision.ops import roi_align
 # Views are normalised with CLIP's numbers: one tensor feeds the frozen and the trained encoder.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-CROP_TRIES = 10       # as torchvision's RandomResizedCrop; if none fits, the central square is taken
+CROP_TRIES = 10      # as torchvision's RandomResizedCrop; if none fits, the central square is taken
 
 
 class Augmentation(NamedTuple):
@@ -26,7 +26,7 @@ class Augmentation(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """Uniform random numbers in [0, 1) for views, named by what they decide; (...) is (N, V) or (V,)."""
+    """Uniform random numbers in [0, 1) for views, by what they decide; (...) is (N, V) or (V,)."""
     crop: Tensor          # (..., CROP_TRIES, 4): area, aspect ratio, left, top of each try
     generated: Tensor     # (...): below 0.5 for view 1, view 1 is the generated one
     jitter: Tensor        # (...): are colours jittered?
@@ -42,9 +42,8 @@ class Draws(NamedTuple):
     @classmethod
     def split(cls, u):
         """Names the numbers of u (..., COLUMNS)."""
-        crop, strength, rest = u[..., :-11], u[..., -9:-5], (u[..., k] for k in (-11, -10, *range(-5, 0)))
-        generated, jitter, *others = rest
-        return cls(crop.unflatten(-1, (CROP_TRIES, 4)), generated, jitter, strength, *others)
+        return cls(u[..., :-11].unflatten(-1, (CROP_TRIES, 4)), u[..., -11], u[..., -10],
+                   u[..., -9:-5], *u[..., -5:].unbind(-1))
 
     def of_view(self, v):
         """The numbers of view v of N images."""
@@ -52,7 +51,7 @@ class Draws(NamedTuple):
 
 
 def crop_boxes(u, height, width, scale):
-    """Random crops: aspect ratio 3/4 to 4/3, the first of the tries that fits, else the central square.
+    """Random crops: aspect ratio 3/4 to 4/3, the first try that fits, else the central square.
 
     Args:
         u: (N, CROP_TRIES, 4) uniform in [0, 1).
@@ -91,7 +90,8 @@ def recolour(x, draws, order, augmentation):
     Returns:
         (N, 3, S, S), normalised with CLIP's mean and standard deviation.
     """
-    over_images = lambda u: u[:, None, None, None]
+    def over_images(u):
+        return u[:, None, None, None]
     strength = constant(augmentation.jitter, x.device) * (draws.jitter[:, None] < 0.8)      # (N, 4)
     factor = (2 * draws.strength - 1) * strength                      # 0 leaves the image as it is
     for jitter in order:
@@ -133,7 +133,7 @@ def shift_hue(x, turn):
 
 
 def blur(x, sigma):
-    """Gaussian blur of x (N, 3, S, S), sigma (N,) in pixels: rows and columns are matrix products."""
+    """Gaussian blur of x (N, 3, S, S), sigma (N,) pixels: rows and columns are matrix products."""
     position = torch.arange(x.shape[-1], device=x.device)
     distance = (position[:, None] - position).square()
     kernel = torch.exp(-distance / (2 * sigma.square()[:, None, None]))

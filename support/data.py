@@ -45,7 +45,7 @@ def open_image(path):
     """An image file as PIL's RGB image, upright; UserError where it cannot be read."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)     # a far too large image
+            warnings.simplefilter("error", Image.DecompressionBombWarning)   # a far too large image
             with Image.open(path) as image:
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I"):     # 16 bits
@@ -72,7 +72,7 @@ def to_tensor(image):
 
 def spaced(n, count=None):
     """count places spread evenly over n, or all n, (count,)."""
-    places = torch.linspace(0, n - 1, min(n, count or n), dtype=torch.double)   # float32 repeats some
+    places = torch.linspace(0, n - 1, min(n, count or n), dtype=torch.double)   # float repeats some
     return places.round().long()
 
 
@@ -86,9 +86,9 @@ def read_cifar(dataset, data_dir, split):
         data = reader(data_dir, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{dataset} is not in {data_dir} and could not be downloaded "
-                        f"({type(error).__name__}): put its {reader.filename} there, or name an image "
-                        f"folder with train/ and test/ by --data-dir; --dataset shapes needs no "
-                        f"download") from None
+                        f"({type(error).__name__}): put its {reader.filename} there, or name an "
+                        f"image folder with train/ and test/ by --data-dir; --dataset shapes "
+                        f"needs no download") from None
     if dist.is_initialized() and downloads:
         dist.barrier()
     names = [f"{split}/{i:05d}" for i in range(len(data))]
@@ -101,8 +101,8 @@ def find_files(root, split):
     wanted = [split] if split == "train" else ["val", "test"]
     folder = next((root / s for s in wanted if (root / s).is_dir()), None)
     if folder is None:
-        raise UserError(f"no images for the {split} split: {root} needs train/ and val/ or test/ below "
-                        f"it, a folder a class (--data-dir)")
+        raise UserError(f"no images for the {split} split: {root} needs train/ and val/ or test/ "
+                        f"below it, a folder a class (--data-dir)")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     names, labels = [], []
     for label, name in enumerate(classes):
@@ -115,7 +115,7 @@ def find_files(root, split):
 
 
 def into_memory(images, image_size, skip_bad):
-    """Reads files into one tensor of squares; skip_bad: leaves out, and names, what is unreadable."""
+    """Reads files into one tensor of squares; skip_bad: leaves out and names what is unreadable."""
     good, bar = [], progress(range(len(images.names)), "reading", "image")
     pixels = readable(images, bar, image_size, skip_bad, good)
     if not good:
@@ -139,7 +139,7 @@ def readable(images, indices, image_size, skip_bad, good=None):
     return pixels
 
 
-# ------------------------------------------------------------------------- generated views on the disk
+# ---------------------------------------------------------------------- generated views on the disk
 
 def find_views(images, views_dir, dataset):
     """The generated view of each image: a list of N paths, None where an image has none.
@@ -150,9 +150,9 @@ def find_views(images, views_dir, dataset):
     """
     views_dir = Path(views_dir)
     if not views_dir.is_dir():
-        raise UserError(f"there are no generated views: {views_dir} is no folder; generate_views.py "
+        raise UserError(f"no generated views: {views_dir} is no folder; generate_views.py "
                         f"makes them, --views-dir none trains without")
-    files = {str(path.relative_to(views_dir).with_suffix("")): path for path in image_files(views_dir)}
+    files = {str(p.relative_to(views_dir).with_suffix("")): p for p in image_files(views_dir)}
     keys = [str(Path(name).with_suffix("")) for name in images.names]
     paths = [files.get(key) or files.get(key.removeprefix("train/")) for key in keys]
     settings = views_dir / "settings.json"         # a folder of the release has none
@@ -160,9 +160,9 @@ def find_views(images, views_dir, dataset):
     same = (made_for.get("dataset", dataset) == dataset
             and made_for.get("classes", images.num_classes) == images.num_classes)
     if not same or not any(paths):
-        raise UserError(f"{views_dir} holds no views of these images: the data set is {dataset} with "
-                        f"{images.num_classes} classes, the folder has {len(files)} images, made for "
-                        f"{made_for.get('dataset', 'an unknown data set')} with "
+        raise UserError(f"{views_dir} holds no views of these images: the data set is {dataset} "
+                        f"with {images.num_classes} classes, the folder has {len(files)} images, "
+                        f"made for {made_for.get('dataset', 'an unknown data set')} with "
                         f"{made_for.get('classes', 'an unknown number of')} classes")
     return paths
 
@@ -174,7 +174,7 @@ def image_files(folder):
 
 
 def views_into_memory(images, paths, skip_bad=False):
-    """Views of small images as a tensor like images.pixels; an image without one is its own view."""
+    """Views of small images as a tensor like images.pixels; an image without is its own view."""
     views = images.pixels.clone()
     for i, path in enumerate(progress(paths, "reading views", "view")):
         try:
@@ -191,7 +191,8 @@ class ViewFolder:
 
     def __init__(self, folder, suffix):
         """suffix: of the views' files, .png or .jpg."""
-        self.folder, self.suffix, self.manifest = Path(folder), suffix, Path(folder, "manifest.jsonl")
+        self.folder, self.suffix = Path(folder), suffix
+        self.manifest = self.folder / "manifest.jsonl"
 
     def path(self, name):
         return self.folder / Path(name).with_suffix(self.suffix)
@@ -203,7 +204,7 @@ class ViewFolder:
             other = seen.setdefault(Path(name).with_suffix(""), name)
             if other != name:
                 raise UserError(f"{other} and {name} would have the same view: rename one of them")
-        path, advice = self.folder / "settings.json", "name another --views-dir or remove the folder"
+        path, advice = self.folder / "settings.json", "name another --views-dir or remove this one"
         if path.exists():
             before = read_settings(path)
             for key in settings:
@@ -214,8 +215,8 @@ class ViewFolder:
             others = [entry.name for entry in os.scandir(self.folder)
                       if entry.name != "preview.png" and not entry.name.endswith(".tmp")]
             if others:
-                raise UserError(f"{self.folder} is not empty ({others[0]}) and no views folder of this "
-                                f"script; {advice}")
+                raise UserError(f"{self.folder} is not empty ({others[0]}) and no views folder of "
+                                f"this script; {advice}")
         world.wait()                               # all processes look before one writes
         if world.rank == 0:
             if not path.exists():
@@ -240,14 +241,13 @@ class ViewFolder:
         return levels
 
     def write(self, view, left, **line):
-        """Writes a view (PIL image), then its line in the manifest. left: views still to be written,
-        for the message where the disk is full."""
+        """Writes a view (PIL image), then its line in the manifest. left: views still to be
+        written, for the message where the disk is full."""
         path = self.path(line["source"])
         if not path.parent.resolve().is_relative_to(self.folder.resolve()):
-            raise UserError(f"{path.parent} is a symbolic link out of {self.folder}: remove that link")
+            raise UserError(f"{path.parent} leads out of {self.folder}: remove that symbolic link")
         content = io.BytesIO()
-        view.save(content, **(dict(format="PNG") if self.suffix == ".png" else
-                              dict(format="JPEG", quality=95)))
+        view.save(content, "PNG" if self.suffix == ".png" else "JPEG", quality=95)  # of JPEG only
         needed = left * len(content.getvalue())
         write_whole(path, lambda temporary: temporary.write_bytes(content.getvalue()), needed)
         append(self.manifest, json.dumps(line) + "\n", needed)

@@ -33,7 +33,7 @@ def write_whole(path, write, needed=None, sync=False):
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:       # RuntimeError: torch.save's
-        if isinstance(error, RuntimeError) and not re.search("writ|iostream|inline_con", str(error)):
+        if not (isinstance(error, OSError) or re.search("writ|iostream|inline_con", str(error))):
             raise
         why, code = getattr(error, "strerror", None), getattr(error, "errno", None)
         if code not in (None, errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
@@ -51,10 +51,10 @@ def write_json(path, content):
 
 def full_disk(path, why, needed=None):
     """UserError: path could not be written. needed: bytes, where that is known."""
-    there = next(p for p in path.absolute().parents if p.exists())
-    free = shutil.disk_usage(there).free / 1e6
+    base = next(p for p in path.absolute().parents if p.exists())
+    free = shutil.disk_usage(base).free / 1e6
     text = f", about {max(needed / 1e6, 0.01):.2f} MB are needed" if needed else ""
-    return UserError(f"{path} could not be written ({why}): {free:.1f} MB are free in {there}{text}")
+    return UserError(f"{path} could not be written ({why}): {free:.1f} MB are free in {base}{text}")
 
 
 def append(path, text, needed=None):
@@ -119,6 +119,6 @@ def read_component(path, size=None):
     if not (component.isfinite().all() and component.any()):
         raise UserError(f"{path} holds no usable component: it is all zeros or not finite")
     if size is not None and len(component) != size:
-        raise UserError(f"{path} has a component of {len(component)} numbers, the encoder's features "
-                        f"have {size}: it was fitted on another encoder")
+        raise UserError(f"{path} has a component of {len(component)} numbers, the encoder's "
+                        f"features have {size}: it was fitted on another encoder")
     return component, threshold

@@ -19,11 +19,11 @@ from support.files import append, sweep, write_json, write_whole
 from support.world import Parser, Terminated, UserError, progress, real, say, whole
 
 # Flags that may differ when a run is resumed: they do not change its result.
-FREE = {"output_dir", "resume", "device", "compile", "workers", "skip_bad", "knn_every", "log_every",
-        "save_minutes"}
+FREE = {"output_dir", "resume", "device", "compile", "workers", "skip_bad", "knn_every",
+        "log_every", "save_minutes"}
 
 
-# --------------------------------------------------------------------------------------------- flags
+# -------------------------------------------------------------------------------------------- flags
 
 def parser_of(description, datasets, methods, recipe_flags):
     """The flags of the training scripts. recipe_flags: {name: (type, help)}, see recipes.py."""
@@ -35,18 +35,18 @@ def parser_of(description, datasets, methods, recipe_flags):
     add("--skip-bad", action="store_true", help="leave out images that cannot be read")
     add = parser.add_argument_group("GenView").add_argument
     add("--method", choices=sorted(methods), default=next(iter(methods)), help="picks the recipe")
-    add("--views-dir", help="folder of generated views, or none; default: where generate_views.py puts "
-                            "them")
+    add("--views-dir", help="folder of generated views, or none; default: where generate_views.py "
+                            "puts them")
     add("--views", choices=["pair", "extra"], default="pair",
         help="pair: a generated view in each pair; extra: the paper's comparison, the images of "
              "--views-dir (any folder) as further training samples")
     add("--quality", choices=["exact", "off"], help="weights by quality; default: exact with views")
-    add("--gamma", type=real(-1e3, 1e3), default=1.0, help="how strongly quality counts (release: 1)")
+    add("--gamma", type=real(-1e3, 1e3), default=1.0, help="how much quality counts (release: 1)")
     add("--encoder", help="frozen encoder E: mini (weights/), clip, a hub id or a folder; default: "
                           "mini for images of 32 pixels, else clip")
-    add("--component", help="its fitted component, foreground.npz or pca_vectors.npy; default: fit one")
+    add("--component", help="its component, foreground.npz or pca_vectors.npy; default: fit one")
     add("--flip-foreground", action="store_true", help="turn the component to the other side")
-    add("--noise", default="adaptive", help="shapes only, whose views are made here: adaptive or 0..999")
+    add("--noise", default="adaptive", help="shapes only (views made here): adaptive or 0..999")
     add = parser.add_argument_group("runtime").add_argument
     add("--output-dir", help="default: runs/<dataset>-<method>-<time>")
     add("--resume", nargs="?", const="last", metavar="PATH",
@@ -55,7 +55,7 @@ def parser_of(description, datasets, methods, recipe_flags):
     add("--device", help="cuda, mps or cpu; default: the first that is available")
     add("--compile", action="store_true", help="torch.compile: a slow start, faster steps on GPUs")
     add("--workers", type=whole(), default=4, help="processes that read large images")
-    add("--save-minutes", type=real(0, 1e6), default=15, help="time between checkpoints in an epoch")
+    add("--save-minutes", type=real(0, 1e6), default=15, help="between checkpoints in an epoch")
     add("--log-every", type=whole(1), default=10, help="steps between lines of log.jsonl")
     add = parser.add_argument_group("recipe; default: that of --dataset and --method").add_argument
     for name, (kind, text) in recipe_flags.items():
@@ -77,15 +77,15 @@ def resolve_batch(args):
     """UserError where the batch cannot be shared by the processes or does not fit the queue."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % processes:
-        raise UserError(f"--batch-size {args.batch_size} cannot be shared by {processes} processes: "
-                        f"give a multiple")
+        raise UserError(f"--batch-size {args.batch_size} cannot be shared by {processes} "
+                        f"processes: give a multiple")
     if args.batch_size < 2 * processes:
-        raise UserError(f"--batch-size {args.batch_size}: batch normalisation needs two images in each "
-                        f"process")
+        raise UserError(f"--batch-size {args.batch_size}: batch normalisation needs two images in "
+                        f"each process")
     if args.queue and args.queue % args.batch_size:
         fits = args.queue // args.batch_size * args.batch_size or args.batch_size
-        raise UserError(f"--queue {args.queue} is no multiple of --batch-size {args.batch_size} (all "
-                        f"processes together): take {fits}")
+        raise UserError(f"--queue {args.queue} is no multiple of --batch-size {args.batch_size} "
+                        f"(all processes together): take {fits}")
 
 
 def resolve_folder(args, name):
@@ -95,7 +95,7 @@ def resolve_folder(args, name):
             Path("runs").glob(f"{name}-*/last.pt"))
         newest = max(found, key=lambda p: p.stat().st_mtime if p.exists() else 0, default=None)
         if newest is None:
-            raise UserError(f"there is no runs/{name}-*/last.pt to resume: name one by --resume PATH")
+            raise UserError(f"no runs/{name}-*/last.pt to resume: name one by --resume PATH")
         args.resume = str(newest)
         if args.output_dir and not newest.exists():
             say(f"nothing to resume in {args.output_dir}: a new run")
@@ -104,17 +104,17 @@ def resolve_folder(args, name):
         "runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     args.output_dir = str(args.output_dir or usual)
     if not args.resume and Path(args.output_dir, "last.pt").exists():
-        raise UserError(f"{args.output_dir} holds a run already: go on with --resume, or name another "
-                        f"--output-dir")
+        raise UserError(f"{args.output_dir} holds a run already: go on with --resume, or name "
+                        f"another --output-dir")
 
 
-# ------------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------------------ the run
 
 class Run:
     """One training run. Only the first process writes; all processes call the same methods."""
 
     def __init__(self, args, world, label):
-        args.output_dir = world.gather_objects(args.output_dir)[0]     # its name may contain the time
+        args.output_dir = world.gather_objects(args.output_dir)[0]   # its name may contain the time
         self.args, self.world, self.label, self.main = args, world, label, world.rank == 0
         self.folder, self.checkpoint = Path(args.output_dir), Path(args.output_dir, "last.pt")
         self.epoch = self.step = 0                 # where the run goes on
@@ -139,16 +139,16 @@ class Run:
         optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step = state["epoch"], state["step"]
         if len(set(self.world.gather_objects((self.epoch, self.step)))) > 1:
-            raise UserError(f"the processes do not find the same checkpoint: {self.folder} must be one "
-                            f"folder for all machines")
+            raise UserError(f"the processes do not find the same checkpoint: {self.folder} must be "
+                            f"one folder for all machines")
 
     def _check_flags(self, then):
         now = vars(self.args)
         for key in now.keys() - FREE:
             if key not in then or then[key] != now[key]:
                 raise UserError(f"{self.args.resume} is of a run with another "
-                                f"--{key.replace('_', '-')} ({then.get(key)}, now {now[key]}): resume "
-                                f"with the flags of that run")
+                                f"--{key.replace('_', '-')} ({then.get(key)}, now {now[key]}): "
+                                f"resume with the flags of that run")
 
     def begin(self, steps, chance):
         """Opens the folder once all is loaded. steps: of an epoch; chance: the loss of a guess."""
@@ -163,7 +163,7 @@ class Run:
         write_json(self.folder / "args.json", vars(self.args) | {"label": self.label})
         say(f"{self.label} on {self.args.dataset}, {steps} steps an epoch, {self.world.size} x "
             f"{self.world.device.type}, {str(self.world.dtype).removeprefix('torch.')}")
-        say(textwrap.fill("  ".join(f"{key}={value}" for key, value in vars(self.args).items()), 100))
+        say(textwrap.fill("  ".join(f"{k}={v}" for k, v in vars(self.args).items()), 100))
 
     def _prune_log(self):
         """Removes the lines after the checkpoint: they will be written again."""
@@ -188,8 +188,8 @@ class Run:
         say(f"epoch {epoch + 1}/{self.args.epochs}  " + self.summary)
 
     def after_step(self, epoch, step, readouts):
-        """Logs the means of the read-outs, refuses a loss that is not finite, saves when it is time,
-        stops after SIGTERM."""
+        """Logs the means of the read-outs, refuses a loss that is not finite, saves when it is
+        time, stops after SIGTERM."""
         self.pending.append(torch.stack(list(readouts.values())).float())
         last = step + 1 == self.steps
         if (step + 1) % self.args.log_every and not last:
@@ -204,8 +204,8 @@ class Run:
         self.pending.clear()
         speed = (step + 1 - self.start) * self.args.batch_size / (time.time() - self.began)
         left = (self.args.epochs * self.steps - number) * self.args.batch_size / speed
-        self.log(epoch=round(number / self.steps, 4), step=number, **means, chance=self.chance, lr=lr,
-                 images_per_s=speed)
+        self.log(epoch=round(number / self.steps, 4), step=number, **means, chance=self.chance,
+                 lr=lr, images_per_s=speed)
         loss = f"loss {means.pop('loss'):.3f} (chance {self.chance:.2f})"
         self.bar.set_postfix_str(f"{loss}, {speed:.0f} images/s", refresh=False)
         others = "".join(f"{name} {value:.3f}  " for name, value in means.items())
@@ -219,20 +219,20 @@ class Run:
     def save(self, epoch, step):
         """last.pt and backbone.pt after so many epochs and further steps; stops after SIGTERM."""
         state = self.method.state_dict()
-        if not all(x.isfinite().all() for x in state.values()):    # queue, batch-norm statistics, too
+        if not all(x.isfinite().all() for x in state.values()):  # queue, batch-norm statistics, too
             raise UserError(self._not_finite("network", epoch * self.steps + step))
         # Without SyncBatchNorm each process has batch-norm statistics of its own.
         statistics = self.world.gather_objects(
             {name: x.cpu() for name, x in state.items() if ".running_" in name})
         if self.main:
-            backbone = {name: x.cpu() for name, x in self.method.query.backbone.state_dict().items()}
+            backbone = {key: x.cpu() for key, x in self.method.query.backbone.state_dict().items()}
             state = {"model": state, "optimizer": self.optimizer.state_dict(), "epoch": epoch,
                      "step": step, "statistics": statistics, "images": self.images,
                      "args": vars(self.args)}
             parts = (state["model"], *state["optimizer"]["state"].values())
             needed = sum(x.nbytes for part in parts for x in part.values() if torch.is_tensor(x))
-            write_whole(self.folder / "backbone.pt", lambda path: torch.save(backbone, path), needed)
-            write_whole(self.checkpoint, lambda path: torch.save(state, path), needed, sync=True)
+            write_whole(self.folder / "backbone.pt", lambda p: torch.save(backbone, p), needed)
+            write_whole(self.checkpoint, lambda p: torch.save(state, p), needed, sync=True)
         self.saved = time.time()
         if self.world.any(self.terminated):
             self.world.wait()                      # for the first process's files
@@ -248,18 +248,18 @@ class Run:
         self.log(epoch=epoch, knn=accuracy, label=self.label)
 
     def _not_finite(self, what, step):
-        good = f"; the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else ""
-        return (f"the {what} is not finite at step {step}, learning rate "
-                f"{self.optimizer.param_groups[0]['lr']:.3g}: lower --lr or raise --temperature{good}")
+        good = f"; the last good checkpoint: {self.checkpoint}" if self.checkpoint.exists() else ""
+        return (f"the {what} is not finite at step {step}: lower --lr or raise --temperature "
+                f"(learning rate {self.optimizer.param_groups[0]['lr']:.3g}){good}")
 
     def draw_pairs(self, views, quality_of, columns=8, rows=3, cell=96):
-        """pairs.png: pairs of a batch from best to worst quality, scores beneath, the extremes framed
-        (cf. Fig. 5)."""
+        """pairs.png: pairs of a batch from best to worst quality, scores beneath, the extremes
+        framed (cf. Fig. 5)."""
         if not self.main:
             return
         if quality_of:
             with self.world.autocast():
-                scores = torch.stack(quality_of(*views)).T.cpu()                    # (N, 3): q, s^f, s^b
+                scores = torch.stack(quality_of(*views)).T.cpu()               # (N, 3): q, s^f, s^b
         order = scores[:, 0].argsort(descending=True) if quality_of else torch.arange(len(views[0]))
         order = order[torch.linspace(0, len(order) - 1, min(columns * rows, len(order))).long()]
         width, height = 2 * cell + 12, cell + 24

@@ -34,7 +34,7 @@ def script(main):
     """Runs a script's main function and turns errors that a user can cause into one line."""
     try:
         main()
-    except UserError as error:                     # of a loader's worker: the last line of its traceback
+    except UserError as error:                     # of a loader's worker: its traceback's last line
         text = str(error).strip().splitlines()[-1]
         sys.exit(_report(text.removeprefix("support.world.UserError: "), 2))
     except OSError as error:                       # a full disk, a folder without write permission
@@ -81,7 +81,7 @@ def _report_lost_processes():
     except (RuntimeError, dist.DistError):         # process 0 holds the store
         lost = [0]
     names = ", ".join(map(str, lost)) or "?"
-    print(f"error: process {rank} stops because process {names} of {size} ended or does not answer; "
+    print(f"error: process {rank} stops, since process {names} of {size} ended or does not answer; "
           f"its own message says why; --resume goes on from the last checkpoint",
           file=sys.stderr, flush=True)
     os._exit(1)                                    # a clean exit would wait for the lost process
@@ -103,7 +103,7 @@ def progress(items, text, unit, **options):
                 disable=int(os.environ.get("RANK", 0)) > 0, **options)
 
 
-# --------------------------------------------------------------------------------------------- flags
+# -------------------------------------------------------------------------------------------- flags
 
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in the help texts and errors as one line."""
@@ -141,7 +141,7 @@ def _number(kind, name, least, most):
     return parse
 
 
-# --------------------------------------------------------------------------- processes and devices
+# ---------------------------------------------------------------------------- processes and devices
 
 class World(NamedTuple):
     """This process among all: torchrun's environment, or one process alone."""
@@ -203,7 +203,7 @@ def setup(device=None, patience=datetime.timedelta(minutes=30)):
         torch.backends.cudnn.benchmark = True
     elif chosen.type == "cpu":
         _keep_memory()
-        torch.backends.cuda.enable_flash_sdp(False)    # also of CPUs: small ViTs train twice as fast
+        torch.backends.cuda.enable_flash_sdp(False)   # also of CPUs: small ViTs train twice as fast
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size > 1:
         _store[:] = next(dist.rendezvous("env://", timeout=patience))[:1]

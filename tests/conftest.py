@@ -33,14 +33,3 @@ def pytest_addoption(parser):
 @pytest.fixture
 def instants(request):
     return request.config.getoption("--instants")
-
-
-def pytest_collection_modifyitems(items):
-    """Tests that still speak of the old house: listed in unported.txt, shown as xfailed, to be ported."""
-    unported = set(Path(__file__).with_name("unported.txt").read_text().splitlines())
-    for item in items:
-        if item.nodeid in unported:
-            item.add_marker(pytest.mark.xfail(reason="not yet ported to the new house", run=False))
-
-
-collect_ignore = ["test_train_generator.py"]       # to be ported: it does not import in the new house

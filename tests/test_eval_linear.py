@@ -106,7 +106,7 @@ def test_a_checkpoint_that_fits_no_architecture_is_refused(folder, tmp_path):
 
 
 def test_a_vision_transformer_is_recognised(tmp_path):
-    """From its tensors alone: architecture, patches, size. Fine-tuning changes all but positions."""
+    """By its tensors: architecture, patches, size. Fine-tuning changes all but positions."""
     for size in (32, 96):
         backbone, _ = make_backbone("vit_narrow", size)
         torch.save(backbone.state_dict(), tmp_path / "vit.pt")

@@ -159,7 +159,7 @@ def test_200_bad_command_lines(world, request):
         assert status in (0, 2), (name, line, said)
         if status:
             refused += 1
-            assert re.match(r"(error: .{10,}|\w+\.py: error: .{10,})", said), (name, line, said)
+            assert re.match(r"(error: .{10,})", said), (name, line, said)
         if request.config.getoption("--messages") and status:
             with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
                 print(said.replace(str(world), "..."))
@@ -169,9 +169,9 @@ def test_200_bad_command_lines(world, request):
 @pytest.mark.parametrize("name, more, text", [
     ("train_moco", {"--optimizer": "adam"}, "invalid choice: 'adam'"),
     ("train_moco", {"--batch-size": 1, "--queue": 1}, "batch normalisation needs two images"),
-    ("train_moco", {"--device": "meta"}, "--device meta is not to be had here"),
-    ("train_moco", {"--image-size": 80, "--arch": "googlenet"}, "--arch googlenet does not work here"),
-    ("train_moco", {"--views": "extra", "--views-dir": "images", "--quality": "cached"}, "take exact or off"),
+    ("train_moco", {"--device": "meta"}, "--device meta is not available"),
+    ("train_moco", {"--image-size": 80, "--arch": "googlenet"}, "--arch googlenet is not supported"),
+    ("train_moco", {"--quality": "cached"}, "invalid choice: 'cached'"),
     ("train_swav", {"--arch": "vit_narrow"}, "--small-crops 0"),
     ("train_swav", {"--small-size": 64}, "must be at most --image-size 32"),
     ("eval_linear", {"--checkpoint": "vit.pt", "--arch": "vit_narrow", "--image-size": 64}, "for pictures of 32 pixels")])
@@ -186,7 +186,7 @@ def test_too_large_is_named(world, tmp_path):
     """Petabytes, which no system grants."""
     flags = good("train_swav", world, tmp_path / "run") | {"--hidden": 10 ** 12}
     status, said = call("train_swav", [str(x) for pair in flags.items() for x in pair])
-    assert status == 2 and said.startswith("error: the memory does not suffice")
+    assert status == 2 and said.startswith("error: out of memory")
 
 
 def bad_pictures(folder):
@@ -252,7 +252,8 @@ def test_60_bad_images(world, tmp_path):
     flags = good("generate_views", world, tmp_path / "views") | {"--data-dir": tmp_path / "images", "--limit": 1000}
     status, said = call("generate_views", [str(x) for pair in flags.items() for x in pair])
     assert status == 0, said
-    manifest = generate_views.read_manifest(tmp_path / "views")
+    lines = (tmp_path / "views/manifest.jsonl").read_text().splitlines()
+    manifest = {json.loads(line)["source"] for line in lines}
     for name, usable in made.items():
         assert (f"train/cat/{name}" in manifest) == usable, name
         assert (tmp_path / "views/train/cat" / name).with_suffix(".png").exists() == usable or not usable
@@ -355,7 +356,7 @@ def test_bad_views_folders(world, tmp_path):
     shutil.rmtree(tmp_path / "good/train/cat")
     (tmp_path / "good/train/cat").symlink_to(outside)                              # a way out
     status, said = call("generate_views", flags)
-    assert status == 2 and "leads out of" in said and not list(outside.iterdir()), said
+    assert status == 2 and "is a symbolic link out of" in said and not list(outside.iterdir()), said
 
 
 class Bomb:

@@ -23,6 +23,7 @@ import support.data
 import support.files
 import support.world
 import tiny
+from support.world import UserError
 
 STEPS = 4
 
@@ -68,6 +69,13 @@ def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
+def read_manifest(folder):
+    """{source: its line}, of the whole lines."""
+    text = (folder / "manifest.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    return {line["source"]: line for line in lines}
+
+
 def pictures(folder):
     return {str(p.relative_to(folder)): np.array(Image.open(p)).astype(int) for p in sorted(folder.rglob("*.png"))}
 
@@ -78,7 +86,7 @@ def assert_same_views(folder, reference, names=None):
     names = theirs.keys() if names is None else names
     assert sorted(ours) == sorted(names)
     assert max(np.abs(ours[name] - theirs[name]).max() for name in names) <= 2
-    ours, theirs = generate_views.read_manifest(folder), generate_views.read_manifest(reference)
+    ours, theirs = read_manifest(folder), read_manifest(reference)
     assert all(ours[source] == theirs[source] for source in ours) and len(ours) == len(names)
 
 
@@ -169,13 +177,13 @@ def test_files_settings_and_levels(world):
     views, images = world / "views", genview.load_images("folder", world / "images", "train", 999)
     found = support.data.find_views(images, views, "folder")
     assert None not in found and all(Image.open(path).size == (32, 32) for path in found)
-    manifest = generate_views.read_manifest(views)
+    manifest = read_manifest(views)
     assert sorted(manifest) == sorted(images.names)
     proportions = torch.tensor([manifest[name]["proportion"] for name in images.names])
     assert generate_views.noise_level(proportions).tolist() == [manifest[name]["noise_level"] for name in images.names]
     assert len(set(line["noise_level"] for line in manifest.values())) > 2
     assert len(set(line["seed"] for line in manifest.values())) == 24
-    assert proportions.mean().item() == pytest.approx(generate_views.FRACTION, abs=0.01)        # by alpha's definition
+    assert proportions.mean().item() == pytest.approx(genview.FRACTION, abs=0.01)        # by alpha's definition
     with np.load(views / "foreground.npz", allow_pickle=False) as saved:
         assert saved["component"].shape == (32,) and str(saved["encoder"]) == str(world / "model")
     assert json.loads((views / "settings.json").read_text())["dataset"] == "folder"
@@ -192,7 +200,7 @@ def test_killed_run_goes_on_to_the_same_views(world, capsys):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, process.stderr.read()
     process.communicate()
-    done = {source: (world / "killed" / source).read_bytes() for source in generate_views.read_manifest(world / "killed")}
+    done = {source: (world / "killed" / source).read_bytes() for source in read_manifest(world / "killed")}
     assert 2 <= len(done) < 24
     with open(manifest, "a") as file:
         file.write('{"source": "train/cat/00')                                                  # a line cut short
@@ -240,7 +248,7 @@ def test_release_component_fixed_noise_and_larger_views(world):
     component, _ = support.files.read_component(world / "release" / "foreground.npz")
     unit = torch.tensor(vector[:, 0] / np.linalg.norm(vector))
     assert torch.allclose(component, unit, atol=1e-5) or torch.allclose(component, -unit, atol=1e-5)
-    lines = generate_views.read_manifest(world / "release")
+    lines = read_manifest(world / "release")
     assert {line["noise_level"] for line in lines.values()} == {250}
     assert all(Image.open((world / "release" / name).with_suffix(".jpg")).size == (96, 96) for name in lines)
 
@@ -264,7 +272,7 @@ def test_maps_that_show_only_the_place_are_named(monkeypatch, capsys, place, war
     images = support.data.Images(["x"] * 40, torch.zeros(40), 1)
     args = argparse.Namespace(component=None, flip_foreground=False, fit_images=40, data_dir="")
     generate_views.find_foreground(args, pipe, images)
-    assert ("tell their places" in capsys.readouterr().out) == warned
+    assert ("depend on the place" in capsys.readouterr().out) == warned
 
 
 def test_preview_draws_one_picture_and_nothing_else(world, capsys):
@@ -335,7 +343,7 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch, capsys):
     args = argparse.Namespace(batch_size=8, largest=8)
     assert generate_views.generate_all(None, args, 0, torch.arange(7), list(range(7))) == [(i, i) for i in range(7)]
     assert sizes == [7, 4, 2, 2, 2, 1] and args.batch_size == 2
-    assert "more than 2 images" in capsys.readouterr().out
+    assert "at most 2 images" in capsys.readouterr().out
     monkeypatch.setattr(generate_views, "generate", lambda *_: sizes[0] and (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(UserError, match="--size"):
         generate_views.generate_all(None, args, 0, torch.arange(7), list(range(7)))
@@ -346,7 +354,7 @@ def test_the_largest_batch_that_fits_is_found(monkeypatch, capsys):
     args = argparse.Namespace(batch_size=2, largest=64)
     assert generate_views.generate_all(None, args, 0, torch.arange(40), list(range(40))) == [(i, i) for i in range(40)]
     assert sizes == [2, 4, 8, 16, 8, 8, 8, 2] and (args.batch_size, args.largest) == (8, 8)
-    assert "more than 8 images" in capsys.readouterr().out
+    assert "at most 8 images" in capsys.readouterr().out
 
 
 def test_another_solver_draws_other_pictures_of_the_same_noise(world, capsys):
@@ -358,8 +366,8 @@ def test_another_solver_draws_other_pictures_of_the_same_noise(world, capsys):
 
 
 def test_trouble_of_the_writing_thread_ends_the_run(world, monkeypatch, capsys):
-    def full(*_):
+    def full(*_, **__):
         raise UserError("no space left")
-    monkeypatch.setattr(generate_views, "write_views", full)
+    monkeypatch.setattr(generate_views.ViewFolder, "write", full)
     assert run(world, "full", "--limit", "9", "--batch-size", "2") == 2
     assert "no space left" in capsys.readouterr().err

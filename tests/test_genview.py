@@ -55,11 +55,12 @@ def in_memory(n=12, size=16, seed=0):
 
 def recoloured(x, augmentation=PLAIN, order=(0, 1, 2, 3), **numbers):
     """support.augment.recolour of x with given random numbers; without them nothing is changed. Undoes the normalisation."""
-    columns = dict(apply=0, brightness=1, contrast=2, saturation=3, hue=4, grey=5, blur=6, sigma=7, solarise=8, flip=9)
-    u = torch.full((len(x), 10), 0.999)
+    draws = support.augment.Draws.split(torch.full((len(x), support.augment.Draws.COLUMNS), 0.999))
+    factors = ("brightness", "contrast", "saturation", "hue")
     for name, value in numbers.items():
-        u[:, columns[name]] = value
-    out = support.augment.recolour(x.clone(), u, list(order), augmentation)
+        column = draws.strength[:, factors.index(name)] if name in factors else getattr(draws, name)
+        column.fill_(value)
+    out = support.augment.recolour(x.clone(), draws, list(order), augmentation)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (support.augment.CLIP_MEAN, support.augment.CLIP_STD))
     return out * std + mean
 
@@ -78,13 +79,13 @@ def test_nothing_drawn_changes_nothing():
     ("hue", tv.adjust_hue)])
 def test_jitter_matches_torchvision(name, theirs, u):
     others = {n: 0.5 for n in ("brightness", "contrast", "saturation", "hue") if n != name}     # 0.5: factor 1, turn 0
-    ours = recoloured(X, STRONG, apply=0.0, **{name: u}, **others)
+    ours = recoloured(X, STRONG, jitter=0.0, **{name: u}, **others)
     factor = (2 * u - 1) * 0.1 if name == "hue" else 1 + (2 * u - 1) * 0.4
     torch.testing.assert_close(ours, theirs(X, factor), atol=1e-3, rtol=0)
 
 
 def test_jitters_in_another_order_match_torchvision():
-    ours = recoloured(X, STRONG, order=(3, 1, 0, 2), apply=0.0, brightness=0.9, contrast=0.1, saturation=0.2, hue=0.7)
+    ours = recoloured(X, STRONG, order=(3, 1, 0, 2), jitter=0.0, brightness=0.9, contrast=0.1, saturation=0.2, hue=0.7)
     theirs = tv.adjust_contrast(tv.adjust_hue(X, 0.04), 1 - 0.8 * 0.4)
     theirs = tv.adjust_saturation(tv.adjust_brightness(theirs, 1 + 0.8 * 0.4), 1 - 0.6 * 0.4)
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
@@ -116,10 +117,11 @@ def test_blur_matches_torchvision_in_the_interior(u):
 
 
 def test_every_image_has_its_own_numbers():
-    u = torch.rand(6, 10, generator=torch.Generator().manual_seed(1))
-    together = support.augment.recolour(X.clone(), u, [2, 0, 3, 1], FULL)
+    u = torch.rand(6, support.augment.Draws.COLUMNS, generator=torch.Generator().manual_seed(1))
+    recolour = lambda x, u: support.augment.recolour(x.clone(), support.augment.Draws.split(u), [2, 0, 3, 1], FULL)
+    together = recolour(X, u)
     for i in range(6):
-        alone = support.augment.recolour(X[i:i + 1].clone(), u[i:i + 1], [2, 0, 3, 1], FULL)
+        alone = recolour(X[i:i + 1], u[i:i + 1])
         torch.testing.assert_close(together[i:i + 1], alone, atol=1e-5, rtol=0)
     assert together.isfinite().all()
 
@@ -162,7 +164,7 @@ def test_crop_boxes_without_a_fit_is_the_central_square():
 
 # ----------------------------------------------------------------------------------------------------------------- pairs
 
-def batches(images, views, epoch=0, world=None, seed=3, batch_size=4, augmentation=FULL, with_places=False, **options):
+def batches(images, views, epoch=0, world=None, seed=3, batch_size=4, augmentation=FULL, **options):
     loader = PairLoader(images, views, [augmentation] * 2, 16, batch_size, seed, world or one_process(), workers=0,
                         **options)
     return [tuple(views) for views in loader.epoch(epoch)]
@@ -188,8 +190,6 @@ def test_the_same_numbers_again(files):
         assert same(batches(images, views), batches(images, views))
         assert not same(batches(images, views), batches(images, views, epoch=1))
         assert not same(batches(images, views), batches(images, views, seed=4))
-        index = torch.cat([b[0] for b in batches(images, views)])
-        assert sorted(index.tolist()) == list(range(12))
 
 
 def test_two_processes_make_one_batch(files):
@@ -205,71 +205,55 @@ def test_half_of_the_generated_ones_are_view_1(files):
     white = torch.full_like(images.pixels, 255)
     black, bright = (support.augment.normalise(torch.full((3, 1, 1), value)) for value in (0.0, 1.0))
     first = 0
-    for _, view1, view2 in batches(images, white, batch_size=100, augmentation=PLAIN):
+    for view1, view2 in batches(images, white, batch_size=100, augmentation=PLAIN):
         is_white1, is_white2 = ((v - bright).abs().amax((1, 2, 3)) < 1e-3 for v in (view1, view2))
         assert (is_white1 ^ is_white2).all()
         assert ((torch.where(is_white1[:, None, None, None], view2, view1) - black).abs() < 1e-3).all()
         first += is_white1.sum().item()
     assert 160 < first < 240
     images, views = files
-    counts = torch.zeros(12, 2)
+    counts = torch.zeros(2)                        # how often view 1 and view 2 are generated
     for epoch in range(20):
-        for index, view1, view2 in batches(images, views, epoch=epoch, augmentation=PLAIN):
-            for v, x in enumerate((view1, view2)):
-                counts[index, v] += ((x - bright).abs().amax((1, 2, 3)) < 1e-3).float()
-    assert counts[2].sum() == 0                    # without a view: a pair of the image itself
-    assert (counts.sum(1)[torch.arange(12) != 2] == 20).all() and 80 < counts[:, 0].sum() < 140
+        for pair in batches(images, views, epoch=epoch, augmentation=PLAIN):
+            counts += torch.tensor([((x - bright).abs().amax((1, 2, 3)) < 1e-3).sum() for x in pair])
+    assert counts.sum() == 20 * 11 and 80 < counts[0] < 140         # one image has no view: its own pair
 
 
 def test_without_views_both_are_of_the_image():
     images = in_memory()
     images = images._replace(pixels=torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1).expand(12, 3, 8, 8).contiguous())
-    for index, view1, view2 in batches(images, None, augmentation=PLAIN):
-        expected = support.augment.normalise((index.float() / 255).view(-1, 1, 1, 1).expand(-1, 3, 16, 16))
-        torch.testing.assert_close(view1, expected, atol=1e-3, rtol=0)              # the weights of grey sum to 0.9999
-        torch.testing.assert_close(view2, expected, atol=1e-3, rtol=0)
+    seen = []
+    for view1, view2 in batches(images, None, augmentation=PLAIN):
+        torch.testing.assert_close(view1, view2, atol=1e-3, rtol=0)   # the weights of grey sum to 0.9999
+        mean, std = support.augment.CLIP_MEAN[0], support.augment.CLIP_STD[0]
+        seen += ((view1[:, 0].mean((1, 2)) * std + mean) * 255).round().tolist()
+    assert sorted(seen) == list(range(12))         # each image once
 
 
 def test_crops_of_files_are_crops_of_the_picture(files):
     dataset = genview.CropPairs(files[0], None, [PLAIN] * 2, 16, seed=3, epoch=0, skip_bad=False)
-    index, view1, view2, boxes, generated = dataset[5]
-    assert not generated.any()
-    assert index == 5 and view1.shape == view2.shape == (3, 16, 16) and view1.dtype == torch.uint8
+    view1, view2 = dataset[5]
+    assert view1.shape == view2.shape == (3, 16, 16) and view1.dtype == torch.uint8
     assert not torch.equal(view1, view2)
-    u = torch.rand(2, genview.COLUMNS, generator=support.world.step_generator(3, 0, 5, 1))
-    v = 1                                          # view 2's box, cut by torchvision's own way
-    box = support.augment.crop_boxes(u[v, None, :-11].unflatten(1, (10, 4)), 80, 80, PLAIN.scale)
+    u = torch.rand(2, support.augment.Draws.COLUMNS, generator=support.world.step_generator(3, 0, 5, 1))
+    crop = support.augment.Draws.split(u).crop[1, None]               # view 2's box, cut by PIL
+    box = support.augment.crop_boxes(crop, 80, 80, PLAIN.scale)
     theirs = files[0].pil(5).resize((16, 16), Image.Resampling.BILINEAR, box=tuple(box[0].tolist()))
     assert torch.equal(view2, support.data.to_tensor(theirs))
-    torch.testing.assert_close(boxes[1], box[0] / 80)
 
 
-def test_places_say_where_the_views_are_from(files):
-    """Pictures whose colour tells row and column of a pixel, and in blue whether they are generated: the centre of a view's
-    box is the mean of its colours, mirrored or not."""
-    ramp = torch.linspace(0, 255, 80)
-    plain = torch.stack([ramp.expand(80, 80), ramp[:, None].expand(80, 80), torch.zeros(80, 80)]).byte()
-    pixels, views = plain.repeat(12, 1, 1, 1), plain.repeat(12, 1, 1, 1)
-    views[:, 2] = 255
-    images = in_memory()._replace(pixels=pixels)
-    geometry = support.augment.Augmentation(jitter=(0, 0, 0, 0), blur=0.0)
-    seen = 0
-    for index, *both, place1, place2 in batches(images, views, augmentation=geometry, with_places=True):
-        assert ((place1.row >= 12) ^ (place2.row >= 12)).all()
-        for x, place in zip(both, (place1, place2)):
-            x = x * torch.tensor(support.augment.CLIP_STD).view(3, 1, 1) + torch.tensor(support.augment.CLIP_MEAN).view(3, 1, 1)
-            colour = (x.amax((2, 3)) - x.amin((2, 3)))[:, 2] < 0.01                 # the others were made grey
-            centre = (place.box[:, :2] + place.box[:, 2:]) / 2
-            torch.testing.assert_close(x.mean((2, 3))[colour, :2], centre[colour], atol=0.02, rtol=0)
-            assert torch.equal(x[colour].mean((2, 3))[:, 2] > 0.5, place.row[colour] >= 12)
-            assert torch.equal(place.row % 12, index)
-            seen += colour.sum().item()
-    assert seen > 12
-    for index, _, _, place1, place2 in batches(*files, with_places=True):
-        assert ((place1.row >= 12) ^ (place2.row >= 12)).all() and torch.equal(place1.row % 12, index)
-        assert (place1.box >= -1e-6).all() and (place2.box <= 1 + 1e-6).all() and (place1.box[:, 2:] > place1.box[:, :2]).all()
-    for index, _, _, place1, place2 in batches(in_memory(), None, with_places=True):
-        assert torch.equal(place1.row, index) and torch.equal(place2.row, index)
+def test_further_views_come_in_turn_from_both_pictures(files):
+    """Views 3, 5, ... of the picture of view 1, views 4, 6, ... of that of view 2."""
+    small = PLAIN._replace(size=8)
+    bright = support.augment.normalise(torch.ones(3, 1, 1))
+    white = torch.full((12, 3, 16, 16), 255, dtype=torch.uint8)
+    for images, views in ((in_memory()._replace(pixels=white * 0), white), (files[0], [files[1][0]] * 12)):
+        loader = PairLoader(images, views, [PLAIN] * 2 + [small] * 3, 16, 4, 3, one_process(), workers=0)
+        for crops in loader.epoch(0):
+            assert [x.shape[-1] for x in crops] == [16, 16, 8, 8, 8]
+            generated = torch.stack([(x - bright).abs().amax((1, 2, 3)) < 1e-3 for x in crops])     # (V, n)
+            assert (generated[0] ^ generated[1]).all()
+            assert all(torch.equal(generated[v], generated[v % 2]) for v in (2, 3, 4))
 
 
 # ------------------------------------------------------------------------------------------------------ images and views
@@ -287,7 +271,7 @@ def test_unreadable_images_are_named_or_left_out(tmp_path, capsys):
     assert large.pixels is None and len(large.names) == 7
     with pytest.raises(UserError, match="zz.png"):
         batches(large, None, batch_size=7)
-    (_, view1, _), = batches(large, None, batch_size=7, skip_bad=True)
+    (view1, _), = batches(large, None, batch_size=7, skip_bad=True)
     assert view1.shape[0] == 7 and view1.isfinite().all()
 
 
@@ -516,7 +500,7 @@ def test_load_checkpoint_runs_no_code(tmp_path):
 
 def test_trouble_is_one_line_and_status_2(capsys):
     def main():
-        raise UserError("Traceback of a worker\n  somewhere\nUserError: x.png is broken")
+        raise UserError("Traceback of a worker\n  somewhere\nsupport.world.UserError: x.png is broken")
     with pytest.raises(SystemExit) as stop:
         support.world.script(main)
     assert stop.value.code == 2 and capsys.readouterr().err == "error: x.png is broken\n"
@@ -546,18 +530,6 @@ def test_positions_are_sines_of_row_and_column():
         for column in range(5):
             expected = [f(x * 10_000 ** (-k / 4)) for x in (column, row) for f in (math.sin, math.cos) for k in range(4)]
             torch.testing.assert_close(positions[0, 1 + 5 * row + column], torch.tensor(expected), atol=1e-5, rtol=0)
-
-
-def test_small_crops_come_in_turn_from_both_pictures(files):
-    """Views 3, 5, ... of the picture of view 1, views 4, 6, ... of that of view 2; the first two are as without them."""
-    tiny_crop = PLAIN._replace(size=8)
-    for images, views in ((in_memory(), random_pixels(12, seed=1)), files):
-        loader = PairLoader(images, views, [PLAIN] * 2 + [tiny_crop] * 3, 16, 4, 3, one_process(), workers=0)
-        for index, crops, places in loader.epoch(0):
-            assert [x.shape[-1] for x in crops] == [16, 16, 8, 8, 8] and len(places) == 5
-            for v in (2, 3, 4):
-                assert torch.equal(places[v].row, places[v % 2].row) and not torch.equal(places[v].box, places[v % 2].box)
-            assert torch.equal(places[0].row % 12, index) and ((places[0].row >= 12) ^ (places[1].row >= 12)).all()
 
 
 @pytest.mark.parametrize("arch", ["vit_b_16", "nothing", "fasterrcnn_resnet50_fpn"])

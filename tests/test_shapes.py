@@ -7,6 +7,7 @@ import torch
 import genview
 import support.augment
 import support.data
+import quality_loss
 import shapes
 import train_moco
 from generate_views import foreground_proportion

@@ -123,31 +123,37 @@ def two_steps(name, world):
             "state": [v.detach().clone() for v in method.state_dict().values()]}
 
 
-def one_of_two(rank, name, port, folder):
+def one_of_two(rank, port, folder):
     os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank),
                        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     world = support_world.setup("cpu")._replace(dtype=torch.float32)
-    torch.save(two_steps(name, world), f"{folder}/{rank}.pt")
+    torch.save({name: two_steps(name, world) for name in METHODS}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_two_processes_equal_one(name, tmp_path):
-    """Half the batch each, weights normalised over both: loss, weights, gradients and state of
-    one process."""
+@pytest.fixture(scope="module")
+def of_two_processes(tmp_path_factory):
+    """What each of two processes gets: {method: results of two_steps} by rank."""
+    folder = tmp_path_factory.mktemp("two")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(one_of_two, (name, port, tmp_path), nprocs=2)
+    mp.spawn(one_of_two, (port, folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_equal_one(name, of_two_processes):
+    """Half the batch each, weights normalised over both: loss, weights, gradients and state of
+    one process."""
     expected = two_steps(name, CPU)
     assert expected["losses"].std() > 0 and expected["weights"][0].std() > 0.01    # not constants
-    for rank in range(2):
-        got = torch.load(tmp_path / f"{rank}.pt")
-        torch.testing.assert_close(got["losses"], expected["losses"], atol=1e-5, rtol=1e-5)
+    for got in of_two_processes:
+        torch.testing.assert_close(got[name]["losses"], expected["losses"], atol=1e-5, rtol=1e-5)
         for key in ("weights", "gradients", "state"):
-            assert len(got[key]) == len(expected[key]) > 0
-            torch.testing.assert_close(got[key], expected[key], atol=1e-5, rtol=1e-4)
+            assert len(expected[key]) > 0
+            torch.testing.assert_close(got[name][key], expected[key], atol=1e-5, rtol=1e-4)
 
 
 def test_v2_step_by_hand():
@@ -180,7 +186,7 @@ def test_keys_of_v2_do_not_depend_on_the_batch():
 
 
 def test_v3_step_by_hand():
-    """Both directions with one w, 2t in front, keys of the momentum encoder; loops over the batch."""
+    """Both directions with one w, 2t in front, keys of the momentum encoder; plain loops."""
     torch.manual_seed(0)
     method = train_moco.MoCoV3(settings("mocov3")).train()
     with torch.no_grad():
@@ -262,9 +268,10 @@ def test_compiled_is_the_same(monkeypatch):
 
 
 def test_which_methods_begin_with_empty_blocks():
-    """MoCo v3, BYOL and SimSiam set the last norm of each residual block to 0, the others do not."""
-    empty = {name for name, method in METHODS.items()
-             if not method(settings(name, arch="resnet18")).query.backbone.layer1[0].bn2.weight.any()}
+    """These set the last norm of each residual block to 0, MoCo v2 and SwAV do not."""
+    backbones = {name: method(settings(name, arch="resnet18")).query.backbone
+                 for name, method in METHODS.items()}
+    empty = {name for name, net in backbones.items() if not net.layer1[0].bn2.weight.any()}
     assert empty == {"mocov3", "byol", "simsiam"}
 
 
