@@ -120,8 +120,8 @@ def load_pipeline(model, dtype, device, solver="own"):
     try:                                           # safetensors: no pickled code
         pipe = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(model, **kind)
     except Exception as error:                     # of three libraries
-        download = (f"where there is a network run `hf download {model} --exclude '*.ckpt'` and name "
-                    f"the folder it prints by --model")
+        download = (f"where there is a network run `hf download {model} --exclude '*.ckpt'` and "
+                    f"name the folder it prints by --model")
         folder = "the folder must hold that pipeline as save_pretrained writes it, in safetensors"
         raise UserError(f"--model {model} could not be loaded as a StableUnCLIPImg2ImgPipeline "
                         f"({type(error).__name__}): {folder if Path(model).is_dir() else download}"
@@ -285,7 +285,7 @@ def settings_of(args, images):
     names = ("dataset model noise solver steps guidance size save_size seed dtype flip_foreground "
              "component fit_images").split()
     settings = {name: getattr(args, name) for name in names}
-    return settings | {"images": len(images.names), "classes": images.num_classes}
+    return settings | {"classes": images.num_classes, "source": images.source}
 
 
 def image_seed(seed, name):

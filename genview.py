@@ -3,6 +3,7 @@
 Legend of the shapes: N images, n of a batch, V views of each, S side of a view in pixels,
 T tokens (positions of a feature map), K features of a token.
 """
+import hashlib
 import math
 from pathlib import Path
 
@@ -60,6 +61,8 @@ def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=False
         images = read_cifar(dataset, data_dir, split)
     else:
         images = find_files(Path(data_dir), split)
+    digest = hashlib.sha256("\n".join(images.names).encode(errors="surrogateescape")).hexdigest()
+    images = images._replace(source=f"{len(images.names)} images, names {digest[:12]}")
     if limit is not None and limit < len(images.names):
         images = images.take(spaced(len(images.names), limit))
     in_memory = images.pixels is not None or image_size > IN_MEMORY_SIZE
@@ -107,15 +110,21 @@ class PairLoader:
         share = slice(self.world.rank * n, (self.world.rank + 1) * n)
         batches = [order[i * self.batch_size:][:self.batch_size][share]
                    for i in range(start, self.steps)]
+        swaps = (self._swap(epoch, step, share) for step in range(start, self.steps))
         draws = (self._draw(epoch, step, share) for step in range(start, self.steps))
         in_memory = self.images.pixels is not None
         crops = self._crops_in_memory if in_memory else self._crops_of_files
-        for views, draw, orders in crops(batches, draws, epoch):
+        for views, draw, orders in crops(zip(batches, swaps, strict=True), draws, epoch):
             yield [recolour(x, draw.of_view(v), orders[v], self.augmentations[v])
                    .contiguous(memory_format=torch.channels_last) for v, x in enumerate(views)]
 
+    def _swap(self, epoch, step, share):
+        """For each pair of a step: is view 1 the generated one? (n,) bool. Else view 2 is."""
+        generator = step_generator(self.seed, epoch, step, 1)
+        return torch.rand(self.batch_size, generator=generator)[share] < 0.5
+
     def _draw(self, epoch, step, share):
-        """All random numbers of a step, the same in every process: Draws of (n, V) of this one's
+        """All other random numbers of a step, the same in every process: Draws of (n, V) of this one's
         share, and the orders of the colour jitters."""
         generator, count = step_generator(self.seed, epoch, step), len(self.augmentations)
         orders = [torch.randperm(4, generator=generator).tolist() for _ in range(count)]
@@ -123,10 +132,10 @@ class PairLoader:
         return Draws.split(u.to(self.world.device, non_blocking=True)), orders
 
     def _crops_in_memory(self, batches, draws, epoch):
-        for index, (draw, orders) in zip(batches, draws, strict=True):
-            index = index.to(self.pixels.device, non_blocking=True)
+        for (index, swap), (draw, orders) in zip(batches, draws, strict=True):
+            index, swap = (x.to(self.pixels.device, non_blocking=True) for x in (index, swap))
             image, other = self.pixels[index], self.others[index]                   # X_i, X_i^+
-            swap = (draw.generated[:, 0] < 0.5)[:, None, None, None]
+            swap = swap[:, None, None, None]
             pair = torch.where(swap, other, image), torch.where(swap, image, other)
             views = []
             for v, t in enumerate(self.augmentations):
@@ -137,8 +146,9 @@ class PairLoader:
     def _crops_of_files(self, batches, draws, epoch):
         dataset = CropPairs(self.images, self.views, self.augmentations, self.image_size, self.seed,
                             epoch, self.skip_bad)
-        loader = DataLoader(dataset, batch_sampler=[b.tolist() for b in batches],
-                            num_workers=self.workers, worker_init_fn=ignore_sigterm,
+        keys = (list(zip(index.tolist(), swap.tolist(), strict=True)) for index, swap in batches)
+        loader = DataLoader(dataset, batch_sampler=keys, num_workers=self.workers,
+                            worker_init_fn=ignore_sigterm,
                             pin_memory=self.world.device.type == "cuda")
         for views, (draw, orders) in zip(loader, draws, strict=True):
             views = [x.to(self.world.device, non_blocking=True).float() / 255 for x in views]
@@ -152,8 +162,9 @@ class CropPairs(Dataset):
         self.images, self.views, self.augmentations = images, views, augmentations
         self.image_size, self.seed, self.epoch, self.skip_bad = image_size, seed, epoch, skip_bad
 
-    def __getitem__(self, index):
-        generator = step_generator(self.seed, self.epoch, index, 1)
+    def __getitem__(self, key):
+        index, swap = key
+        generator = step_generator(self.seed, self.epoch, index, 2)
         draws = Draws.split(torch.rand(len(self.augmentations), Draws.COLUMNS, generator=generator))
         try:
             image = other = self.images.pil(index)
@@ -162,8 +173,8 @@ class CropPairs(Dataset):
         except UserError:
             if not self.skip_bad:
                 raise
-            return self[(index + 1) % len(self.images.names)]
-        pair = (other, image) if draws.generated[0] < 0.5 else (image, other)
+            return self[(index + 1) % len(self.images.names), swap]
+        pair = (other, image) if swap else (image, other)
         return [self._crop(pair[v % 2], draws.crop[v], t) for v, t in enumerate(self.augmentations)]
 
     def _crop(self, image, u, t):

@@ -168,7 +168,7 @@ class MoCoV3(Momentum):
         self.chance = 4 * args.temperature * math.log(args.batch_size)    # two directions, times 2t
 
     def forward(self, views, weights, world):
-        q1, q2 = (F.normalize(self.predictor(self.query(v)).float()) for v in views)         # (N, D)
+        q1, q2 = (F.normalize(self.predictor(self.query(v)).float()) for v in views)        # (N, D)
         with torch.no_grad():                                                         # (all N, D)
             k1, k2 = (world.gather(F.normalize(self.key(v).float())) for v in views)
         t, offset = self.temperature, world.rank * len(q1)      # where this process's keys begin
@@ -261,7 +261,7 @@ def set_learning_rate(optimizer, args, epoch):
 def train(args, world, methods=METHODS):
     """Trains, evaluates, writes the run's folder. methods: {name: class}, args -> module with
     .query, .chance, update(fraction) and forward(views, weights, world)."""
-    run = runs.Run(args, world, label(args))
+    run = runs.Run(args, world, label(args), defaults(args, methods))
     images, test = (load_images(args.dataset, args.data_dir, split, args.image_size, args.limit,
                                 args.skip_bad) for split in ("train", "test"))
     torch.manual_seed(args.seed)
@@ -274,7 +274,7 @@ def train(args, world, methods=METHODS):
     for epoch in range(run.epoch, args.epochs):
         train_epoch(epoch, loader, trained, optimizer, quality_of, run)
         run.save(epoch, loader.steps)              # first: a crash in kNN must not lose the epoch
-        if args.knn_every and (epoch + 1 in (1, args.epochs) or (epoch + 1) % args.knn_every == 0):
+        if args.knn_every and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs):
             accuracy = knn(method, images, test, args, world)
             run.log_knn(epoch + 1, accuracy)
     say(f"{run.folder}: last.pt, backbone.pt, log.jsonl, args.json, pairs.png")
@@ -419,6 +419,12 @@ def parse_args(methods=METHODS, description=None, argv=None):
     kind = "plain" if args.views_dir == "none" else "genview"
     runs.resolve_folder(args, f"{args.dataset}-{args.method}-{kind}")
     return args
+
+
+def defaults(args, methods):
+    """The flags of a run of this data set, method and architecture on which nothing else is given."""
+    parser = runs.parser_of("", recipes.DATA_DIRS, methods, recipes.FLAGS)
+    return vars(parser.parse_args([])) | recipes.training(args.dataset, args.method, args.arch)
 
 
 def label(args):

@@ -28,7 +28,6 @@ class Augmentation(NamedTuple):
 class Draws(NamedTuple):
     """Uniform random numbers in [0, 1) for views, by what they decide; (...) is (N, V) or (V,)."""
     crop: Tensor          # (..., CROP_TRIES, 4): area, aspect ratio, left, top of each try
-    generated: Tensor     # (...): below 0.5 for view 1, view 1 is the generated one
     jitter: Tensor        # (...): are colours jittered?
     strength: Tensor      # (..., 4): factors of brightness, contrast, saturation, hue
     grey: Tensor          # (...): is the view grey?
@@ -37,13 +36,13 @@ class Draws(NamedTuple):
     solarise: Tensor      # (...): is it solarised?
     flip: Tensor          # (...): is it mirrored?
 
-    COLUMNS = 4 * CROP_TRIES + 11
+    COLUMNS = 4 * CROP_TRIES + 10
 
     @classmethod
     def split(cls, u):
         """Names the numbers of u (..., COLUMNS)."""
-        return cls(u[..., :-11].unflatten(-1, (CROP_TRIES, 4)), u[..., -11], u[..., -10],
-                   u[..., -9:-5], *u[..., -5:].unbind(-1))
+        jitter, *others = (u[..., k] for k in (-10, *range(-5, 0)))
+        return cls(u[..., :-10].unflatten(-1, (CROP_TRIES, 4)), jitter, u[..., -9:-5], *others)
 
     def of_view(self, v):
         """The numbers of view v of N images."""

@@ -27,6 +27,7 @@ class Images(NamedTuple):
     num_classes: int
     pixels: torch.Tensor = None     # (N, 3, S, S) uint8, or None: read the files below root
     root: Path = None
+    source: str = ""                # number and digest of the names of the whole set, before a limit
 
     def pil(self, index):
         """The image as PIL's RGB image; UserError where it cannot be read."""
@@ -157,13 +158,11 @@ def find_views(images, views_dir, dataset):
     paths = [files.get(key) or files.get(key.removeprefix("train/")) for key in keys]
     settings = views_dir / "settings.json"         # a folder of the release has none
     made_for = read_settings(settings) if settings.exists() else {}
-    same = (made_for.get("dataset", dataset) == dataset
-            and made_for.get("classes", images.num_classes) == images.num_classes)
-    if not same or not any(paths):
-        raise UserError(f"{views_dir} holds no views of these images: the data set is {dataset} "
-                        f"with {images.num_classes} classes, the folder has {len(files)} images, "
-                        f"made for {made_for.get('dataset', 'an unknown data set')} with "
-                        f"{made_for.get('classes', 'an unknown number of')} classes")
+    here = {"dataset": dataset, "classes": images.num_classes, "source": images.source}
+    if not all(made_for.get(key, value) == value for key, value in here.items()) or not any(paths):
+        theirs = {key: made_for.get(key, "unknown") for key in here}
+        raise UserError(f"{views_dir} holds no views of these images: the data set is {here}, the "
+                        f"folder has {len(files)} images, made for {theirs}")
     return paths
 
 
@@ -208,7 +207,7 @@ class ViewFolder:
         if path.exists():
             before = read_settings(path)
             for key in settings:
-                if before.get(key) != settings[key]:
+                if before.get(key, settings[key]) != settings[key]:
                     raise UserError(f"{self.folder} holds views of other settings: {key} is "
                                     f"{before.get(key)} there and {settings[key]} here; {advice}")
         elif self.folder.exists():

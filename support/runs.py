@@ -113,9 +113,11 @@ def resolve_folder(args, name):
 class Run:
     """One training run. Only the first process writes; all processes call the same methods."""
 
-    def __init__(self, args, world, label):
+    def __init__(self, args, world, label, defaults):
+        """defaults: {flag: value}, for flags that an old checkpoint does not know."""
         args.output_dir = world.gather_objects(args.output_dir)[0]   # its name may contain the time
         self.args, self.world, self.label, self.main = args, world, label, world.rank == 0
+        self.defaults = defaults
         self.folder, self.checkpoint = Path(args.output_dir), Path(args.output_dir, "last.pt")
         self.epoch = self.step = 0                 # where the run goes on
 
@@ -145,9 +147,10 @@ class Run:
     def _check_flags(self, then):
         now = vars(self.args)
         for key in now.keys() - FREE:
-            if key not in then or then[key] != now[key]:
+            before = then.get(key, self.defaults.get(key))
+            if before != now[key]:
                 raise UserError(f"{self.args.resume} is of a run with another "
-                                f"--{key.replace('_', '-')} ({then.get(key)}, now {now[key]}): "
+                                f"--{key.replace('_', '-')} ({before}, now {now[key]}): "
                                 f"resume with the flags of that run")
 
     def begin(self, steps, chance):

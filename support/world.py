@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import ctypes
 import datetime
+import hashlib
 import multiprocessing
 import os
 import re
@@ -12,7 +13,6 @@ import sys
 import time
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -268,5 +268,5 @@ def _end_workers():
 
 def step_generator(*numbers):
     """A random generator that depends on the given whole numbers (seed, epoch, step, ...) alone."""
-    seed = np.random.SeedSequence(numbers).generate_state(2).tobytes()
-    return torch.Generator().manual_seed(int.from_bytes(seed, "little") & (2 ** 63 - 1))
+    digest = hashlib.sha256(str(tuple(map(int, numbers))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2 ** 63 - 1))

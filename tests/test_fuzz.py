@@ -1,45 +1,55 @@
-"""What the user gets wrong: 200 seeded bad command lines and 60 bad files and folders. No traceback, no hang: exit status 2 and
-one line that helps, or what the README promises (unreadable images named and left out).
+"""What users get wrong: 200 seeded bad command lines, 60 bad files and folders.
 
-pytest tests/test_fuzz.py --messages prints the messages, to be read as a new user would.
+No traceback, no hang: exit status 2 and one line that helps, or what the README promises
+(unreadable images are named and left out). pytest tests/test_fuzz.py --messages prints the
+messages.
 """
 import contextlib
 import io
 import json
+import pickle
 import random
 import re
 import shutil
 import signal
+import struct
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
 import eval_linear
 import generate_views
-import genview
-import support.data
-import support.networks
-import support.world
 import train_byol
 import train_moco
 import train_swav
+from support import world as support_world
+from support.data import ViewFolder, open_image
+from support.networks import make_backbone
 
-TEXTS = ["", " ", "-1", "0", "1.5", "nan", "inf", "-inf", "1e400", "abc", "None", "--", "é", "\U0001f600", "a b", "../..", "9" * 30,
-         "0x10", "True", "[1]", "*", "~", "%s", "{}"]
-NUMBERS = ["-1", "0", "0.5", "1.5", "3", "7", "100", "-0.1", "nan", "inf", "-inf", "1e-30", "1e30", "1e400", "9" * 30]
+TEXTS = ["", " ", "-1", "0", "1.5", "nan", "inf", "-inf", "1e400", "abc", "None", "--", "é",
+         "\U0001f600", "a b", "../..", "9" * 30, "0x10", "True", "[1]", "*", "~", "%s", "{}"]
+NUMBERS = ["-1", "0", "0.5", "1.5", "3", "7", "100", "-0.1", "nan", "inf", "-inf", "1e-30", "1e30",
+           "1e400", "9" * 30]
+THINGS = ["empty", "nothing.pt", "noise.pt", "text.json", "other.pt", "list.pt", "odd.pt", "zip.pt",
+          "short.npy", "odd.npz", "clip", "pipeline", "images", "nowhere",
+          "images/train/cat/0001.png"]
+SCRIPTS = {"train_moco": train_moco, "train_byol": train_byol, "train_swav": train_swav,
+           "eval_linear": eval_linear, "generate_views": generate_views}
 SECONDS = 60                                       # a call that takes longer hangs
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A small valid world, and things that are not what they should be."""
-    import tiny
     folder = tmp_path_factory.mktemp("fuzz")
+    (folder / "a/b/c").mkdir(parents=True)         # work happens here: "../.." leads nowhere
     tiny.save_images(folder / "images", per_class=8)
     tiny.save_clip(folder / "clip")
     tiny.save_pipeline(folder / "pipeline")
@@ -52,70 +62,67 @@ def world(tmp_path_factory):
     torch.save({"model": {"x": torch.ones(2)}, "args": {"arch": "resnet18"}}, folder / "other.pt")
     torch.save([1, 2, 3], folder / "list.pt")
     torch.save({"model": 3, "epoch": "x"}, folder / "odd.pt")
+    torch.save(make_backbone("vit_narrow", 32)[0].state_dict(), folder / "vit.pt")
     with zipfile.ZipFile(folder / "zip.pt", "w") as file:
         file.writestr("a/data.pkl", "nothing")
     np.save(folder / "short.npy", np.ones(3, np.float32))
     np.savez(folder / "odd.npz", something=np.ones(3))
-    args = train_moco.parse_args(argv=["--dataset", "folder", "--data-dir", str(folder / "images"), *small(), "--views-dir", "none",
-                                       "--output-dir", str(folder / "run")])
-    with contextlib.redirect_stdout(io.StringIO()):
-        train_moco.train(args, support.world.setup("cpu"))
-    return folder
-
-
-def small():
-    return ["--image-size", "32", "--arch", "resnet10_narrow", "--batch-size", "8", "--queue", "16", "--epochs", "1", "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder / "a/b/c")
+        status, said = call("train_moco", good("train_moco", folder, folder / "run"))
+        assert status == 0, said
+        yield folder
 
 
 def good(name, world, output):
     """A command line that works, as {flag: value}."""
-    data = {"--dataset": "folder", "--data-dir": world / "images", "--device": "cpu"}
-    training = data | {"--image-size": 32, "--arch": "resnet10_narrow", "--batch-size": 8, "--epochs": 1, "--views-dir": "none",
-                       "--output-dir": output, "--quality": "exact", "--encoder": world / "clip", "--gamma": 1, "--seed": 0,
-                       "--limit": 16, "--lr": 0.01, "--weight-decay": 0, "--warmup-epochs": 0, "--optimizer": "sgd", "--knn-every": 1,
-                       "--component": world / "component.npy", "--log-every": 1, "--workers": 0, "--save-minutes": 1}
-    return {"train_moco": training | {"--queue": 16, "--temperature": 0.2, "--momentum": 0.9, "--dim": 8, "--method": "mocov2",
-                                      "--crop-min": 0.2, "--blur": 0, "--start-batches": 1, "--views": "pair", "--noise": "adaptive"},
-            "train_byol": training | {"--dim": 8, "--hidden": 8, "--method": "simsiam"},
-            "train_swav": training | {"--dim": 8, "--hidden": 8, "--prototypes": 4, "--epsilon": 0.05, "--small-crops": 1,
-                                      "--small-size": 16, "--small-min": 0.1, "--freeze-epochs": 0},
-            "eval_linear": data | {"--checkpoint": world / "run/last.pt", "--protocol": "finetune", "--labels": 0.5, "--epochs": 1,
-                                   "--batch-size": 4, "--lr": 0.1, "--backbone-lr": 0.1, "--image-size": 32, "--arch":
-                                   "resnet10_narrow", "--k": 3, "--limit": 16, "--workers": 0, "--seed": 0},
-            "generate_views": data | {"--model": world / "pipeline", "--views-dir": output, "--steps": 1, "--guidance": 1, "--size": 32,
-                                      "--save-size": 32, "--noise": 100, "--seed": 0, "--fit-images": 4, "--limit": 2,
-                                      "--batch-size": 2, "--dtype": "float32", "--solver": "own",
-                                      "--component": world / "component.npy"}}[name]
-
-
-MAINS = {"train_moco": train_moco.main, "train_byol": train_byol.main, "train_swav": train_swav.main, "eval_linear": eval_linear.main,
-         "generate_views": generate_views.main}
+    data = {"--dataset": "folder", "--data-dir": world / "images", "--device": "cpu", "--seed": 0}
+    small = {"--image-size": 32, "--arch": "resnet10_narrow", "--workers": 0, "--limit": 16,
+             "--epochs": 1}
+    training = data | small | {
+        "--batch-size": 8, "--views-dir": "none", "--output-dir": output, "--quality": "exact",
+        "--encoder": world / "clip", "--component": world / "component.npy", "--gamma": 1,
+        "--lr": 0.01, "--weight-decay": 0, "--warmup-epochs": 0, "--optimizer": "sgd",
+        "--knn-every": 1, "--log-every": 1, "--save-minutes": 1, "--dim": 8}
+    more = {
+        "train_moco": training | {
+            "--queue": 16, "--temperature": 0.2, "--momentum": 0.9, "--method": "mocov2",
+            "--crop-min": 0.2, "--blur": 0, "--start-batches": 1, "--views": "pair",
+            "--noise": "adaptive"},
+        "train_byol": training | {"--hidden": 8, "--method": "simsiam"},
+        "train_swav": training | {
+            "--hidden": 8, "--prototypes": 4, "--epsilon": 0.05, "--small-crops": 1,
+            "--small-size": 16, "--small-min": 0.1, "--freeze-epochs": 0, "--crop-min": 0.2},
+        "eval_linear": data | small | {
+            "--checkpoint": world / "run/last.pt", "--protocol": "finetune", "--labels": 0.5,
+            "--batch-size": 4, "--lr": 0.1, "--backbone-lr": 0.1, "--k": 3},
+        "generate_views": data | {
+            "--model": world / "pipeline", "--views-dir": output, "--steps": 1, "--guidance": 1,
+            "--size": 32, "--save-size": 32, "--noise": 100, "--fit-images": 4, "--limit": 2,
+            "--batch-size": 2, "--dtype": "float32", "--solver": "own",
+            "--component": world / "component.npy"}}
+    return more[name]
 
 
 class Hang(Exception):
     pass
 
 
-@pytest.fixture(scope="module", autouse=True)
-def deep(tmp_path_factory):
-    """Where the calls are made, so that "../.." and the like lead nowhere that matters."""
-    global here
-    here = tmp_path_factory.mktemp("here") / "a/b/c"
-    here.mkdir(parents=True)
+def call(name, flags, *more):
+    """Runs a script in this process; returns its exit status and the last line on stderr. flags: a
+    dict or a list. A traceback is an exception that leaves support.world.script."""
+    flags = [x for pair in flags.items() for x in pair] if isinstance(flags, dict) else flags
 
-
-def call(name, flags):
-    """Exit status and the last line on stderr of a script with these flags, in process; Hang after SECONDS."""
     def hang(*_):
         raise Hang(f"{name} {flags}")
     said, before = io.StringIO(), signal.signal(signal.SIGALRM, hang)
     signal.alarm(SECONDS)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", [f"{name}.py", *flags])
-            patch.chdir(here)
+        with (contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said),
+              pytest.MonkeyPatch.context() as patch):
+            patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags), *more])
             try:
-                support.world.script(MAINS[name])
+                support_world.script(SCRIPTS[name].main)
                 status = 0
             except SystemExit as stop:
                 status = stop.code or 0
@@ -126,270 +133,277 @@ def call(name, flags):
     return status, lines[-1] if lines else ""
 
 
+def refused(name, world, output, **flags):
+    """The line that a script says when it refuses its good flags, changed so."""
+    status, said = call(name, good(name, world, output) | {
+        f"--{flag.replace('_', '-')}": value for flag, value in flags.items()})
+    assert status == 2 and re.match("error: .{10}", said), (name, flags, status, said)
+    return said
+
+
+# ---------------------------------------------------------------------------------- command lines
+
 def bad_lines(world, count, seed=0):
     """Seeded command lines, each with one or two values replaced by what does not belong there."""
-    draw = random.Random(seed)
-    things = [str(world / n) for n in ("empty", "nothing.pt", "noise.pt", "text.json", "other.pt", "list.pt", "odd.pt", "zip.pt",
-                                       "short.npy", "odd.npz", "clip", "pipeline", "images", "nowhere", "images/train/cat/0001.png")]
+    draw, things = random.Random(seed), [str(world / name) for name in THINGS]
     for number in range(count):
-        name = draw.choice(list(MAINS))
+        name = draw.choice(list(SCRIPTS))
         flags = good(name, world, world / f"out-{number}")
         for flag in draw.sample(list(flags), draw.choice([1, 1, 2])):
-            likely = things if isinstance(flags[flag], Path) else NUMBERS if not isinstance(flags[flag], str) else TEXTS
+            likely = {Path: things, type(world): things, str: TEXTS}.get(type(flags[flag]), NUMBERS)
             flags[flag] = draw.choice(likely if draw.random() < 0.8 else TEXTS + things)
         line = [str(x) for pair in flags.items() for x in pair]
         if draw.random() < 0.1:
-            line[draw.randrange(len(line))] = draw.choice(TEXTS + ["--resume", "--resum"])
+            line[draw.randrange(len(line))] = draw.choice([*TEXTS, "--resume", "--resum"])
         yield name, line
 
 
-def test_the_good_lines_work(world):
-    for name in MAINS:
-        status, said = call(name, [str(x) for pair in good(name, world, world / f"good-{name}").items() for x in pair])
+def test_the_good_lines_work(world, tmp_path):
+    for name in SCRIPTS:
+        status, said = call(name, good(name, world, tmp_path / name))
         assert status == 0, said
 
 
 def test_200_bad_command_lines(world, request):
-    """A traceback would be an exception that leaves support.world.run: it fails this test."""
-    refused = 0
+    messages = []
     for name, line in bad_lines(world, 1000):      # some replaced values happen to be right
-        if refused == 200:
-            break
         status, said = call(name, line)
         assert status in (0, 2), (name, line, said)
         if status:
-            refused += 1
-            assert re.match(r"(error: .{10,})", said), (name, line, said)
-        if request.config.getoption("--messages") and status:
-            with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-                print(said.replace(str(world), "..."))
-    assert refused == 200
+            assert re.match("error: .{10}", said), (name, line, said)
+            messages.append(said.replace(str(world), "..."))
+        if len(messages) == 200:
+            break
+    assert len(messages) == 200
+    if request.config.getoption("--messages"):
+        manager = request.config.pluginmanager.getplugin("capturemanager")
+        with manager.global_and_fixture_disabled():
+            print(*messages, sep="\n")
 
 
-@pytest.mark.parametrize("name, more, text", [
-    ("train_moco", {"--optimizer": "adam"}, "invalid choice: 'adam'"),
-    ("train_moco", {"--batch-size": 1, "--queue": 1}, "batch normalisation needs two images"),
-    ("train_moco", {"--device": "meta"}, "--device meta is not available"),
-    ("train_moco", {"--image-size": 80, "--arch": "googlenet"}, "--arch googlenet is not supported"),
-    ("train_moco", {"--quality": "cached"}, "invalid choice: 'cached'"),
-    ("train_swav", {"--arch": "vit_narrow"}, "--small-crops 0"),
-    ("train_swav", {"--small-size": 64}, "must be at most --image-size 32"),
-    ("eval_linear", {"--checkpoint": "vit.pt", "--arch": "vit_narrow", "--image-size": 64}, "for pictures of 32 pixels")])
-def test_what_is_wrong_is_named(name, more, text, world, tmp_path):
-    torch.save(support.networks.make_backbone("vit_narrow", 32)[0].state_dict(), world / "vit.pt")
-    more = {flag: world / value if (world / str(value)).exists() else value for flag, value in more.items()}
-    status, said = call(name, [str(x) for pair in (good(name, world, tmp_path / "run") | more).items() for x in pair])
-    assert status == 2 and text in said, said
+@pytest.mark.parametrize("name, flags, text", [
+    ("train_moco", dict(optimizer="adam"), "invalid choice: 'adam'"),
+    ("train_moco", dict(device="meta"), "--device meta is not available"),
+    ("train_moco", dict(image_size=80, arch="googlenet"), "--arch googlenet is not supported"),
+    ("train_swav", dict(arch="vit_narrow"), "vit_narrow takes views of one size: --small-crops 0"),
+    ("train_swav", dict(small_size=64), "must be at most --image-size 32"),
+    ("train_swav", dict(hidden=10 ** 12), "error: out of memory"),               # petabytes
+    ("eval_linear", dict(checkpoint="vit.pt", arch="vit_narrow", image_size=64),
+     "for pictures of 32 pixels")])
+def test_what_is_wrong_is_named(name, flags, text, world, tmp_path):
+    if "checkpoint" in flags:
+        flags = flags | {"checkpoint": world / flags["checkpoint"]}
+    assert text in refused(name, world, tmp_path / "run", **flags)
 
 
-def test_too_large_is_named(world, tmp_path):
-    """Petabytes, which no system grants."""
-    flags = good("train_swav", world, tmp_path / "run") | {"--hidden": 10 ** 12}
-    status, said = call("train_swav", [str(x) for pair in flags.items() for x in pair])
-    assert status == 2 and said.startswith("error: out of memory")
+# --------------------------------------------------------------------------------------- pictures
+
+def png(side):
+    """A PNG file that promises side x side pixels and holds none."""
+    def chunk(kind, data):
+        length, checksum = (struct.pack(">I", x) for x in (len(data), zlib.crc32(kind + data)))
+        return length + kind + data + checksum
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(b"0")), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks)
 
 
-def bad_pictures(folder):
-    """One train folder's worth of pictures that are wrong or strange: {name: can it be used?}."""
-    picture = Image.open(folder / "0000.png").convert("RGB")
-    rng, made = np.random.default_rng(0), {}
+def unreadable_pictures(whole, jpeg):
+    """{name: content} of files that hold no picture; whole: a PNG's bytes, jpeg: a JPEG's."""
+    rng = np.random.default_rng(0)
+    made = {"zero.png": b"", "text.jpg": b"hello, this is no picture",
+            "page.png": b"<html>404</html>", "zip.png": b"PK\x03\x04" + rng.bytes(100),
+            "pickle.png": b"\x80\x04cos\nsystem\n(S'touch hacked'\ntR.",
+            "bomb.png": png(60_000), "large.png": png(11_000)}
+    cuts = (1, 8, 30, 100, len(whole) // 2, len(whole) - 60)
+    made |= {f"cut-{k}.png": whole[:k] for k in cuts}
+    made |= {f"cut-{k}.jpg": jpeg[:k] for k in (2, 20, 200, len(jpeg) // 2)}
+    return made | {f"noise-{kind}.{kind}": rng.bytes(500)
+                   for kind in ("png", "jpg", "bmp", "webp", "ppm", "tif")}
 
-    def save(name, usable, image=None, content=None, **options):
-        made[name] = usable
-        if content is not None:
-            (folder / name).write_bytes(content)
-        else:
-            image.save(folder / name, **options)
-    whole = (folder / "0000.png").read_bytes()
-    jpeg = io.BytesIO()
-    picture.save(jpeg, "JPEG")
-    save("zero.png", False, content=b"")
-    for k in (1, 8, 30, 100, len(whole) // 2, len(whole) - 60):
-        save(f"cut-{k}.png", False, content=whole[:k])
-    for k in (2, 20, 200, len(jpeg.getvalue()) // 2):
-        save(f"cut-{k}.jpg", False, content=jpeg.getvalue()[:k])
-    for k in range(6):
-        save(f"noise-{k}.{['png', 'jpg', 'bmp', 'webp', 'ppm', 'tif'][k]}", False, content=rng.bytes(500))
-    save("text.jpg", False, content=b"hello, this is no picture")
-    save("page.png", False, content=b"<html>404</html>")
-    save("zip.png", False, content=b"PK\x03\x04" + rng.bytes(100))
-    save("pickle.png", False, content=b"\x80\x04cos\nsystem\n(S'touch hacked'\ntR.")
-    header = b"\x89PNG\r\n\x1a\n"
-    import struct
-    import zlib
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    bomb = header + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
-    save("bomb.png", False, content=bomb)
-    large = header + chunk(b"IHDR", struct.pack(">IIBBBBB", 11000, 11000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
-    save("large.png", False, content=large)
-    save("tiny.png", True, Image.new("RGB", (1, 1), "red"))
-    save("line.png", True, Image.new("RGB", (500, 1), "red"))
-    save("column.jpg", True, Image.new("RGB", (1, 300), "red"))
-    for mode in ("L", "LA", "P", "1", "RGBA", "I;16", "I", "F"):
-        image = picture.convert("L").convert(mode) if mode not in ("I;16",) else Image.fromarray(
-            np.asarray(picture.convert("L")).astype(np.uint16) * 257)
-        save(f"mode-{mode.replace(';', '')}.{'tif' if mode in 'FI' else 'png'}", True, image)
-    save("cmyk.jpg", True, picture.convert("CMYK"))
-    save("ycbcr.jpg", True, picture.convert("YCbCr"))
-    save("lab.tif", True, picture.convert("LAB"))
+
+def save_strange_pictures(folder, picture, jpeg):
+    """Writes pictures that are strange but can be read; returns their names."""
+    made = []
+
+    def save(name, image, **options):
+        made.append(name)
+        image.save(folder / name, **options)
+    save("tiny.png", Image.new("RGB", (1, 1), "red"))
+    save("line.png", Image.new("RGB", (500, 1), "red"))
+    save("column.jpg", Image.new("RGB", (1, 300), "red"))
+    grey = picture.convert("L")
+    for mode in ("L", "LA", "P", "1", "RGBA", "I", "F"):
+        save(f"mode-{mode}.{'tif' if mode in 'FI' else 'png'}", grey.convert(mode))
+    save("mode-I16.png", Image.fromarray(np.asarray(grey).astype(np.uint16) * 257))
+    for mode, suffix in (("CMYK", "jpg"), ("YCbCr", "jpg"), ("LAB", "tif")):
+        save(f"{mode}.{suffix}", picture.convert(mode))
     exif = Image.Exif()
     exif[0x0112] = 6
-    save("turned.jpg", True, picture, exif=exif)
-    save("broken-exif.jpg", True, content=jpeg.getvalue()[:2] + b"\xff\xe1\x00\x10Exif\x00\x00MM\x00*\xff\xff" + jpeg.getvalue()[2:])
-    save("many frames.webp", True, picture, save_all=True, append_images=[picture.rotate(90)])
-    for name in ("é ü.png", " blank.png", "a'b\"c.png", "$(touch hacked).png", "%s{}.png", "\U0001f600.png", "..hidden.png", "-flag.png",
-                 "x" * 200 + ".png", "new\nline.png", "UPPER.PNG"):
-        save(name, True, picture, format="PNG")
-    return made
+    save("turned.jpg", picture, exif=exif)
+    save("frames.webp", picture, save_all=True, append_images=[picture.rotate(90)])
+    for name in ("é ü.png", " blank.png", "a'b\"c.png", "$(touch hacked).png", "%s{}.png",
+                 "\U0001f600.png", "..hidden.png", "-flag.png", "x" * 200 + ".png",
+                 "new\nline.png", "UPPER.PNG"):
+        save(name, picture, format="PNG")
+    broken = jpeg[:2] + b"\xff\xe1\x00\x10Exif\x00\x00MM\x00*\xff\xff" + jpeg[2:]
+    (folder / "broken-exif.jpg").write_bytes(broken)
+    return [*made, "broken-exif.jpg"]
 
 
 def test_60_bad_images(world, tmp_path):
-    """Generation leaves out what cannot be read and makes a view of all the rest; training names the first and stops, with
-    --skip-bad it goes on; 16-bit pictures and turned ones come out right."""
+    """Generation leaves out what cannot be read and makes a view of all the rest; training names
+    the first and stops, with --skip-bad it goes on; 16-bit and turned pictures are read right."""
     shutil.copytree(world / "images", tmp_path / "images")
-    made = bad_pictures(tmp_path / "images/train/cat")
-    assert len(made) >= 50 and sum(made.values()) >= 20
-    flags = good("generate_views", world, tmp_path / "views") | {"--data-dir": tmp_path / "images", "--limit": 1000}
-    status, said = call("generate_views", [str(x) for pair in flags.items() for x in pair])
+    cats = tmp_path / "images/train/cat"
+    picture, jpeg = Image.open(cats / "0000.png").convert("RGB"), io.BytesIO()
+    picture.save(jpeg, "JPEG")
+    bad = unreadable_pictures((cats / "0000.png").read_bytes(), jpeg.getvalue())
+    for name, content in bad.items():
+        (cats / name).write_bytes(content)
+    usable = save_strange_pictures(cats, picture, jpeg.getvalue())
+    assert len(bad) + len(usable) >= 50 and len(usable) >= 20
+    data = {"--data-dir": tmp_path / "images", "--limit": 1000}
+    status, said = call("generate_views", good("generate_views", world, tmp_path / "views") | data)
     assert status == 0, said
-    lines = (tmp_path / "views/manifest.jsonl").read_text().splitlines()
-    manifest = {json.loads(line)["source"] for line in lines}
-    for name, usable in made.items():
-        assert (f"train/cat/{name}" in manifest) == usable, name
-        assert (tmp_path / "views/train/cat" / name).with_suffix(".png").exists() == usable or not usable
-    assert len(manifest) == 16 + sum(made.values()) and not list(here.glob("hacked*"))
+    made = ViewFolder(tmp_path / "views", ".png").made()             # only those that exist
+    pictures = {f"train/{kind}/{i:04d}.png" for kind in ("cat", "dog") for i in range(8)}
+    assert made.keys() == pictures | {f"train/cat/{name}" for name in usable}
+    assert not list(Path().glob("hacked*"))
     for size in (32, 72):
-        flags = good("train_moco", world, tmp_path / f"run-{size}") | {"--data-dir": tmp_path / "images", "--limit": 1000, "--image-size": size,
-                                                                       "--views-dir": tmp_path / "views", "--quality": "off"}
-        line = [str(x) for pair in flags.items() for x in pair]
-        status, said = call("train_moco", line)
+        flags = good("train_moco", world, tmp_path / f"run-{size}") | data | {
+            "--image-size": size, "--views-dir": tmp_path / "views", "--quality": "off"}
+        status, said = call("train_moco", flags)
         assert status == 2 and "cannot be read as an image" in said and "--skip-bad" in said, said
-        status, said = call("train_moco", line + ["--skip-bad"])
+        status, said = call("train_moco", flags, "--skip-bad")
         assert status == 0, said
-    deep, flat = (np.asarray(support.data.open_image(tmp_path / "images/train/cat" / name)).astype(int) for name in ("mode-I16.png", "mode-L.png"))
-    assert abs(deep - flat).max() <= 1
-    turned = np.asarray(support.data.open_image(tmp_path / "images/train/cat/turned.jpg")).astype(int)
-    upright = np.asarray(support.data.open_image(tmp_path / "images/train/cat/0000.png").rotate(-90)).astype(int)
-    assert abs(turned - upright).mean() < 15
+    deep, flat, turned, upright = (np.asarray(image).astype(int) for image in (
+        open_image(cats / "mode-I16.png"), open_image(cats / "mode-L.png"),
+        open_image(cats / "turned.jpg"), picture.rotate(-90)))
+    assert abs(deep - flat).max() <= 1 and abs(turned - upright).mean() < 15
 
 
-def bad_folders(world, folder):
-    """Data folders that are wrong in one way each: {name: path}."""
-    made = {}
+# ---------------------------------------------------------------------------------------- folders
 
-    def new(name, *parts):
-        made[name] = folder / name
-        path = folder.joinpath(name, *parts)
-        path.mkdir(parents=True)
-        return path
-    new("empty")
-    new("no test", "train", "cat")
-    shutil.copytree(world / "images", folder / "classes without pictures")
-    made["classes without pictures"] = folder / "classes without pictures"
-    for path in (folder / "classes without pictures/train").rglob("*.png"):
+def no_pictures(folder):
+    for path in (folder / "train").rglob("*.png"):
         path.unlink()
-    shutil.copytree(world / "images", folder / "only pictures at the top")
-    made["only pictures at the top"] = folder / "only pictures at the top"
-    for path in sorted((folder / "only pictures at the top/train").rglob("*.png")):
-        path.rename(folder / "only pictures at the top/train" / f"{path.parent.name}{path.name}")
-    (folder / "a file").write_text("")
-    made["a file"] = folder / "a file"
-    made["nowhere"] = folder / "nowhere"
-    shutil.copytree(world / "images", folder / "train is a file")
-    shutil.rmtree(folder / "train is a file/train")
-    (folder / "train is a file/train").write_text("x")
-    made["train is a file"] = folder / "train is a file"
-    shutil.copytree(world / "images", folder / "a loop")
-    (folder / "a loop/train/cat/loop").symlink_to(folder / "a loop/train")
-    made["a loop"] = folder / "a loop"
-    shutil.copytree(world / "images", folder / "dangling")
-    for path in sorted((folder / "dangling/train/cat").iterdir()):
+
+
+def pictures_at_the_top(folder):
+    for path in sorted((folder / "train").rglob("*.png")):
+        path.rename(folder / "train" / f"{path.parent.name}{path.name}")
+
+
+def train_is_a_file(folder):
+    shutil.rmtree(folder / "train")
+    (folder / "train").write_text("x")
+
+
+def dangling_links(folder):
+    for path in sorted((folder / "train/cat").iterdir()):
         path.unlink()
         path.symlink_to(folder / "gone.png")
-    made["dangling"] = folder / "dangling"
-    shutil.copytree(world / "images", folder / "a folder for a picture")
-    (folder / "a folder for a picture/train/cat/0099.png").mkdir()
-    made["a folder for a picture"] = folder / "a folder for a picture"
-    return made
 
 
-def test_bad_folders(world, tmp_path):
-    fine = {"a loop", "a folder for a picture"}
-    for name, path in bad_folders(world, tmp_path).items():
-        for script in ("train_moco", "generate_views"):
-            flags = good(script, world, tmp_path / f"out {script} {name}") | {"--data-dir": path, "--limit": 1000}
-            status, said = call(script, [str(x) for pair in flags.items() for x in pair])
-            left_out = name == "dangling" and script == "generate_views"
-            generates = script == "generate_views" and name == "no test"
-            assert status == (0 if name in fine or left_out else 2), (script, name, said)
-            assert not status or said.startswith("error: ") or generates, said
+def a_file(folder):
+    shutil.rmtree(folder)
+    folder.write_text("")
 
 
-def test_bad_views_folders(world, tmp_path):
-    """Views, their settings and records from strangers: refused or ignored, and nothing is written outside."""
-    settings = ["[]", "", "{", '"text"', '{"dataset": 3}', "null", "\x00"]
-    for number, text in enumerate(settings):
-        folder = tmp_path / f"views-{number}"
-        folder.mkdir()
-        (folder / "settings.json").write_text(text)
-        for script in ("train_moco", "generate_views"):
-            flags = good(script, world, tmp_path / f"run-{number}") | {"--views-dir": folder}
-            status, said = call(script, [str(x) for pair in flags.items() for x in pair])
-            assert status == 2 and said.startswith("error: "), (script, text, said)
-    flags = [str(x) for pair in good("generate_views", world, tmp_path / "good").items() for x in pair]
+@pytest.mark.parametrize("change, trains, generates", [
+    (lambda folder: shutil.rmtree(folder / "train"), False, False),
+    (lambda folder: shutil.rmtree(folder / "test"), False, True),    # generation needs train/ only
+    (shutil.rmtree, False, False), (a_file, False, False), (no_pictures, False, False),
+    (pictures_at_the_top, False, False), (train_is_a_file, False, False),
+    (dangling_links, False, True),                                   # left out
+    (lambda folder: (folder / "train/cat/loop").symlink_to(folder / "train"), True, True),
+    (lambda folder: (folder / "train/cat/0099.png").mkdir(), True, True)],
+    ids=["no train", "no test", "nothing", "a file", "no pictures", "pictures at the top",
+         "train is a file", "dangling links", "a loop", "a folder for a picture"])
+def test_bad_folders(change, trains, generates, world, tmp_path):
+    shutil.copytree(world / "images", tmp_path / "images")
+    change(tmp_path / "images")
+    for name, works in (("train_moco", trains), ("generate_views", generates)):
+        flags = dict(data_dir=tmp_path / "images", limit=1000)
+        if not works:
+            refused(name, world, tmp_path / name, **flags)
+            continue
+        status, said = call(name, good(name, world, tmp_path / name) | {
+            "--data-dir": tmp_path / "images", "--limit": 1000})
+        assert status == 0, (name, said)
+
+
+@pytest.mark.parametrize("text", ["[]", "", "{", '"text"', '{"dataset": 3}', "null", "\x00"])
+def test_bad_settings_of_a_views_folder(text, world, tmp_path):
+    (tmp_path / "settings.json").write_text(text)
+    for name in ("train_moco", "generate_views"):
+        refused(name, world, tmp_path / "run", views_dir=tmp_path)
+
+
+def test_bad_records_of_a_views_folder(world, tmp_path):
+    """Lines that another program wrote are ignored; nothing is written through symbolic links."""
+    folder = tmp_path / "views"
+    flags = good("generate_views", world, folder)
     assert call("generate_views", flags)[0] == 0
-    manifest = tmp_path / "good/manifest.jsonl"
-    manifest.write_text(manifest.read_text() + json.dumps({"source": "../../../escape.png", "noise_level": 0}) + "\n[]\n3\nnull\n{}\n\x00\n")
-    status, said = call("generate_views", flags)
-    assert status == 0, said
-    manifest.write_bytes(manifest.read_bytes().replace(b'"noise_level": 100', b'"noise_level": "x"') + b"\xff\n")     # to be made again
-    assert call("generate_views", flags)[0] == 0 and manifest.read_bytes().endswith(b'"seed": ' + manifest.read_bytes().split(b": ")[-1])
-    manifest.rename(tmp_path / "elsewhere")
-    manifest.symlink_to(tmp_path / "elsewhere")
-    before = (tmp_path / "elsewhere").read_bytes()
-    shutil.rmtree(tmp_path / "good/train/dog")
-    status, said = call("generate_views", flags)
-    assert status == 2 and "manifest.jsonl" in said and (tmp_path / "elsewhere").read_bytes() == before, said
+    manifest = folder / "manifest.jsonl"
+    count = len(manifest.read_text().splitlines())
+    escape = json.dumps({"source": "../../../escape.png", "noise_level": 0})
+    manifest.write_text(f"{manifest.read_text()}{escape}\n[]\n3\nnull\n{{}}\n\x00\n")
+    before = manifest.read_bytes()
+    assert call("generate_views", flags)[0] == 0 and manifest.read_bytes() == before
+    damaged = before.replace(b'"noise_level": 100', b'"noise_level": "x"') + b"\xff\n"
+    manifest.write_bytes(damaged)
+    assert call("generate_views", flags)[0] == 0                     # they are made again
+    added = manifest.read_bytes().removeprefix(damaged).splitlines()
+    assert len(added) == count and all(json.loads(x)["noise_level"] == 100 for x in added)
+
+    elsewhere, outside = tmp_path / "elsewhere", tmp_path / "outside"
+    manifest.rename(elsewhere)
+    manifest.symlink_to(elsewhere)
+    before = elsewhere.read_bytes()
+    shutil.rmtree(folder / "train/dog")
+    assert "manifest.jsonl" in refused("generate_views", world, folder)
+    assert elsewhere.read_bytes() == before
     manifest.unlink()
-    outside = tmp_path / "outside"
     outside.mkdir()
-    shutil.rmtree(tmp_path / "good/train/cat")
-    (tmp_path / "good/train/cat").symlink_to(outside)                              # a way out
-    status, said = call("generate_views", flags)
-    assert status == 2 and "is a symbolic link out of" in said and not list(outside.iterdir()), said
+    shutil.rmtree(folder / "train/cat")
+    (folder / "train/cat").symlink_to(outside)
+    assert "remove that symbolic link" in refused("generate_views", world, folder)
+    assert not list(outside.iterdir())
 
 
 class Bomb:
+    """Its pickle opens a file for writing when it is read."""
+
     def __init__(self, path):
         self.path = path
 
     def __reduce__(self):
-        return (open, (self.path, "w"))
+        return open, (self.path, "w")
 
 
 def test_a_pickle_that_would_write_a_file_is_refused_everywhere(world, tmp_path):
     """As checkpoint, component, frozen encoder and pipeline: one line, no file."""
-    import pickle
     target = tmp_path / "hacked"
+    bomb = Bomb(str(target))
     for name in ("last.pt", "component.npy", "foreground.npz"):
-        with open(tmp_path / name, "wb") as file:
-            pickle.dump({"model": Bomb(str(target)), "component": Bomb(str(target))}, file)
-    np.save(tmp_path / "object.npy", np.array([Bomb(str(target))], dtype=object), allow_pickle=True)
-    torch.save({"model": Bomb(str(target))}, tmp_path / "zip.pt")
-    clip, pipeline = tmp_path / "clip", tmp_path / "pipeline"
-    shutil.copytree(world / "clip", clip)
-    shutil.copytree(world / "pipeline", pipeline)
-    for weights in [*clip.rglob("*.safetensors"), *pipeline.rglob("*.safetensors")]:
-        torch.save({"weight": Bomb(str(target))}, weights.with_name(
-            "pytorch_model.bin" if weights.name == "model.safetensors" else "diffusion_pytorch_model.bin"))
+        (tmp_path / name).write_bytes(pickle.dumps({"model": bomb, "component": bomb}))
+    np.save(tmp_path / "object.npy", np.array([bomb], dtype=object), allow_pickle=True)
+    torch.save({"model": bomb}, tmp_path / "zip.pt")
+    for name in ("clip", "pipeline"):
+        shutil.copytree(world / name, tmp_path / name)
+    for weights in sorted(tmp_path.rglob("*.safetensors")):
+        kind = "pytorch" if weights.name == "model.safetensors" else "diffusion_pytorch"
+        torch.save({"weight": bomb}, weights.with_name(f"{kind}_model.bin"))
         weights.unlink()
-    target.unlink(missing_ok=True)                 # nothing above may have made it
-    cases = [("train_moco", {"--resume": tmp_path / "last.pt"}), ("train_moco", {"--resume": tmp_path / "zip.pt"}),
-             ("eval_linear", {"--checkpoint": tmp_path / "last.pt"}), ("eval_linear", {"--checkpoint": tmp_path / "zip.pt"}),
-             ("train_moco", {"--encoder": clip}), ("generate_views", {"--model": pipeline}), ("generate_views", {"--model": clip})]
-    cases += [(script, {"--component": tmp_path / name}) for script in ("train_moco", "generate_views")
+    assert not target.exists()
+    cases = [("train_moco", "resume", "last.pt"), ("train_moco", "resume", "zip.pt"),
+             ("eval_linear", "checkpoint", "last.pt"), ("eval_linear", "checkpoint", "zip.pt"),
+             ("train_moco", "encoder", "clip"), ("generate_views", "model", "pipeline"),
+             ("generate_views", "model", "clip")]
+    cases += [(script, "component", name) for script in ("train_moco", "generate_views")
               for name in ("component.npy", "foreground.npz", "object.npy")]
-    for number, (script, flags) in enumerate(cases):
-        line = [str(x) for pair in (good(script, world, tmp_path / f"out-{number}") | flags).items() for x in pair]
-        status, said = call(script, line)
-        assert status == 2 and said.startswith("error: ") and not target.exists(), (script, flags, said)
+    for number, (script, flag, name) in enumerate(cases):
+        refused(script, world, tmp_path / f"out-{number}", **{flag: tmp_path / name})
+        assert not target.exists(), (script, flag, name)

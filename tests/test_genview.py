@@ -536,3 +536,52 @@ def test_positions_are_sines_of_row_and_column():
 def test_other_architectures_are_trouble(arch):
     with pytest.raises(UserError, match="resnet50"):
         support.networks.make_backbone(arch, 224)
+
+
+# ------------------------------------------------------------------------------ repairs of the rebuild
+
+def test_step_generators_of_different_tuples_differ():
+    tuples = [(0,), (0, 0), (0, 0, 0), (1,), (1, 0), (0, 1), (2 ** 32,), (2 ** 32, 5), (0, 1 + 5 * 2 ** 32)]
+    seeds = {support.world.step_generator(*numbers).initial_seed() for numbers in tuples}
+    assert len(seeds) == len(tuples)
+    first = support.world.step_generator(3, 7)
+    assert first.initial_seed() == support.world.step_generator(3, np.int64(7)).initial_seed()
+
+
+def test_files_and_memory_agree_on_which_view_is_generated(files):
+    """The same seed draws the same choice for images in memory and for image files."""
+    bright = support.augment.normalise(torch.ones(3, 1, 1))
+
+    def generated(images, views):
+        return torch.cat([((view1 - bright).abs().amax((1, 2, 3)) < 1e-3)
+                          for view1, _ in batches(images, views, augmentation=PLAIN)])
+    black = in_memory()._replace(pixels=torch.zeros(12, 3, 16, 16, dtype=torch.uint8))
+    in_files = generated(files[0], [files[1][0]] * 12)
+    assert torch.equal(generated(black, torch.full_like(black.pixels, 255)), in_files)
+    assert 0 < in_files.sum() < 12
+
+
+def test_views_of_another_set_of_the_same_name_are_refused(tmp_path):
+    """Two folders called data with the same number of classes and the same first names."""
+    for parent, count in (("a", 3), ("b", 4)):
+        tiny.save_images(tmp_path / parent / "data", per_class=count)
+    ours, others = (genview.load_images("folder", tmp_path / parent / "data", "train", 32) for parent in "ab")
+    views = tmp_path / "views"
+    (views / "train/cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(views / "train/cat/0000.png")
+    support.files.write_json(views / "settings.json", {"dataset": "folder", "classes": 2, "source": ours.source})
+    assert support.data.find_views(ours, views, "folder")[0]
+    limited = genview.load_images("folder", tmp_path / "a/data", "train", 32, limit=2)
+    assert support.data.find_views(limited, views, "folder")[0]       # a limit is the same data set
+    with pytest.raises(UserError, match="6 images.*holds|holds.*8 images.*6 images"):
+        support.data.find_views(others, views, "folder")
+
+
+def test_the_threshold_looks_at_all_columns_of_many_tokens():
+    """17 million values, of which every second is larger: a stride of 2 would see only half of them."""
+    a = torch.zeros(66_500, 256)
+    a[:, 1::2] = 1.0
+    a += torch.rand(256, generator=torch.Generator().manual_seed(0)) * 0.1
+    assert a.numel() > 16_000_000
+    alpha = quality_loss.foreground_threshold(a, 0.4)
+    assert (a > alpha).float().mean().item() == pytest.approx(0.4, abs=0.01)

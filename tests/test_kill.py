@@ -360,22 +360,18 @@ def limit_files(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(world, whole, tmp_path):
+@pytest.mark.parametrize("step, size, file, kept", [
+    (1, 900_000, r"backbone\.pt", None), (9, 2_000_000, r"last\.pt", (0, 6))])
+def test_a_full_disk_keeps_the_last_good_checkpoint(step, size, file, kept, world, whole, tmp_path):
+    """Full from this step on; the message says how much is needed."""
     run, said = tmp_path / "run", tmp_path / "said"
-    work = training(world, run, *V2, "--save-minutes", 60)
-    assert end(start(before_call(9, lambda *_: limit_files(2_000_000), work), said)) == 2
-    assert re.search(r"last\.pt" + DISK, said.read_text())
-    assert at(run) == (0, 6) and not list(run.glob("*.tmp"))
+    work = training(world, run, *V2, "--save-minutes", 60 if kept else 0)
+    assert end(start(before_call(step, lambda *_: limit_files(size), work), said)) == 2
+    message = re.search(file + DISK, said.read_text())
+    assert message and size / 1e6 < float(message[1]) < 10 and not list(run.glob("*.tmp"))
+    assert (at(run) if (run / "last.pt").exists() else None) == kept
     assert end(start(training(world, run, *V2, "--resume"))) == 0
     same_run(whole(*V2), run)
-
-
-def test_the_first_checkpoint_on_a_full_disk(world, tmp_path):
-    run, said = tmp_path / "run", tmp_path / "said"
-    work = training(world, run, *V2)
-    assert end(start(lambda: (limit_files(900_000), work()), said)) == 2
-    message = re.search(r"backbone\.pt" + DISK, said.read_text())
-    assert message and 0.9 < float(message[1]) < 10 and not list(run.glob("*.tmp"))
 
 
 def test_generation_on_a_full_disk(world, tmp_path):

@@ -373,17 +373,6 @@ def test_genview_on_a_folder(method, image_folder, views, encoder_folder, tmp_pa
     assert picture.width > picture.height > 100 and len(picture.getcolors(10 ** 6)) > 50
 
 
-def test_large_images_go_through_workers(image_folder, encoder_folder, tmp_path, capsys):
-    """Above 64 pixels the files are read at each step; --component takes a fitted one."""
-    component = np.random.default_rng(0).normal(size=(32, 1)).astype(np.float32)
-    np.save(tmp_path / "pca_vectors.npy", component)
-    run(*small(image_folder, tmp_path / "run", "--image-size", 72, "--epochs", 1, "--workers", 1,
-               "--quality", "exact", "--encoder", encoder_folder,
-               "--component", tmp_path / "pca_vectors.npy"))
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert "plain MoCo v2, no generated views + quality weights" in last
-
-
 def test_plain_by_default_says_so(image_folder, tmp_path, monkeypatch, capsys):
     """Without views, and without the flag, the run is plain MoCo: banner, name, settings, last
     line."""
@@ -468,8 +457,9 @@ def test_a_download_without_network(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [32, 72])
-def test_unreadable_image(size, image_folder, tmp_path, capsys):
-    """Named and fatal, in memory and in a worker; --skip-bad leaves it out."""
+def test_unreadable_image(size, image_folder, encoder_folder, tmp_path, capsys):
+    """Named and fatal, in memory and (above 64 pixels) in a worker; --skip-bad leaves it out, in
+    training and where the foreground is fitted."""
     shutil.copytree(image_folder, tmp_path / "images")
     bad = tmp_path / "images/train/cat/0003.png"
     bad.write_bytes(bad.read_bytes()[:200])
@@ -477,7 +467,9 @@ def test_unreadable_image(size, image_folder, tmp_path, capsys):
                   "--epochs", 1)
     line = refusal(capsys, *flags)
     assert str(bad) in line and "--skip-bad" in line
-    run(*flags, "--skip-bad")
+    run(*flags, "--skip-bad", "--quality", "exact", "--encoder", encoder_folder)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith("(plain MoCo v2, no generated views + quality weights)")
 
 
 def test_a_loss_or_network_that_is_not_finite(image_folder, tmp_path, capsys, monkeypatch):
@@ -511,3 +503,21 @@ def test_resume_of_another_run(image_folder, tmp_path, capsys):
     line = refusal(capsys, *flags, "--arch", "resnet34", "--resume")
     assert "another --arch (resnet10_narrow, now resnet34)" in line
     assert (tmp_path / "run/last.pt").read_bytes() == before
+
+
+def test_knn_comes_every_so_many_epochs_and_at_the_end(image_folder, tmp_path):
+    in_process(*small(image_folder, tmp_path / "run", "--epochs", 3, "--knn-every", 2))
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log if "knn" in line] == [2, 3]
+
+
+def test_a_flag_that_an_old_checkpoint_does_not_know_counts_as_its_default(image_folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    in_process(*small(image_folder, run, "--epochs", 1))
+    state = torch.load(run / "last.pt", weights_only=True)
+    del state["args"]["gamma"], state["args"]["start_batches"]
+    torch.save(state, run / "last.pt")
+    in_process(*small(image_folder, run, "--epochs", 1, "--resume"))
+    assert "kNN top-1" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"another --gamma \(1.0, now 2.0\)"):
+        in_process(*small(image_folder, run, "--epochs", 1, "--gamma", 2, "--resume"))

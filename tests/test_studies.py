@@ -1,0 +1,241 @@
+"""The studies as modules; bench.py's table (not how fast things are); ablation.py's rows."""
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+import eval_linear
+import generate_views
+import genview
+import recipes
+import support.world
+import train_moco
+from studies import ablation, bench
+from support.data import Images, find_views, open_image, to_tensor
+from support.world import UserError, World
+
+ONE = World(0, 1, torch.device("cpu"), torch.float32)
+
+
+def call(module, *flags):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__name__, *map(str, flags)])
+        module.main()
+
+
+@pytest.mark.parametrize("name", ["ablation", "bench", "eval_generator", "train_generator"])
+def test_a_study_called_as_a_file_says_how_to_call_it(name):
+    path = Path(ablation.__file__).with_name(f"{name}.py")
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch(f"error: call it from the root.*: python -m studies.{name}\n", done.stderr)
+
+
+@pytest.mark.parametrize("module, flags, message", [
+    (bench, ["speed"], "speed: the parts are steps"),
+    (bench, ["--windows=2"], "--windows: 2 must be from 3"),
+    (ablation, ["--dataset=shapes", "--rows", "copies"], "copies is for --dataset cifar10"),
+    (ablation, ["--limit=100"], "--limit: 100 must be from 256"),
+    (ablation, ["--methods", "dino"], "--methods: invalid choice: 'dino'")])
+def test_refusals_are_one_line(module, flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        support.world.script(lambda: call(module, *flags))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert re.match(f"error: .*{message}", error)
+
+
+# ------------------------------------------------------------------------------------------- bench
+
+def test_take_turns_gives_medians_of_windows_in_turn(monkeypatch):
+    """After a round to warm up, three windows: a takes 1, 3 and 2 s, b takes 5, 10 and 2 s."""
+    calls, clock = [], iter([0, 90, 90, 99, 0, 1, 1, 6, 0, 3, 3, 13, 0, 2, 2, 4])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    rows = [("a", lambda: calls.append("a"), 1), ("b", lambda: calls.append("b"), 10)]
+    seconds = bench.take_turns(rows, 3, lambda: None)
+    assert "".join(calls) == "ab" * 4 and seconds == {"a": 2, "b": 0.5}          # of an image
+
+
+def test_the_loops_train_the_same_network(monkeypatch):
+    made = []
+
+    class Recorded(bench.MoCoV2):
+        def __init__(self, args):
+            super().__init__(args)
+            made.append(self)
+    monkeypatch.setattr(bench, "MoCoV2", Recorded)
+    bench.training(ONE, batch=8, n=64)[-1]()
+    assert 0 < next(bench.plain_loop(torch.device("cpu"), batch=8, n=64)) < 20
+    ours, plain = made
+    assert [p.shape for p in ours.parameters()] == [p.shape for p in plain.parameters()]
+    for method in made:                            # a gradient reached every weight
+        assert all(p.grad.any() for p in method.query.parameters() if p.ndim > 1)
+        assert method.pointer == 8                 # keys came into the queue
+
+
+def test_generation_is_timed_both_ways():
+    rows = list(bench.generation(ONE, n=2))
+    assert [name.split(",")[0] for name, *_ in rows] == ["generation", "... one image at a time"]
+    for _, function, n in rows:
+        function()
+        assert n == 2
+
+
+def test_the_table(capsys):
+    call(bench, "augmentation", "--device", "cpu")
+    said = capsys.readouterr().out
+    assert re.search(r"\| augmentation, two views of an image each \| [\d,.]+ \| 1\.00 \|", said)
+
+
+# ---------------------------------------------------------------------------------------- ablation
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The ablation's commands are parsed by the scripts themselves; only their work is left out.
+    Collects the parsed flags of the trainings."""
+    trainings = []
+
+    def run(command, **options):
+        _, name, *flags = command
+        script = importlib.import_module(name.removesuffix(".py"))
+        if name == "eval_linear.py":
+            folder = Path(eval_linear.parse(flags).checkpoint).parent
+            entries = [{"protocol": "kNN", "top1": 40 + 2 * int(folder.name[-1])},
+                       {"protocol": "linear", "top1": 50}]
+            lines = [json.dumps(entry) + "\n" for entry in entries]
+            (folder / "eval.jsonl").write_text("".join(lines))
+        elif name == "generate_views.py":
+            args = generate_views.parse_args(flags)
+            usual = recipes.GENERATION["mini"]
+            assert (args.steps, args.guidance) == (usual["steps"], usual["guidance"])
+        else:
+            args = train_moco.parse_args(script.METHODS, argv=flags)
+            trainings.append(args)
+            Path(args.output_dir).mkdir(parents=True)
+            Path(args.output_dir, "last.pt").touch()
+        return SimpleNamespace(returncode=0, stdout="9 views made\n", stderr="")
+    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=run))
+    return trainings
+
+
+def test_ablation_runs_each_row_once_and_writes_the_table(tmp_path, runs):
+    for _ in range(2):                             # the second time nothing is left to do
+        call(ablation, "--output-dir", tmp_path, "--jobs", 2)
+    names = {Path(args.output_dir).name for args in runs}
+    usual = list(ablation.ROWS)[:-1]
+    assert names == {f"mocov2-{row}-{seed}" for row in usual for seed in range(3)}
+    assert len(runs) == 21
+    assert all(int(args.output_dir[-1]) == args.seed and args.epochs == 20 for args in runs)
+    rows = {args.output_dir.split("-")[-2]: (
+        args.views_dir.rpartition("views-")[2], args.views, args.quality) for args in runs}
+    assert rows == {
+        "plain": ("none", "pair", "off"), "noise0": ("0", "pair", "off"),
+        "noise200": ("200", "pair", "off"), "noise400": ("400", "pair", "off"),
+        "adaptive": ("adaptive", "pair", "off"), "quality": ("adaptive", "pair", "exact"),
+        "extra": ("adaptive", "extra", "off")}
+    weighted = next(args for args in runs if args.quality == "exact")
+    assert weighted.encoder == "mini"
+    assert weighted.component == str(tmp_path / "views-adaptive/foreground.npz")
+    table = (tmp_path / "table.md").read_text()
+    assert "| MoCo v2 | plain | 42.0 ± 2.0 | 50.0 ± 0.0 | 40.0, 42.0, 44.0 |" in table
+    with pytest.raises(UserError, match="other settings"):
+        call(ablation, "--output-dir", tmp_path, "--epochs", 3)
+
+
+def test_ablation_of_all_methods_on_shapes(tmp_path, runs):
+    call(ablation, "--dataset", "shapes", "--methods", "all", "--rows", "plain", "quality",
+         "--output-dir", tmp_path)
+    found = {(Path(args.output_dir).name, args.views_dir == "none", args.quality) for args in runs}
+    assert found == {
+        (f"{method}-{row}-{seed}", row == "plain", quality) for method in ablation.METHODS
+        for row, quality in (("plain", "off"), ("quality", "exact")) for seed in (0, 1, 2)}
+    assert len(runs) == 36
+    assert {args.arch for args in runs} == {"resnet10_narrow", "vit_narrow"}
+
+
+def test_a_tiny_ablation_on_shapes(tmp_path, monkeypatch):
+    """The scripts themselves, in this process and on few images."""
+    def run(command, **options):
+        script = importlib.import_module(command[1].removesuffix(".py"))
+        few = ["--batch-size=64"] if script is train_moco else ["--epochs=2"]
+        call(script, *command[2:], "--limit=256", *few)
+        return SimpleNamespace(returncode=0, stdout="", stderr="")
+    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=run))
+    call(ablation, "--dataset", "shapes", "--rows", "plain", "--epochs", 1, "--seeds", 0,
+         "--output-dir", tmp_path)
+    knn, linear = ablation.result(tmp_path / "mocov2-plain-0").values()
+    assert 0 < knn < 100 and 0 < linear < 100
+    *_, row = (tmp_path / "table.md").read_text().splitlines()
+    assert row == f"| MoCo v2 | plain | {knn:.1f} | {linear:.1f} | {knn:.1f} |"
+
+
+def test_the_copies_are_what_the_autoencoder_keeps(tmp_path):
+    """Each beside its own image: nearer to it than to any other, yet not the image itself."""
+    data = tiny.save_images(tmp_path / "data", per_class=20)
+    ablation.make_views(SimpleNamespace(data_dir=data, limit=10, output_dir=tmp_path / "runs",
+                                        model="mini"), "copies")
+    images = genview.load_images("cifar10", data, "train", 32)
+    paths = find_views(images, tmp_path / "runs/views-copies", "cifar10")
+    copies = {index: to_tensor(open_image(path)) for index, path in enumerate(paths) if path}
+    assert len(copies) == 10
+    for index, copy in copies.items():
+        error = (copy.float() - images.pixels.float()).square().mean((1, 2, 3))
+        assert error.argmin() == index and error.min() > 0
+
+
+def test_a_failing_row_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(ablation.METHODS, "mocov2", ("MoCo v2", ablation.__file__, {}))
+    with pytest.raises(UserError, match="ablation.py --dataset=shapes .*--seed=0.*: error: call"):
+        call(ablation, "--dataset", "shapes", "--rows", "plain", "--output-dir", tmp_path)
+    assert not (tmp_path / "table.md").exists()
+
+
+# ----------------------------------------------------------------------- the row of extra samples
+
+def test_originals_and_further_samples_are_one_pool(image_folder, tmp_path):
+    """In memory as pixels, from files by their paths; from any folder of pictures."""
+    images = genview.load_images("folder", image_folder, "train", 32)
+    views = 255 - images.pixels
+    pool = genview.expand(images, views)
+    assert len(pool.names) == 48 and pool.labels[24:].eq(-1).all()
+    assert torch.equal(pool.pixels, torch.cat([images.pixels, views]))
+    args = SimpleNamespace(views_dir=f"{image_folder}/test/cat", image_size=32, skip_bad=False)
+    files = Images(images.names, images.labels, 2, root=Path(image_folder))
+    pool = genview.expand(files, genview.load_extra(args, files))
+    assert len(pool.names) == len(pool.labels) == 36 and pool.pixels is None
+    assert pool.root / pool.names[24] == Path(image_folder).resolve() / "test/cat/0000.png"
+    cats = genview.load_images("folder", image_folder, "test", 32).pixels[:12]
+    assert torch.equal(genview.load_extra(args, images), cats)
+    args.views_dir = tmp_path
+    with pytest.raises(UserError, match="holds no images for --views extra"):
+        genview.load_extra(args, images)
+
+
+def test_extra_samples_keep_the_number_of_steps(image_folder, tmp_path, monkeypatch):
+    """As many steps as without, whatever the size of the pool; plain pairs, equal weights."""
+    images = genview.load_images("folder", image_folder, "train", 32)
+    for name, view in zip(images.names, 255 - images.pixels, strict=True):
+        path = tmp_path / "views" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(view.permute(1, 2, 0).numpy()).save(path)
+    seen, step = [], train_moco.train_step
+
+    def counted(*args):
+        seen.append(1)
+        return step(*args)
+    monkeypatch.setattr(train_moco, "train_step", counted)
+    train_moco.train(train_moco.parse_args(argv=[
+        "--dataset=folder", f"--data-dir={image_folder}", f"--views-dir={tmp_path / 'views'}",
+        "--views=extra", "--image-size=32", "--arch=resnet10_narrow", "--batch-size=8",
+        "--queue=16", "--epochs=2", f"--output-dir={tmp_path / 'run'}", "--device=cpu"]), ONE)
+    assert len(seen) == 6                          # 24 images in batches of 8, twice
+    assert json.loads((tmp_path / "run/args.json").read_text())["quality"] == "off"
+    assert "extra samples" in (tmp_path / "run/log.jsonl").read_text()
