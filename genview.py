@@ -124,8 +124,8 @@ class PairLoader:
         return torch.rand(self.batch_size, generator=generator)[share] < 0.5
 
     def _draw(self, epoch, step, share):
-        """All other random numbers of a step, the same in every process: Draws of (n, V) of this one's
-        share, and the orders of the colour jitters."""
+        """All other random numbers of a step, the same in every process: Draws of (n, V) of this
+        one's share, and the orders of the colour jitters."""
         generator, count = step_generator(self.seed, epoch, step), len(self.augmentations)
         orders = [torch.randperm(4, generator=generator).tolist() for _ in range(count)]
         u = torch.rand(self.batch_size, count, Draws.COLUMNS, generator=generator)[share]

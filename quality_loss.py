@@ -332,8 +332,8 @@ def orient_foreground(component, tokens, grid, fraction=0.4):
 
 def foreground_threshold(a, fraction=0.4):
     """alpha (Eq. 7): the quantile of a (N, T) above which this share of all tokens lies."""
-    some = a.flatten()[:: 1 + a.numel() // 16_000_000]     # torch.quantile takes 16 million at most
-    return torch.quantile(some, 1 - fraction).item()
+    some = a[::1 + a.numel() // 16_000_000]    # torch.quantile takes 16 million: of whole images
+    return torch.quantile(some.flatten(), 1 - fraction).item()
 
 
 if __name__ == "__main__":

@@ -321,8 +321,8 @@ def knn(method, train_images, test_images, args, world):
     """kNN on the backbone's features; the training never sees the labels."""
     dtype = torch.half if world.device.type == "cuda" else torch.float      # ImageNet: 5 GB in half
     a, b = (extract_features(method.query.backbone, images, args.image_size, world, 512,
-                                    args.workers, args.skip_bad, dtype)
-                   for images in (train_images, test_images))
+                             args.workers, args.skip_bad, dtype)
+            for images in (train_images, test_images))
     return knn_accuracy(a, train_images.labels, b, test_images.labels, train_images.num_classes)
 
 
@@ -422,7 +422,7 @@ def parse_args(methods=METHODS, description=None, argv=None):
 
 
 def defaults(args, methods):
-    """The flags of a run of this data set, method and architecture on which nothing else is given."""
+    """The flags of a run of this data set, method and architecture if nothing else is given."""
     parser = runs.parser_of("", recipes.DATA_DIRS, methods, recipes.FLAGS)
     return vars(parser.parse_args([])) | recipes.training(args.dataset, args.method, args.arch)
 

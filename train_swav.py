@@ -62,8 +62,8 @@ def main():
     if args.small_size > (most := args.image_size):
         raise UserError(f"--small-size {args.small_size} must be at most --image-size {most}")
     if args.small_min > args.crop_min:
-        raise UserError(f"--small-min {args.small_min:g} must be at most --crop-min {args.crop_min:g}: "
-                        f"small crops take areas between the two")
+        raise UserError(f"--small-min {args.small_min:g} must be at most --crop-min "
+                        f"{args.crop_min:g}: small crops take areas between the two")
     if args.arch in VITS and args.small_crops and args.small_size != args.image_size:
         raise UserError(f"{args.arch} takes views of one size: --small-crops 0")
     train(args, setup(args.device), METHODS)

@@ -27,7 +27,7 @@ class Images(NamedTuple):
     num_classes: int
     pixels: torch.Tensor = None     # (N, 3, S, S) uint8, or None: read the files below root
     root: Path = None
-    source: str = ""                # number and digest of the names of the whole set, before a limit
+    source: str = ""                # number and digest of all names of the set, before a limit
 
     def pil(self, index):
         """The image as PIL's RGB image; UserError where it cannot be read."""
@@ -160,9 +160,10 @@ def find_views(images, views_dir, dataset):
     made_for = read_settings(settings) if settings.exists() else {}
     here = {"dataset": dataset, "classes": images.num_classes, "source": images.source}
     if not all(made_for.get(key, value) == value for key, value in here.items()) or not any(paths):
-        theirs = {key: made_for.get(key, "unknown") for key in here}
-        raise UserError(f"{views_dir} holds no views of these images: the data set is {here}, the "
-                        f"folder has {len(files)} images, made for {theirs}")
+        theirs = ", ".join(f"{made_for.get(key, 'unknown')}" for key in here)
+        raise UserError(f"{views_dir} holds no views of these images: its {len(files)} images are "
+                        f"made for {theirs} (data set, classes, source), here is {dataset}, "
+                        f"{images.num_classes}, {images.source}")
     return paths
 
 

@@ -124,13 +124,18 @@ class Run:
     def resume(self, method, optimizer, images):
         """Loads --resume's checkpoint into method and optimizer. images: how many there are."""
         self.method, self.optimizer, self.images = method, optimizer, images
-        if not self.args.resume:
-            return
+        if self.args.resume:
+            self._load(method, optimizer)
+        if len(set(self.world.gather_objects((self.epoch, self.step)))) > 1:
+            raise UserError(f"the processes do not find the same checkpoint: {self.folder} must be "
+                            f"one folder for all machines")
+
+    def _load(self, method, optimizer):
         state = load_checkpoint(self.args.resume)
         self._check_flags(state.get("args", {}) if isinstance(state, dict) else {})
-        if state["images"] != images:
+        if state["images"] != self.images:
             raise UserError(f"{self.args.resume} is of a run on {state['images']} images, here are "
-                            f"{images}: the order would be another")
+                            f"{self.images}: the order would be another")
         statistics = state["statistics"]
         if len(statistics) == self.world.size:
             state["model"] |= statistics[self.world.rank]
@@ -140,9 +145,6 @@ class Run:
         method.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step = state["epoch"], state["step"]
-        if len(set(self.world.gather_objects((self.epoch, self.step)))) > 1:
-            raise UserError(f"the processes do not find the same checkpoint: {self.folder} must be "
-                            f"one folder for all machines")
 
     def _check_flags(self, then):
         now = vars(self.args)

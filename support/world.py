@@ -81,8 +81,8 @@ def _report_lost_processes():
     except (RuntimeError, dist.DistError):         # process 0 holds the store
         lost = [0]
     names = ", ".join(map(str, lost)) or "?"
-    print(f"error: process {rank} stops, since process {names} of {size} ended or does not answer; "
-          f"its own message says why; --resume goes on from the last checkpoint",
+    print(f"error: process {rank} stops because process {names} of {size} ended or does not "
+          f"answer; its own message says why; --resume goes on from the last checkpoint",
           file=sys.stderr, flush=True)
     os._exit(1)                                    # a clean exit would wait for the lost process
 

@@ -22,9 +22,10 @@ import train_byol
 import train_moco
 import train_swav
 from quality_loss import info_nce, pair_quality, quality_weights
+from support import runs
 from support import world as support_world
 from support.networks import LARS
-from support.world import World
+from support.world import UserError, World
 
 ROOT = Path(__file__).parents[1]
 METHODS = train_moco.METHODS | train_byol.METHODS | train_swav.METHODS
@@ -418,7 +419,7 @@ def wrong(image_folder, views, encoder_folder, tmp_path_factory):
     ("--queue 20", "--queue 20 is no multiple of --batch-size 8"),
     ("--views-dir {nowhere}", "nowhere is no folder"),
     ("--views-dir {clip}", "holds no views of these images"),
-    ("--views-dir {others}", "made for imagenet"),
+    ("--views-dir {others}", "imagenet"),
     ("--views extra", "--views extra needs generated views"),
     ("--batch-size 64 --queue 64", "24 images do not fill one batch of 64"),
     ("--batch-size 1 --queue 1", "batch normalisation needs two images"),
@@ -506,18 +507,26 @@ def test_resume_of_another_run(image_folder, tmp_path, capsys):
 
 
 def test_knn_comes_every_so_many_epochs_and_at_the_end(image_folder, tmp_path):
-    in_process(*small(image_folder, tmp_path / "run", "--epochs", 3, "--knn-every", 2))
-    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    run(*small(image_folder, tmp_path, "--epochs", 3, "--knn-every", 2))
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in log if "knn" in line] == [2, 3]
 
 
-def test_a_flag_that_an_old_checkpoint_does_not_know_counts_as_its_default(image_folder, tmp_path, capsys):
-    run = tmp_path / "run"
-    in_process(*small(image_folder, run, "--epochs", 1))
-    state = torch.load(run / "last.pt", weights_only=True)
+def test_a_flag_that_an_old_checkpoint_lacks_counts_as_its_default(image_folder, tmp_path, capsys):
+    flags, last = small(image_folder, tmp_path, "--epochs", 1), tmp_path / "last.pt"
+    run(*flags)
+    state = torch.load(last, weights_only=True)
     del state["args"]["gamma"], state["args"]["start_batches"]
-    torch.save(state, run / "last.pt")
-    in_process(*small(image_folder, run, "--epochs", 1, "--resume"))
-    assert "kNN top-1" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"another --gamma \(1.0, now 2.0\)"):
-        in_process(*small(image_folder, run, "--epochs", 1, "--gamma", 2, "--resume"))
+    torch.save(state, last)
+    run(*flags, "--resume")
+    assert capsys.readouterr().out.count("kNN top-1") == 4           # each run says it twice
+    torch.save(state, last)
+    assert "another --gamma (1.0, now 2.0)" in refusal(capsys, *flags, "--gamma", 2, "--resume")
+
+
+def test_a_run_folder_that_not_all_machines_see_is_refused(tmp_path):
+    """Another process resumes at epoch 1, this one finds nothing."""
+    args = settings(resume=None, output_dir=str(tmp_path))
+    world = types.SimpleNamespace(rank=0, size=2, gather_objects=lambda x: [x, (1, 0)])
+    with pytest.raises(UserError, match="must be one folder for all machines"):
+        runs.Run(args, world, "", {}).resume(None, None, 24)
