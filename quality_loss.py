@@ -6,11 +6,10 @@ This file needs nothing but PyTorch: copy it. Three lines turn a contrastive los
         quality, _, _ = pair_quality(E(view1), E(view2), component)   # feature maps (N, T, K)
     loss = info_nce(q, k, queue, temperature=0.2, weights=quality_weights(quality))
 
-`component` comes from fit_foreground, once, on E's feature maps of some thousand images.
-
-Everything is computed in float32 on any device, whatever the dtype or autocast around it; shapes
-that do not fit raise a ValueError that names them; finite input gives no NaN. "Sec. 3.3" below is
-the paper's section "quality-driven contrastive loss", "Sec. 3.2" its "adaptive view generation".
+`component` comes from fit_foreground, once, on E's feature maps of some thousand images. Everything
+is computed in float32 on any device, whatever the dtype or autocast around it; shapes that do not
+fit raise a ValueError that names them; finite input gives no NaN. Sec. 3.3 is the paper's section
+"quality-driven contrastive loss", Sec. 3.2 its "adaptive view generation".
 
 Legend of the shapes: N pairs, T positions of a feature map, K features at a position, D size of an
 embedding, M keys, V views, P prototypes. v1, F, M^f, z^f, s^f, q, w, l, L are the paper's symbols.
@@ -50,8 +49,7 @@ def foreground_attention(features, component):
     Args:
         features: F, (N, T, K), a frozen encoder's feature map of each view.
         component: v1, (K,), their first principal component, pointing to the foreground.
-    Returns:
-        M^f (N, T), M^b (N, T): no entry negative, rows sum to 1. A constant map gives uniform rows.
+    Returns M^f (N, T), M^b (N, T): no entry negative, rows sum to 1; uniform for a constant map.
     Source: Sec. 3.3; the min-max normalisation is the authors' release's.
 
     >>> fg, bg = foreground_attention(torch.tensor([[[0.], [1.], [3.]]]), torch.ones(1))
@@ -78,8 +76,7 @@ def pair_quality(features1, features2, component):
     Args:
         features1, features2: F_i1 (N, T, K), F_i2 (N, T', K), of the two *augmented* views.
         component: v1, (K,), see foreground_attention.
-    Returns:
-        q (N,) in [-2, 2], s^f (N,) and s^b (N,) in [-1, 1].
+    Returns q (N,) in [-2, 2], s^f (N,) and s^b (N,) in [-1, 1].
     Source: Sec. 3.3.
 
     >>> subject, sky, sea = torch.eye(3)
@@ -112,8 +109,7 @@ def quality_weights(quality, gamma=1.0, group=None):
         gamma: how strongly quality counts; 0 gives weights of 1 (the release uses 1).
         group: a torch.distributed process group: normalises over the pairs of all its ranks, so
             that many processes weight like one. None: over this batch alone, as in the release.
-    Returns:
-        w (N,), float32, detached.
+    Returns w (N,), float32, detached.
     Source: Sec. 3.3; n and gamma from the authors' release.
 
     >>> quality_weights(torch.tensor([0.0, 0.6931472]))                      # exp(q) = 1, 2
@@ -144,8 +140,7 @@ def info_nce(query, key, negatives, *, temperature, weights=None):
         negatives: n, (M, D).
         temperature: t > 0.
         weights: w, (N,), of mean 1 (quality_weights); None is exactly the unweighted loss.
-    Returns:
-        L, a scalar; at chance level it is log(1 + M).
+    Returns L, a scalar; at chance level it is log(1 + M).
     Source: MoCo (He et al. 2020), Eq. 1; the weights: Sec. 3.3.
 
     >>> q = torch.tensor([[1., 0.]])
@@ -173,8 +168,7 @@ def info_nce_in_batch(query, keys, *, temperature, weights=None, offset=0):
         keys: k, (M, D), the keys of all ranks; the positive of row i is keys[offset + i].
         temperature, weights: see info_nce.
         offset: where this rank's keys start, rank * N.
-    Returns:
-        L, a scalar; at chance level it is log(M).
+    Returns L, a scalar; at chance level it is log(M).
     Source: MoCo v3 (Chen et al. 2021), Algorithm 1; the weights: Sec. 3.3.
 
     >>> info_nce_in_batch(torch.eye(2), torch.eye(2), temperature=1.0)           # log(1 + e^-1)
@@ -199,8 +193,7 @@ def negative_cosine(prediction, target, weights=None):
     Args:
         prediction, target: p, z, (N, D).
         weights: see info_nce.
-    Returns:
-        L, a scalar, in [-1, 1] for unweighted pairs.
+    Returns L, a scalar, in [-1, 1] for unweighted pairs.
     Source: SimSiam (Chen and He 2021), Eq. 1; the weights: Sec. 3.3.
 
     >>> negative_cosine(torch.tensor([[2., 0.], [0., 1.]]), torch.tensor([[1., 0.], [1., 0.]]))
@@ -220,8 +213,7 @@ def swapped_prediction(scores, codes, *, temperature, weights=None):
         scores: (V, N, P), cosines of the embeddings of V views of N images with P prototypes.
         codes: (A, N, P), the codes (sinkhorn) of the first A of these views; no gradient.
         temperature, weights: see info_nce.
-    Returns:
-        L, a scalar; at chance level it is log(P).
+    Returns L, a scalar; at chance level it is log(P).
     Source: SwAV (Caron et al. 2020), Eq. 2 and section 3.2; the weights: Sec. 3.3.
 
     >>> swapped_prediction(torch.zeros(2, 1, 4), torch.eye(4)[:2, None], temperature=0.1)   # log(4)
@@ -250,8 +242,7 @@ def sinkhorn(scores, epsilon=0.05, iterations=3, group=None):
         scores: (N, P), cosines of N embeddings with P prototypes.
         epsilon: smaller is harder.
         group: a torch.distributed process group whose images are assigned together; None: these.
-    Returns:
-        codes (N, P), float32: each row sums to 1, each column to about N / P. No gradient.
+    Returns codes (N, P), float32: each row sums to 1, each column to about N / P. No gradient.
     Source: SwAV (Caron et al. 2020), section 3.1; with logarithms, which do not overflow.
 
     >>> sinkhorn(torch.tensor([[1., 0.], [0.9, 0.]]), epsilon=1.0).sum(0).round(decimals=2)
@@ -295,8 +286,7 @@ def fit_foreground(tokens, grid, fraction=0.4):
         tokens: (N, T, K) of images drawn from the data set, laid out row by row on grid.
         grid: (rows, columns), rows * columns = T.
         fraction: alpha is the quantile that makes this share of all tokens foreground.
-    Returns:
-        v1 (K,) float32 of unit length; alpha, a float.
+    Returns v1 (K,) float32 of unit length; alpha, a float.
     Source: Sec. 3.2, Eq. 7 for alpha; the orientation is ours (see orient_foreground).
     """
     _check(tokens.ndim == 3 and grid[0] * grid[1] == tokens.shape[1], f"tokens must be "
@@ -339,13 +329,12 @@ def foreground_threshold(a, fraction=0.4):
 if __name__ == "__main__":
     # Three pairs of views with 2 x 2 positions of 3 features; one position shows the subject.
     subject, grass, sky = torch.eye(3)
-    def scene(figure, ground):
-        return torch.stack([figure, ground, ground, ground])
-    pairs = {"new surroundings": scene(subject, sky),       # the pair one wants
-             "same surroundings": scene(subject, grass),    # no diversity
-             "subject lost": scene(grass, grass)}           # a false positive
-    view1 = torch.stack([scene(subject, grass)] * 3)
-    q, s_f, s_b = pair_quality(view1, torch.stack(list(pairs.values())), subject)
+    pairs = {"new surroundings": [subject, sky, sky, sky],             # the pair one wants
+             "same surroundings": [subject, grass, grass, grass],      # no diversity
+             "subject lost": [grass, grass, grass, grass]}             # a false positive
+    view1 = torch.stack([subject, grass, grass, grass]).expand(3, 4, 3)
+    view2 = torch.stack([torch.stack(positions) for positions in pairs.values()])
+    q, s_f, s_b = pair_quality(view1, view2, subject)
     w = quality_weights(q)
     print("pair                  s_f    s_b      q      w")
     for name, *row in zip(pairs, s_f, s_b, q, w, strict=True):
