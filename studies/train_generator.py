@@ -3,7 +3,8 @@ r"""Trains a miniature of Stable unCLIP for 32 x 32 pictures from scratch, in th
     python -m studies.train_generator --data-dir data/tinyimagenet32 --steps 5000
     python generate_views.py --dataset cifar10 --model runs/generator --steps 2 --guidance 1.25
 
-Four parts are trained in turn (fit): the autoencoder; a teacher, which only the next part needs; the
+Four parts are trained in turn (fit): the autoencoder; a teacher, which only the next part needs;
+the
 image encoder C (also the paper's E); the U-Net, which with the decoder is the generator G.
 
 Shapes: N pictures, n of a batch x (n, 3, 32, 32) in [-1, 1], embeddings c of D numbers, latents z,
@@ -139,7 +140,7 @@ class ImageEncoder(nn.Module):
         t, thumbnail = target(x), F.avg_pool2d(x, 2).flatten(1)        # (n, 64, K), (n, 768)
         output = self.model(normalise(x / 2 + 0.5))
         tokens = clip_tokens(self.model.vision_model, output.last_hidden_state).float()
-        c = output.image_embeds                                        # tokens (n, 64, 2 K), c (n, D)
+        c = output.image_embeds                                        # (n, 64, 2 K), (n, D)
         # Tokens learn 2 t: so their first component lies in this half, not in the untrained one.
         # The weights bring the losses to a similar size at the end: 2.3, 0.7, 2.9.
         return {"tokens": 10 * F.mse_loss(tokens[..., :t.shape[2]] / 2, t),
@@ -154,7 +155,8 @@ def embed(model, x):
 
 @torch.no_grad()
 def spread(encoder, c):
-    """Makes the principal components of c more equal: the U-Net ignores small ones. Not in the paper.
+    """Makes the principal components of c more equal: the U-Net ignores small ones. Not in the
+    paper.
 
     c' = c U diag(lambda)^(-1/4),  Cov(c) = U diag(lambda) U^T: uncorrelated, variances sqrt(lambda)
 
@@ -194,7 +196,8 @@ class Generator(nn.Module):
         n = len(z)
         # Half of the levels l are 0, where there is most to learn; the others uniform in [0, 500).
         level = torch.randint(500, (n,), **draw) * (torch.rand(n, **draw) < 0.5)
-        condition = noised(c, level, torch.randn(c.shape, **draw), self.normalizer, self.image_noise)
+        e = torch.randn(c.shape, **draw)
+        condition = noised(c, level, e, self.normalizer, self.image_noise)
         # Classifier-free guidance: a tenth learns without a condition.
         condition = condition * (torch.rand(n, 1, **draw) >= 0.1)
         # Steps t: the larger of two draws, because c matters most at the late ones.
@@ -210,7 +213,8 @@ def noised(c, level, noise, normalizer, scheduler):
 
     z^l = mean + std (sqrt(abar_l) (c - mean) / std + sqrt(1 - abar_l) e),    condition = (z^l, sin l)
 
-    c and noise e ~ N(0, I): (n, D). level: l (n,), of 1,000 steps. normalizer: has mean and std of c.
+    c and noise e ~ N(0, I): (n, D). level: l (n,), of 1,000 steps. normalizer: has mean and std of
+    c.
     scheduler: has abar. Source: GenView, section "framework"; Ramesh et al. 2022.
     """
     z = normalizer.unscale(scheduler.add_noise(normalizer.scale(c), noise, level))
@@ -229,7 +233,8 @@ def fit(part, net, data, size, args, world, state):
     layout = torch.channels_last if world.device.type == "cuda" else torch.contiguous_format
     net = net.to(world.device, memory_format=layout)                   # the faster of the two
     ema = copy.deepcopy(net).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(net.parameters(), rate, (0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(net.parameters(), rate, (0.9, 0.98), weight_decay=0.01,
+                                  fused=True)
     modules = {"ema": ema, "net": net, "optimizer": optimizer}
     for name in modules.keys() & saved.keys():
         modules[name].load_state_dict(saved[name])
@@ -251,8 +256,8 @@ def fit(part, net, data, size, args, world, state):
         if save or (step + 1) % args.log_every == 0:
             means = dict(zip(losses, torch.stack(window).mean(0).tolist(), strict=True))
             if not all(map(math.isfinite, means.values())):
-                raise UserError(f"the loss of the {part} is not finite at step {step + 1}: {means}; "
-                                f"the same command continues from the last checkpoint")
+                raise UserError(f"the loss of the {part} is not finite at step {step + 1}: {means}; the "
+                                f" same command continues from the last checkpoint")
             line = {"part": part, "step": step + 1, "lr": lr, "time": round(time.time(), 1)} | means
             append(args.output_dir / "log.jsonl", json.dumps(line) + "\n")
             bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()}, refresh=False)
@@ -281,7 +286,8 @@ def descend(net, ema, optimizer, loss, step):
 
 def load_state(args):
     """The content of last.pt, or of a new run: {"settings": ..., part: its state}."""
-    names, path = ("dataset", "data_dir", "limit", "steps", "batch_size", "seed"), args.output_dir / "last.pt"
+    names = ("dataset", "data_dir", "limit", "steps", "batch_size", "seed")
+    path = args.output_dir / "last.pt"
     settings = {name: getattr(args, name) for name in names}
     settings["parts"] = {part: list(recipe) for part, recipe in PARTS.items()}
     if not path.exists():
@@ -319,7 +325,8 @@ def assemble(vae, encoder, generator):
 def draw_samples(pipe, x, path, steps, guidance):
     """Writes a PNG; its rows: x, their reconstructions, a view of each at each noise level."""
     kept = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample
-    args = SimpleNamespace(steps=steps, guidance=guidance, size=SIZE, save_size=SIZE, dtype="float32")
+    args = SimpleNamespace(steps=steps, guidance=guidance, size=SIZE, save_size=SIZE,
+                           dtype="float32")
     c = embed(pipe.image_encoder, x)
     views = [to_tensor(view) / 255 for level in LEVELS
              for view in generate(pipe, args, level, c, range(len(x)))]
