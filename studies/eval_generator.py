@@ -35,7 +35,8 @@ def train_judge(args, world):
     backbone, dim = make_backbone("resnet10_narrow", 32)
     backbone.to(world.device, memory_format=torch.channels_last)
     settings = SimpleNamespace(labels=1.0, labels_file=None, lr=0.1, backbone_lr=0.1,
-                               batch_size=128, image_size=32, workers=0, skip_bad=False, **vars(args))
+                               batch_size=128, image_size=32, workers=0, skip_bad=False,
+                               **vars(args))
     images = load_images("cifar10", args.data_dir, "train", 32)
     return backbone, finetune(backbone, dim, images, settings, world)
 
@@ -113,9 +114,9 @@ def tables(truth, original, kept, error, by_level, proportion):
 def foreground_table(judge, pixels, a, label, world):
     """How often the judge's label stays label (n,) where only the foreground is left, or the rest.
 
-    Foreground: the FRACTION of the 64 places with the largest a = <token, v1> (n, 64), of every image
-    as many (unlike Eq. 7) for a comparison with the mean map's places, which are the same in all
-    images, and with random ones. What is not left has the image's mean colour. Returns Markdown.
+    Foreground: the FRACTION of the 64 places with the largest a = <token, v1> (n, 64), as
+    many in each image (unlike Eq. 7), to compare with the places of the mean map, the same in all
+    images, and with random ones. The rest has the image's mean colour. Returns Markdown.
     """
     count = round(FRACTION * a.shape[1])
     random = torch.rand(a.shape, generator=torch.Generator().manual_seed(0))

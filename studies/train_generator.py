@@ -211,7 +211,7 @@ class Generator(nn.Module):
 def noised(c, level, noise, normalizer, scheduler):
     r"""The U-Net's condition (n, 2 D), equal to unCLIP's (diffusers' noise_image_embeddings).
 
-    z^l = mean + std (sqrt(abar_l) (c - mean) / std + sqrt(1 - abar_l) e),    condition = (z^l, sin l)
+    z^l = mean + std (sqrt(abar_l) (c - mean) / std + sqrt(1 - abar_l) e);  condition = (z^l, sin l)
 
     c and noise e ~ N(0, I): (n, D). level: l (n,), of 1,000 steps. normalizer: has mean and std of
     c.
@@ -256,8 +256,8 @@ def fit(part, net, data, size, args, world, state):
         if save or (step + 1) % args.log_every == 0:
             means = dict(zip(losses, torch.stack(window).mean(0).tolist(), strict=True))
             if not all(map(math.isfinite, means.values())):
-                raise UserError(f"the loss of the {part} is not finite at step {step + 1}: {means}; the "
-                                f" same command continues from the last checkpoint")
+                raise UserError(f"the loss of the {part} is not finite at step {step + 1}: "
+                                f"{means}; the same command continues from the last checkpoint")
             line = {"part": part, "step": step + 1, "lr": lr, "time": round(time.time(), 1)} | means
             append(args.output_dir / "log.jsonl", json.dumps(line) + "\n")
             bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()}, refresh=False)
