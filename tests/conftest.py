@@ -1,6 +1,4 @@
-"""The tests import the scripts by file name, as the scripts do among themselves, and run
-offline."""
-
+"""The tests import the scripts by file name, as the scripts do, and run offline."""
 import os
 import sys
 from pathlib import Path
@@ -8,9 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(
-    1
-)  # the networks here are tiny: more threads cost more than they give, much more on a busy machine
+torch.set_num_threads(1)    # for networks this small more threads only wait for each other
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -19,7 +15,6 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THRE
 def image_folder(tmp_path_factory):
     """24 pictures of 32 x 32 in two classes, and as many to test on."""
     import tiny
-
     return tiny.save_images(tmp_path_factory.mktemp("images"))
 
 
@@ -27,14 +22,12 @@ def image_folder(tmp_path_factory):
 def encoder_folder(tmp_path_factory):
     """A tiny CLIP vision model."""
     import tiny
-
     return tiny.save_clip(tmp_path_factory.mktemp("encoder"))
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--instants", type=int, default=2, help="test_kill.py: random instants of each case"
-    )
+    parser.addoption("--instants", type=int, default=2,
+                     help="test_kill.py: random instants of each case")
     parser.addoption("--messages", action="store_true", help="test_fuzz.py: print what it was told")
 
 

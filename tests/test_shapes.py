@@ -1,16 +1,16 @@
 """The world of shapes: pictures, perturbations and the frozen encoder are what their truth says."""
-
-import types
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
-import quality_loss
 import shapes
-import support.augment
-import support.data
 import train_moco
 from generate_views import foreground_proportion
+from quality_loss import fit_foreground
+from support.augment import normalise
+from support.data import spaced
 
 
 @pytest.fixture(scope="module")
@@ -18,92 +18,77 @@ def scenes():
     return shapes.sample_scenes(600, torch.Generator().manual_seed(5))
 
 
+def perturbed(scenes, level):
+    return shapes.perturb(scenes, level, torch.Generator().manual_seed(1))
+
+
 def test_pictures(scenes):
     """Where the figure covers a pixel wholly, it has the figure's colour; the same generator gives
     the same scenes."""
     pixels, mask = shapes.render(scenes), shapes.foreground(scenes)
-    assert (
-        pixels.shape == (600, 3, 32, 32)
-        and pixels.dtype == torch.uint8
-        and mask.shape == (600, 32, 32)
-    )
+    assert pixels.shape == (600, 3, 32, 32) and pixels.dtype == torch.uint8
+    assert mask.shape == (600, 32, 32)
     inside = (mask == 1)[:, None].expand_as(pixels)
     colour = (scenes.colour * 255).round().byte()[:, :, None, None].expand_as(pixels)
     assert inside.sum() > 10_000 and torch.equal(pixels[inside], colour[inside])
     area = mask.mean((1, 2))
-    assert area.min() < 0.1 and area.max() > 0.5  # small figures and large ones
+    assert area.min() < 0.1 and area.max() > 0.5                     # small figures and large ones
     again = shapes.sample_scenes(600, torch.Generator().manual_seed(5))
     assert all(torch.equal(a, b) for a, b in zip(scenes, again, strict=True))
     assert (scenes.shape.bincount(minlength=10) > 30).all()
 
 
 def test_strong_noise_costs_small_figures_their_identity(scenes):
-    """As in the paper's Fig. 3: nobody is lost at level 0, the small ones at 400, the large ones
-    hardly."""
+    """As in the paper's Fig. 3: none is lost at level 0, the small ones at 400, few large ones."""
     area = shapes.foreground(scenes).mean((1, 2))
     small, large = area < 0.2, area > 0.45
     assert small.sum() > 100 and large.sum() > 50
-    lost = [
-        (
-            shapes.perturb(scenes, level, torch.Generator().manual_seed(1)).shape != scenes.shape
-        ).float()
-        for level in (0, 200, 400)
-    ]
+    lost = [(perturbed(scenes, level).shape != scenes.shape).float() for level in (0, 200, 400)]
     assert lost[0].mean() < 0.03 and lost[2][small].mean() > 0.9 and lost[2][large].mean() < 0.2
     assert lost[0][small].mean() < lost[1][small].mean() < lost[2][small].mean()
 
 
 def test_surroundings_change_with_the_level(scenes):
-    change = [
-        (shapes.perturb(scenes, level, torch.Generator().manual_seed(1)).ground - scenes.ground)
-        .abs()
-        .mean()
-        for level in (0, 200, 400)
-    ]
+    grounds = [perturbed(scenes, level).ground for level in (0, 200, 400)]
+    change = [(ground - scenes.ground).abs().mean() for ground in grounds]
     assert 0.05 < change[0] < change[1] < change[2]
-    levels = torch.tensor([0, 400]).repeat(300)  # one level a picture
-    mixed = shapes.perturb(scenes, levels, torch.Generator().manual_seed(1))
-    whole = shapes.perturb(scenes, 400, torch.Generator().manual_seed(1))
-    assert torch.equal(mixed.ground[1::2], whole.ground[1::2]) and not torch.equal(
-        mixed.ground[::2], whole.ground[::2]
-    )
+    mixed = perturbed(scenes, torch.tensor([0, 400]).repeat(300)).ground     # one level a picture
+    assert torch.equal(mixed[1::2], grounds[2][1::2])
+    assert not torch.equal(mixed[::2], grounds[2][::2])
 
 
 def test_views_are_drawn_apart_from_the_pictures():
-    """With any seed: a view at the strongest level differs from its picture as a stranger with the
-    same figure would."""
+    """With any seed: a view at the strongest level differs from its picture as much as that of
+    another picture with the same figure would."""
+    def views(seed, count):
+        return train_moco.shapes_views(encoder, SimpleNamespace(noise="400", seed=seed), count)[0]
 
     def encoder(x):
         return torch.randn(len(x), 64, 8, generator=torch.Generator().manual_seed(0))
-
     pixels = shapes.render(shapes.split("train"))[:500].float()
+    another = (pixels.roll(1, 0) - pixels).abs().mean()
     for seed in (0, 1, 2):
-        views, _ = train_moco.shapes_views(
-            encoder, types.SimpleNamespace(noise="400", seed=seed), 4096
-        )
-        assert (views[:500] - pixels).abs().mean() > 0.7 * (pixels.roll(1, 0) - pixels).abs().mean()
-    some, _ = train_moco.shapes_views(encoder, types.SimpleNamespace(noise="400", seed=2), 512)
-    assert torch.equal(some, views[support.data.spaced(4096, 512)])
+        everything = views(seed, 4096)
+        assert (everything[:500] - pixels).abs().mean() > 0.7 * another
+    assert torch.equal(views(2, 512), everything[spaced(4096, 512)])
 
 
 def test_the_encoder_sees_the_foreground(scenes):
     """Its first principal component is the figure; the proportion found follows the true one."""
-    encoder = shapes.train_encoder(steps=60)
+    encoder = shapes.train_encoder(steps=60, batch=128)
     with torch.no_grad():
-        tokens = encoder(support.augment.normalise(shapes.render(scenes) / 255))
+        tokens = encoder(normalise(shapes.render(scenes) / 255))
     assert tokens.shape == (600, 64, 64) and not any(p.requires_grad for p in encoder.parameters())
-    component, threshold = quality_loss.fit_foreground(tokens, (8, 8))
+    component, threshold = fit_foreground(tokens, (8, 8))
     mask = shapes.foreground(scenes)
     cells = mask.view(600, 8, 4, 8, 4).mean((2, 4)).flatten()
-    assert torch.corrcoef(torch.stack([(tokens @ component).flatten(), cells]))[0, 1] > 0.8
     p = foreground_proportion(tokens, component, threshold)
-    assert torch.corrcoef(torch.stack([p, mask.mean((1, 2))]))[0, 1] > 0.8
+    for found, truth in (((tokens @ component).flatten(), cells), (p, mask.mean((1, 2)))):
+        assert torch.corrcoef(torch.stack([found, truth]))[0, 1] > 0.8
     assert (p.mean() - 0.4).abs() < 0.01
 
 
 def test_the_picture_it_draws(tmp_path, capsys):
-    from PIL import Image
-
     shapes.main(rows=3, path=str(tmp_path / "shapes.png"))
-    assert len(Image.open(tmp_path / "shapes.png").convert("RGB").getcolors(10**6)) > 50
+    assert len(Image.open(tmp_path / "shapes.png").convert("RGB").getcolors(10 ** 6)) > 50
     assert "3 scenes" in capsys.readouterr().out
