@@ -24,14 +24,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import genview
 import recipes
 from genview import FRACTION
 from support.data import IN_MEMORY_SIZE, ViewFolder, spaced, square
 from support.files import read_component, write_component, write_whole
+from support.pictures import sheet
 from support.world import Parser, UserError, progress, real, say, script, setup, whole
 
 LEVELS = (0, 100, 200, 300, 400)  # of the 1,000 noising steps (release)
@@ -324,53 +324,31 @@ def preview(args, pipe, images):
     """Draws preview.png, a column an image: original, foreground map, views at all levels, the
     adaptive choice framed (the paper's Fig. 3)."""
     v1, alpha = (torch.as_tensor(x).to(pipe.device) for x in find_foreground(args, pipe, images))
-    cell, names, columns = 128 if args.save_size <= 128 else 224, images.names, []
+    cell, names = 128 if args.save_size <= 128 else 224, images.names
+    columns, captions, frames = [], [], {}
     for indices, tokens, c in encode_all(pipe, images, spaced(len(names), args.preview).tolist()):
         p = foreground_proportion(tokens, v1, alpha)
         seeds = [image_seed(args.seed, names[i]) for i in indices]
         views = [generate_all(pipe, args, level, c, seeds) for level in LEVELS]     # [level][image]
-        for i, index in enumerate(indices):
+        for i, (index, level) in enumerate(zip(indices, noise_level(p).tolist(), strict=True)):
             original = square(images.pil(index), cell)
-            shown = [original, foreground_map(original, tokens[i].float() @ v1, alpha)]
-            columns.append((shown + [v[i] for v in views], p[i].item(), noise_level(p)[i].item()))
-    path = args.views_dir / "preview.png"
-    write_whole(path, lambda temporary: draw_preview(columns, cell).save(temporary, format="PNG"))
+            shown = foreground_map(original, tokens[i].float() @ v1, alpha)
+            frames[len(columns), 2 + LEVELS.index(level)] = "red"
+            columns.append([original, shown, *(v[i] for v in views)])
+            captions.append(f"p = {p[i]:.2f}\nlevel {level}")
+    labels = ["original", "foreground"] + [f"level {level}" for level in LEVELS]
+    picture, path = sheet(columns, captions, frames, cell, labels), args.views_dir / "preview.png"
+    write_whole(path, lambda temporary: picture.save(temporary, format="PNG"))
     print(f"{path}: {len(columns)} images. If the coloured part is not the foreground, add "
           f"--flip-foreground; the same command without --preview {args.preview} makes the views")
 
 
 def foreground_map(original, a, alpha):
-    """a = <token, v1> of one image (T,) as brightness; the tokens above alpha in orange."""
-    side, g = original.width, math.isqrt(len(a))
-    grid = a.float().cpu().reshape(1, 1, g, g)
-    smooth = F.interpolate(grid, size=(side, side), mode="bilinear")[0, 0]
-    grey = (smooth - smooth.min()) / (smooth.max() - smooth.min()).clamp_min(1e-8)    # (side, side)
-    inside = F.interpolate((grid > alpha.cpu()).float(), size=(side, side))[0, 0, :, :, None]
-    colour = inside * torch.tensor([255.0, 150.0, 0.0]) + (1 - inside) * 160.0
-    return Image.fromarray((colour * (0.25 + 0.75 * grey[:, :, None])).byte().numpy())
-
-
-def draw_preview(columns, cell):
-    """columns: of (PIL images from top to bottom, p, chosen level)."""
-    labels = ["original", "foreground"] + [f"level {level}" for level in LEVELS]
-    left, gap, foot = 76, 6, 34
-    size = (left + len(columns) * (cell + gap), len(labels) * (cell + gap) + foot)
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, label in enumerate(labels):
-        draw.text((6, row * (cell + gap) + cell // 2), label, fill="black")
-    for column, (pictures, p, level) in enumerate(columns):
-        x = left + column * (cell + gap)
-        for row, picture in enumerate(pictures):
-            y = row * (cell + gap) + gap // 2
-            if row >= 2 and LEVELS[row - 2] == level:
-                draw.rectangle((x - 3, y - 3, x + cell + 2, y + cell + 2), fill="red")
-            sharp = picture.width < cell           # enlarged pixels stay visible
-            method = Image.Resampling.NEAREST if sharp else Image.Resampling.BICUBIC
-            sheet.paste(picture.resize((cell, cell), method), (x, y))
-        text = f"p = {p:.2f}\nlevel {level}"
-        draw.text((x, len(labels) * (cell + gap) + 2), text, fill="black")
-    return sheet
+    """The image darkened but for the tokens with a = <token, v1> (T,) above alpha."""
+    side = math.isqrt(len(a))
+    mask = Image.fromarray(((a > alpha).view(side, side) * 255).byte().cpu().numpy())
+    dark = original.point(lambda value: value // 5)
+    return Image.composite(original, dark, mask.resize(original.size, Image.Resampling.NEAREST))
 
 
 # ------------------------------------------------------------------------------------- command line

@@ -14,21 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import shapes
 from quality_loss import fit_foreground, foreground_threshold, orient_foreground, pair_quality
+from support import data
 from support.augment import Draws, crop, crop_boxes, normalise, recolour
-from support.data import (
-    IN_MEMORY_SIZE,
-    Images,
-    find_files,
-    find_views,
-    image_files,
-    into_memory,
-    open_image,
-    read_cifar,
-    readable,
-    spaced,
-    to_tensor,
-    views_into_memory,
-)
+from support.data import IN_MEMORY_SIZE, Images, spaced, to_tensor
 from support.files import read_component
 from support.world import UserError, ignore_sigterm, progress, say, step_generator
 
@@ -58,15 +46,15 @@ def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=False
         names = [f"{split}/{i:05d}" for i in range(len(scenes.shape))]
         images = Images(names, scenes.shape, len(shapes.CLASSES), shapes.render(scenes))
     elif dataset.startswith("cifar") and not (Path(data_dir) / "train").is_dir():
-        images = read_cifar(dataset, data_dir, split)
+        images = data.read_cifar(dataset, data_dir, split)
     else:
-        images = find_files(Path(data_dir), split)
+        images = data.find_files(Path(data_dir), split)
     digest = hashlib.sha256("\n".join(images.names).encode(errors="surrogateescape")).hexdigest()
     images = images._replace(source=f"{len(images.names)} images, names {digest[:12]}")
     if limit is not None and limit < len(images.names):
         images = images.take(spaced(len(images.names), limit))
     in_memory = images.pixels is not None or image_size > IN_MEMORY_SIZE
-    return images if in_memory else into_memory(images, image_size, skip_bad)
+    return images if in_memory else data.into_memory(images, image_size, skip_bad)
 
 
 def default_views_dir(dataset, data_dir):
@@ -169,7 +157,7 @@ class CropPairs(Dataset):
         try:
             image = other = self.images.pil(index)
             if self.views is not None and self.views[index] is not None:
-                other = open_image(self.views[index])
+                other = data.open_image(self.views[index])
         except UserError:
             if not self.skip_bad:
                 raise
@@ -187,20 +175,20 @@ def load_views(args, images):
     """The generated views as PairLoader takes them, or None for plain pairs."""
     if args.views_dir == "none":
         return None
-    paths = find_views(images, args.views_dir, args.dataset)
+    paths = data.find_views(images, args.views_dir, args.dataset)
     missing = sum(path is None for path in paths)
     say(f"generated views of {len(paths) - missing} of {len(paths)} images from {args.views_dir}"
         + (f"; the other {missing} use themselves" if missing else ""))
-    return paths if images.pixels is None else views_into_memory(images, paths, args.skip_bad)
+    return paths if images.pixels is None else data.views_into_memory(images, paths, args.skip_bad)
 
 
 def load_extra(args, images):
     """--views extra: further images, (M, 3, S, S) uint8 or M paths: the views of these images in a
     folder of generate_views.py, all the images of any other folder."""
     if Path(args.views_dir, "settings.json").exists():
-        paths = [p for p in find_views(images, args.views_dir, args.dataset) if p is not None]
+        paths = [p for p in data.find_views(images, args.views_dir, args.dataset) if p]
     else:
-        paths = sorted(image_files(args.views_dir))
+        paths = sorted(data.image_files(args.views_dir))
     if not paths:
         raise UserError(f"{args.views_dir} holds no images for --views extra")
     say(f"{len(paths)} further training samples from {args.views_dir}")
@@ -208,7 +196,7 @@ def load_extra(args, images):
     extra = Images(names, torch.zeros(len(paths)), 0, root=Path())
     if images.pixels is None:
         return names
-    return into_memory(extra, args.image_size, args.skip_bad).pixels
+    return data.into_memory(extra, args.image_size, args.skip_bad).pixels
 
 
 def expand(images, extra):
@@ -337,7 +325,7 @@ def find_component(encoder, images, args, world):
 
     def tokens():
         for part in progress(chosen.split(64), "foreground", "batch"):
-            pictures = readable(images, part.tolist(), side, args.skip_bad)
+            pictures = data.readable(images, part.tolist(), side, args.skip_bad)
             if pictures:
                 with world.autocast():
                     x = torch.stack(pictures).to(world.device)

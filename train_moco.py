@@ -14,27 +14,19 @@ import copy
 import itertools
 import math
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
+import genview
 import recipes
 import shapes
 from eval_linear import extract_features, knn_accuracy
 from generate_views import foreground_proportion, noise_level
-from genview import (
-    FrozenEncoder,
-    PairLoader,
-    PairQuality,
-    default_views_dir,
-    expand,
-    find_component,
-    load_extra,
-    load_images,
-    load_views,
-)
 from quality_loss import fit_foreground, info_nce, info_nce_in_batch, quality_weights
 from support import runs
 from support.augment import Augmentation, normalise
@@ -95,20 +87,11 @@ class Momentum(nn.Module):
     def momentum_at(self, fraction):
         return 1 - (1 - self.momentum) * (1 + math.cos(math.pi * fraction)) / 2   # a cosine up to 1
 
-    @torch.no_grad()
-    def start(self, views):
-        """Sets batch norm's running statistics from a few batches of views and copies them to the
-        key encoder. Otherwise the keys of the first 1 / (1 - m) steps are computed with wrong
-        statistics: long enough to drive all embeddings to one side."""
-        norms = [m for m in self.query.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        usual = [m.momentum for m in norms]
-        for m in norms:
-            m.momentum = None                      # the mean over these batches
-        self.train()
-        for view in views:
-            self.query(view)
-        for m, momentum in zip(norms, usual, strict=True):
-            m.momentum = momentum
+    def start(self, batches):
+        """Sets batch norm's running statistics to their mean over a few batches. Otherwise the keys
+        of the first 1 / (1 - m) steps are computed with wrong statistics: long enough to drive all
+        embeddings to one side."""
+        update_bn(batches, self.query)
         self.key.load_state_dict(self.query.state_dict())
 
 
@@ -227,18 +210,18 @@ def train_step(method, optimizer, views, quality_of, gamma, fraction, world):
     return {"loss": loss.detach(), **readouts}
 
 
+OPTIMIZERS = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW,
+              "lars": LARS}
+
+
 def make_optimizer(args, method):
     """method.constant_lr, where there is one: modules whose learning rate stays at its peak."""
-    constant = [p for module in getattr(method, "constant_lr", []) for p in module.parameters()]
-    chosen = set(constant)
-    groups = [{"params": [p for p in method.parameters() if p.requires_grad and p not in chosen]}]
-    if constant:
-        groups.append({"params": constant, "constant_lr": True})
-    if args.optimizer == "lars":
-        return LARS(groups, lr=0.0, weight_decay=args.weight_decay)
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, weight_decay=args.weight_decay)
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
+    constant = {p for module in getattr(method, "constant_lr", []) for p in module.parameters()}
+    learning = [p for p in method.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in learning if p not in constant]},
+              {"params": [p for p in learning if p in constant], "constant_lr": True}]
+    groups = [group for group in groups if group["params"]]
+    return OPTIMIZERS[args.optimizer](groups, lr=0.0, weight_decay=args.weight_decay)
 
 
 def learning_rate(args, epoch):
@@ -262,8 +245,8 @@ def train(args, world, methods=METHODS):
     """Trains, evaluates, writes the run's folder. methods: {name: class}, args -> module with
     .query, .chance, update(fraction) and forward(views, weights, world)."""
     run = runs.Run(args, world, label(args), defaults(args, methods))
-    images, test = (load_images(args.dataset, args.data_dir, split, args.image_size, args.limit,
-                                args.skip_bad) for split in ("train", "test"))
+    images, test = (genview.load_images(args.dataset, args.data_dir, split, args.image_size,
+                                        args.limit, args.skip_bad) for split in ("train", "test"))
     torch.manual_seed(args.seed)
     method = methods[args.method](args).to(world.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args, method)
@@ -302,19 +285,14 @@ def distribute(method, loader, args, world, fresh):
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     if fresh and args.start_batches:
         with world.autocast():
-            method.start(v[0] for v in itertools.islice(loader.epoch(0), args.start_batches))
-    if args.compile:
-        compile_method(method)
+            method.start(itertools.islice(loader.epoch(0), args.start_batches))
+    if args.compile:               # the networks alone: the loss and the queue are cheap
+        for network in method.children():
+            network.compile()
     if world.size == 1:
         return method
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")    # old versions need it
     return nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
-
-
-def compile_method(method):
-    """torch.compile for the networks alone: the loss and the queue are cheap, and stay readable."""
-    for network in method.children():
-        network.compile()
 
 
 def knn(method, train_images, test_images, args, world):
@@ -352,21 +330,24 @@ def prepare(args, images, world):
         views, component = shapes_views(encoder, args, len(images.names))
         views = None if args.views_dir == "none" else views
     elif args.dataset != "shapes":
-        views = load_extra(args, images) if args.views == "extra" else load_views(args, images)
-        encoder = FrozenEncoder(args.encoder) if args.quality != "off" else None
+        load = genview.load_extra if args.views == "extra" else genview.load_views
+        views = load(args, images)
+        encoder = genview.FrozenEncoder(args.encoder) if args.quality != "off" else None
     quality_of = None
     if args.quality != "off":
         encoder = encoder.to(world.device, memory_format=torch.channels_last)
         if component is None:
-            component = find_component(encoder, images, args, world)
+            component = genview.find_component(encoder, images, args, world)
         component = -component if args.flip_foreground else component
-        quality_of = PairQuality(encoder, component.to(world.device))
-    pool, views = (expand(images, views), None) if args.views == "extra" else (images, views)
+        quality_of = genview.PairQuality(encoder, component.to(world.device))
+    pool = images
+    if args.views == "extra":
+        pool, views = genview.expand(images, views), None
     if len(images.names) < args.batch_size:
         raise UserError(f"{len(images.names)} images do not fill one batch of {args.batch_size}: "
                         f"lower --batch-size")
-    loader = PairLoader(pool, views, augmentations(args), args.image_size, args.batch_size,
-                        args.seed, world, args.workers, args.skip_bad)
+    loader = genview.PairLoader(pool, views, augmentations(args), args.image_size, args.batch_size,
+                                args.seed, world, args.workers, args.skip_bad)
     loader.steps = len(images.names) // args.batch_size      # with extra samples the same work
     return loader, quality_of
 
@@ -399,7 +380,7 @@ def parse_args(methods=METHODS, description=None, argv=None):
     if args.dataset == "shapes" and args.views_dir not in (None, "none"):
         raise UserError("--dataset shapes makes its views itself: --views-dir can only be none")
     if args.views_dir is None:
-        args.views_dir = default_views_dir(args.dataset, args.data_dir)
+        args.views_dir = genview.default_views_dir(args.dataset, args.data_dir)
         if args.dataset != "shapes" and not Path(args.views_dir, "manifest.jsonl").exists():
             say(f"*** No generated views in {args.views_dir}: this is plain {NAMES[args.method]}, "
                 f"not GenView. They are made by\n***   python generate_views.py "

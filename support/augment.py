@@ -146,6 +146,12 @@ def normalise(x):
     return (x - mean) / std
 
 
+def denormalise(x):
+    """The inverse of normalise, cut to [0, 1]."""
+    mean, std = (constant(v, x.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    return (x.float() * std + mean).clamp(0, 1)
+
+
 @functools.lru_cache
 @torch.inference_mode(False)                       # an inference tensor would not allow gradients
 def constant(values, device):

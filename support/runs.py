@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from support.augment import CLIP_MEAN, CLIP_STD
+from support.augment import denormalise
 from support.checkpoints import load_checkpoint
+from support.data import spaced
 from support.files import append, sweep, write_json, write_whole
+from support.pictures import sheet
 from support.world import Parser, Terminated, UserError, progress, real, say, whole
 
 # Flags that may differ when a run is resumed: they do not change its result.
@@ -257,37 +259,25 @@ class Run:
         return (f"the {what} is not finite at step {step}: lower --lr or raise --temperature "
                 f"(learning rate {self.optimizer.param_groups[0]['lr']:.3g}){good}")
 
-    def draw_pairs(self, views, quality_of, columns=8, rows=3, cell=96):
-        """pairs.png: pairs of a batch from best to worst quality, scores beneath, the extremes
-        framed (cf. Fig. 5)."""
+    def draw_pairs(self, views, quality_of, count=12):
+        """pairs.png: pairs of a batch from best to worst quality, scores below (cf. Fig. 5)."""
         if not self.main:
             return
+        order, captions = torch.arange(len(views[0])), [""] * len(views[0])
         if quality_of:
             with self.world.autocast():
                 scores = torch.stack(quality_of(*views)).T.cpu()               # (N, 3): q, s^f, s^b
-        order = scores[:, 0].argsort(descending=True) if quality_of else torch.arange(len(views[0]))
-        order = order[torch.linspace(0, len(order) - 1, min(columns * rows, len(order))).long()]
-        width, height = 2 * cell + 12, cell + 24
-        canvas = Image.new("RGB", (columns * width, rows * height), "white")
-        draw = ImageDraw.Draw(canvas)
-        for place, i in enumerate(order.tolist()):
-            left, top = place % columns * width, place // columns * height
-            for v, view in enumerate(views):
-                canvas.paste(_picture(view[i], cell), (left + 4 + v * cell, top + 4))
-            if quality_of:
-                text = "q {:.2f} = {:.2f} - {:.2f}".format(*scores[i].tolist())
-                draw.text((left + 6, top + cell + 8), text, fill="black")
-            if quality_of and place in (0, len(order) - 1):
-                draw.rectangle((left + 1, top + 1, left + 2 * cell + 6, top + cell + 6),
-                               outline="green" if place == 0 else "red", width=3)
+            order = scores[:, 0].argsort(descending=True)
+            captions = ["q = {:.2f} =\n{:.2f} - {:.2f}".format(*row) for row in scores.tolist()]
+        chosen = order[spaced(len(order), count)].tolist()
+        pixels = [(denormalise(view) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+                  for view in views]
+        columns = [[Image.fromarray(view[i]) for view in pixels] for i in chosen]
+        last = len(chosen) - 1
+        frames = {(0, row): "green" for row in (0, 1)} | {(last, row): "red" for row in (0, 1)}
+        canvas = sheet(columns, [captions[i] for i in chosen], frames if quality_of else {}, 96,
+                       ("view 1", "view 2"))
         write_whole(self.folder / "pairs.png", lambda path: canvas.save(path, format="PNG"))
-
-
-def _picture(view, side):
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    pixels = ((view.float().cpu() * std + mean) * 255).round().clamp(0, 255).byte()
-    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    return image.resize((side, side), Image.Resampling.NEAREST)
 
 
 def _duration(seconds):
