@@ -8,11 +8,12 @@ This file needs nothing but PyTorch: copy it. Three lines turn a contrastive los
 
 `component` comes from fit_foreground, once, on E's feature maps of some thousand images. Everything
 is computed in float32 on any device, whatever the dtype or autocast around it; shapes that do not
-fit raise a ValueError that names them; finite input gives no NaN. Sec. 3.3 is the paper's section
-"quality-driven contrastive loss", Sec. 3.2 its "adaptive view generation".
+fit raise a ValueError that names them; finite input gives no NaN. Sec. 3.2 is the paper's "adaptive
+view generation", Sec. 3.3 its "quality-driven contrastive loss", whose weights all losses take.
 
-Legend of the shapes: N pairs, T positions of a feature map, K features at a position, D size of an
-embedding, M keys, V views, P prototypes. v1, F, M^f, z^f, s^f, q, w, l, L are the paper's symbols.
+A third of the lines are examples, shapes and sources: they are for those who copy the file.
+Shapes: N pairs, T positions of a feature map, K features at a position, D size of an embedding, M
+keys, V views, P prototypes. v1, F, M^f, z^f, s^f, q, w, l, L are the paper's symbols.
 """
 import functools
 
@@ -49,17 +50,15 @@ def foreground_attention(features, component):
     Args:
         features: F, (N, T, K), a frozen encoder's feature map of each view.
         component: v1, (K,), their first principal component, pointing to the foreground.
-    Returns M^f (N, T), M^b (N, T): no entry negative, rows sum to 1; uniform for a constant map.
-    Source: Sec. 3.3; the min-max normalisation is the authors' release's.
-
+    Returns M^f, M^b, (N, T): no entry negative, rows sum to 1; uniform for a constant map.
+    Source: Sec. 3.3; the min-max normalisation: the authors' release.
     >>> fg, bg = foreground_attention(torch.tensor([[[0.], [1.], [3.]]]), torch.ones(1))
     >>> fg.tolist()[0][:2], bg.tolist()[0][2]
     ([0.0, 0.25], 0.0)
     """
-    _check(features.ndim == 3 and features.numel() > 0,
-           f"features must be (N, T, K), got {tuple(features.shape)}")
-    _check(component.shape == features.shape[2:], f"component must be ({features.shape[2]},) for "
-           f"features {tuple(features.shape)}, got {tuple(component.shape)}")
+    _check(features.ndim == 3 and features.numel() and component.shape == features.shape[2:],
+           f"features must be (N, T, K) and component (K,), got {tuple(features.shape)} and "
+           f"{tuple(component.shape)}")
     a = features @ component                                    # a = <F, v1>                 (N, T)
     low, high = a.amin(1, keepdim=True), a.amax(1, keepdim=True)
     # A contrast below 1e-5 of the largest possible |a| is rounding, not foreground: a constant map.
@@ -76,9 +75,7 @@ def pair_quality(features1, features2, component):
     Args:
         features1, features2: F_i1 (N, T, K), F_i2 (N, T', K), of the two *augmented* views.
         component: v1, (K,), see foreground_attention.
-    Returns q (N,) in [-2, 2], s^f (N,) and s^b (N,) in [-1, 1].
-    Source: Sec. 3.3.
-
+    Returns q in [-2, 2], s^f and s^b in [-1, 1], (N,). Source: Sec. 3.3.
     >>> subject, sky, sea = torch.eye(3)
     >>> view1, view2 = torch.stack([subject, sky])[None], torch.stack([subject, sea])[None]
     >>> [round(x.item(), 3) for x in pair_quality(view1, view2, subject)]    # new surroundings
@@ -109,9 +106,7 @@ def quality_weights(quality, gamma=1.0, group=None):
         gamma: how strongly quality counts; 0 gives weights of 1 (the release uses 1).
         group: a torch.distributed process group: normalises over the pairs of all its ranks, so
             that many processes weight like one. None: over this batch alone, as in the release.
-    Returns w (N,), float32, detached.
-    Source: Sec. 3.3; n and gamma from the authors' release.
-
+    Returns w (N,), detached. Source: Sec. 3.3; n and gamma: the authors' release.
     >>> quality_weights(torch.tensor([0.0, 0.6931472]))                      # exp(q) = 1, 2
     tensor([0.6667, 1.3333])
     """
@@ -140,15 +135,13 @@ def info_nce(query, key, negatives, *, temperature, weights=None):
         negatives: n, (M, D).
         temperature: t > 0.
         weights: w, (N,), of mean 1 (quality_weights); None is exactly the unweighted loss.
-    Returns L, a scalar; at chance level it is log(1 + M).
-    Source: MoCo (He et al. 2020), Eq. 1; the weights: Sec. 3.3.
-
+    Returns L, a scalar, log(1 + M) at chance level. Source: MoCo (He et al. 2020), Eq. 1.
     >>> q = torch.tensor([[1., 0.]])
     >>> info_nce(q, q, torch.tensor([[0., 1.]]), temperature=1.0)                # log(1 + e^-1)
     tensor(0.3133)
     """
     _check_pairs(query, key)
-    _check(negatives.ndim == 2 and negatives.shape[1] == query.shape[1],
+    _check(negatives.shape[1:] == query.shape[1:],
            f"negatives must be (M, {query.shape[1]}), got {tuple(negatives.shape)}")
     _check(temperature > 0, f"temperature must be positive, got {temperature}")
     positive = (query * key).sum(1, keepdim=True)                               # q_i.k_i   (N, 1)
@@ -166,18 +159,14 @@ def info_nce_in_batch(query, keys, *, temperature, weights=None, offset=0):
     Args:
         query: q, (N, D), of unit length by convention (not enforced).
         keys: k, (M, D), the keys of all ranks; the positive of row i is keys[offset + i].
-        temperature, weights: see info_nce.
-        offset: where this rank's keys start, rank * N.
-    Returns L, a scalar; at chance level it is log(M).
-    Source: MoCo v3 (Chen et al. 2021), Algorithm 1; the weights: Sec. 3.3.
-
+        offset: where this rank's keys start, rank * N. The others: see info_nce.
+    Returns L, a scalar, log(M) at chance level. Source: MoCo v3 (Chen et al. 2021), Algorithm 1.
     >>> info_nce_in_batch(torch.eye(2), torch.eye(2), temperature=1.0)           # log(1 + e^-1)
     tensor(0.3133)
     """
-    _check(query.ndim == keys.ndim == 2 and query.shape[1] == keys.shape[1] and len(query) > 0,
-           f"query and keys must be (N, D), (M, D), got {tuple(query.shape)}, {tuple(keys.shape)}")
-    _check(0 <= offset and offset + len(query) <= len(keys),
-           f"rows {offset} to {offset + len(query)} are not among the keys {tuple(keys.shape)}")
+    _check(query.ndim == keys.ndim == 2 and query.shape[1] == keys.shape[1] and len(query)
+           and 0 <= offset <= len(keys) - len(query), f"query and keys must be (N, D), (M, D) with "
+           f"offset + N <= M, got {tuple(query.shape)}, {tuple(keys.shape)}, offset {offset}")
     _check(temperature > 0, f"temperature must be positive, got {temperature}")
     logits = query @ keys.T / temperature                                       # (N, M)
     target = torch.arange(len(query), device=query.device) + offset
@@ -190,12 +179,8 @@ def negative_cosine(prediction, target, weights=None):
 
     l_i = -cos(p_i, stopgrad(z_i))
 
-    Args:
-        prediction, target: p, z, (N, D).
-        weights: see info_nce.
-    Returns L, a scalar, in [-1, 1] for unweighted pairs.
-    Source: SimSiam (Chen and He 2021), Eq. 1; the weights: Sec. 3.3.
-
+    Args: prediction, target: p, z, (N, D); weights: see info_nce.
+    Returns L, a scalar, -1 at best. Source: SimSiam (Chen and He 2021), Eq. 1.
     >>> negative_cosine(torch.tensor([[2., 0.], [0., 1.]]), torch.tensor([[1., 0.], [1., 0.]]))
     tensor(-0.5000)
     """
@@ -213,16 +198,13 @@ def swapped_prediction(scores, codes, *, temperature, weights=None):
         scores: (V, N, P), cosines of the embeddings of V views of N images with P prototypes.
         codes: (A, N, P), the codes (sinkhorn) of the first A of these views; no gradient.
         temperature, weights: see info_nce.
-    Returns L, a scalar; at chance level it is log(P).
-    Source: SwAV (Caron et al. 2020), Eq. 2 and section 3.2; the weights: Sec. 3.3.
-
+    Returns L, a scalar, log(P) at chance level. Source: SwAV (Caron et al. 2020), Eq. 2, Sec. 3.2.
     >>> swapped_prediction(torch.zeros(2, 1, 4), torch.eye(4)[:2, None], temperature=0.1)   # log(4)
     tensor(1.3863)
     """
-    _check(scores.ndim == 3 and codes.ndim == 3 and scores.shape[1:] == codes.shape[1:]
-           and scores.numel() > 0 and 0 < len(codes) <= len(scores) > 1,
-           f"scores must be (V, N, P) and codes (A, N, P) with A <= V, V > 1; got "
-           f"{tuple(scores.shape)}, {tuple(codes.shape)}")
+    _check(scores.ndim == codes.ndim == 3 and scores.shape[1:] == codes.shape[1:]
+           and scores.numel() and 0 < len(codes) <= len(scores) > 1, f"scores must be (V, N, P), "
+           f"codes (A, N, P), A <= V > 1, got {tuple(scores.shape)}, {tuple(codes.shape)}")
     _check(temperature > 0, f"temperature must be positive, got {temperature}")
     log_p = (scores / temperature).log_softmax(2)                               # (V, N, P)
     entropy = -torch.einsum("anp,vnp->avn", codes.detach(), log_p)     # of each code and prediction
@@ -242,14 +224,13 @@ def sinkhorn(scores, epsilon=0.05, iterations=3, group=None):
         scores: (N, P), cosines of N embeddings with P prototypes.
         epsilon: smaller is harder.
         group: a torch.distributed process group whose images are assigned together; None: these.
-    Returns codes (N, P), float32: each row sums to 1, each column to about N / P. No gradient.
-    Source: SwAV (Caron et al. 2020), section 3.1; with logarithms, which do not overflow.
-
+    Returns codes (N, P): each row sums to 1, each column to about N / P. No gradient.
+    Source: SwAV, Sec. 3.1; with logarithms, which do not overflow.
     >>> sinkhorn(torch.tensor([[1., 0.], [0.9, 0.]]), epsilon=1.0).sum(0).round(decimals=2)
     tensor([1., 1.])
     """
-    _check(scores.ndim == 2 and scores.numel(), f"scores must be (N, P), got {tuple(scores.shape)}")
-    _check(epsilon > 0, f"epsilon must be positive, got {epsilon}")
+    _check(scores.ndim == 2 and scores.numel() and epsilon > 0, f"scores must be (N, P), epsilon "
+           f"positive, got {tuple(scores.shape)}, {epsilon}")
     log_q = scores / epsilon                                                    # (N, P)
     for _ in range(iterations):
         largest = log_q.amax(0)                # log-sum-exp of the columns, over all ranks
@@ -286,8 +267,7 @@ def fit_foreground(tokens, grid, fraction=0.4):
         tokens: (N, T, K) of images drawn from the data set, laid out row by row on grid.
         grid: (rows, columns), rows * columns = T.
         fraction: alpha is the quantile that makes this share of all tokens foreground.
-    Returns v1 (K,) float32 of unit length; alpha, a float.
-    Source: Sec. 3.2, Eq. 7 for alpha; the orientation is ours (see orient_foreground).
+    Returns v1 (K,) of unit length; alpha, a float. Source: Sec. 3.2, Eq. 7 for alpha.
     """
     _check(tokens.ndim == 3 and grid[0] * grid[1] == tokens.shape[1], f"tokens must be "
            f"(N, {grid[0] * grid[1]}, K) on {tuple(grid)}, got {tuple(tokens.shape)}")
@@ -305,7 +285,7 @@ def fit_foreground(tokens, grid, fraction=0.4):
 
 def orient_foreground(component, tokens, grid, fraction=0.4):
     """The sign of a component is arbitrary: foreground is the side that is more frequent at the
-    centre of the images than along their border. As fit_foreground, with the component given."""
+    centre of the images than along their border (ours). See fit_foreground for the rest."""
     v1 = component.float() / component.float().norm()
     a = torch.cat([part.float() @ v1 for part in tokens.split(256)])        # <token_ij, v1>  (N, T)
     rows, columns = (torch.arange(n, device=a.device) for n in grid)
@@ -328,19 +308,17 @@ def foreground_threshold(a, fraction=0.4):
 
 if __name__ == "__main__":
     # Three pairs of views with 2 x 2 positions of 3 features; one position shows the subject.
-    subject, grass, sky = torch.eye(3)
-    pairs = {"new surroundings": [subject, sky, sky, sky],             # the pair one wants
-             "same surroundings": [subject, grass, grass, grass],      # no diversity
-             "subject lost": [grass, grass, grass, grass]}             # a false positive
-    view1 = torch.stack([subject, grass, grass, grass]).expand(3, 4, 3)
-    view2 = torch.stack([torch.stack(positions) for positions in pairs.values()])
-    q, s_f, s_b = pair_quality(view1, view2, subject)
+    features = torch.eye(3)                                            # subject, grass, sky
+    pairs = {"new surroundings": [0, 2, 2, 2],                         # the pair one wants
+             "same surroundings": [0, 1, 1, 1],                        # no diversity
+             "subject lost": [1, 1, 1, 1]}                             # a false positive
+    view1, view2 = (features[torch.tensor(x)] for x in ([[0, 1, 1, 1]] * 3, [*pairs.values()]))
+    q, s_f, s_b = pair_quality(view1, view2, features[0])
     w = quality_weights(q)
     print("pair                  s_f    s_b      q      w")
     for name, *row in zip(pairs, s_f, s_b, q, w, strict=True):
         print(f"{name:18}" + "".join(f"{x.item():7.2f}" for x in row))
-    torch.manual_seed(0)
     query, key, queue = (F.normalize(torch.randn(n, 16), dim=1) for n in (3, 3, 64))
-    for name, weights in (("unweighted", None), ("weighted", w)):
+    for weights in (None, w):
         loss = info_nce(query, key, queue, temperature=0.2, weights=weights)
-        print(f"InfoNCE, temperature 0.2, {name}: {loss:.3f}")
+        print(f"InfoNCE, {'unweighted' if weights is None else 'weighted'}: {loss:.3f}")

@@ -256,7 +256,8 @@ def test_compiled_is_the_same(monkeypatch):
     torch.manual_seed(0)
     method, twin = (train_moco.MoCoV3(settings("mocov3")).train() for _ in range(2))
     twin.load_state_dict(method.state_dict())
-    train_moco.compile_method(twin)
+    args = settings("mocov3", compile=True, start_batches=0)
+    assert train_moco.distribute(twin, None, args, CPU, fresh=True) is twin
     assert twin.query._compiled_call_impl and not method.query._compiled_call_impl
     views = torch.randn(2, 8, 3, 32, 32)
     losses = [net(views, None, CPU)[0] for net in (method, twin)]
@@ -286,7 +287,7 @@ def test_start_gives_the_keys_true_statistics():
     torch.manual_seed(0)
     method = train_moco.MoCoV2(settings())
     batches = list(3 + 2 * torch.randn(3, 8, 3, 32, 32))
-    method.start(batches)
+    method.train().start([[views, None] for views in batches])
     convolution, norm = method.query.backbone[:2]            # what the first batch norm sees
     mean = torch.stack([convolution(views).detach().mean((0, 2, 3)) for views in batches]).mean(0)
     torch.testing.assert_close(method.key.backbone[1].running_mean, mean, atol=1e-5, rtol=1e-4)
