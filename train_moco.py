@@ -309,16 +309,16 @@ def knn(method, train_images, test_images, args, world):
 def augmentations(args):
     """t1, t2. MoCo v3 blurs and solarises the two views unequally, as BYOL does, and jitters
     saturation less. SwAV jitters twice as strongly and adds small crops."""
-    scale = (args.crop_min, 1.0)
+    usual = Augmentation((args.crop_min, 1.0), blur=args.blur, colour=args.colour)
     if args.method in ("mocov2", "simsiam"):
-        return [Augmentation(scale, blur=args.blur)] * 2
+        return [usual] * 2
     if args.method == "swav":
-        large = Augmentation(scale, (0.8, 0.8, 0.8, 0.2), args.blur)
+        large = usual._replace(jitter=(0.8, 0.8, 0.8, 0.2))
         small = large._replace(scale=(args.small_min, args.crop_min), size=args.small_size)
         return [large] * 2 + [small] * args.small_crops
-    jitter = (0.4, 0.4, 0.2, 0.1)
-    return [Augmentation(scale, jitter, blur=2 * args.blur),
-            Augmentation(scale, jitter, blur=0.2 * args.blur, solarise=0.2)]
+    usual = usual._replace(jitter=(0.4, 0.4, 0.2, 0.1))
+    return [usual._replace(blur=2 * args.blur),
+            usual._replace(blur=0.2 * args.blur, solarise=0.2)]
 
 
 def prepare(args, images, world):

@@ -23,6 +23,7 @@ class Augmentation(NamedTuple):
     blur: float = 0.5                      # probability; sigma in [0.1, 2] pixels
     solarise: float = 0.0                  # probability
     size: int = None                       # side of the view in pixels; None: the loader's
+    colour: float = 1.0                    # factor of strength and probability of all the colours
 
 
 class Draws(NamedTuple):
@@ -91,7 +92,9 @@ def recolour(x, draws, order, augmentation):
     """
     def over_images(u):
         return u[:, None, None, None]
-    strength = constant(augmentation.jitter, x.device) * (draws.jitter[:, None] < 0.8)      # (N, 4)
+    share = augmentation.colour
+    strength = constant(augmentation.jitter, x.device) * share
+    strength = strength * (draws.jitter[:, None] < 0.8 * share)                             # (N, 4)
     factor = (2 * draws.strength - 1) * strength                      # 0 leaves the image as it is
     for jitter in order:
         f = over_images(factor[:, jitter])
@@ -101,14 +104,14 @@ def recolour(x, draws, order, augmentation):
             x = x.lerp_(grey(x).mean((2, 3), keepdim=True), -f).clamp_(0, 1)        # contrast
         elif jitter == 2:
             x = x.lerp_(grey(x), -f).clamp_(0, 1)                                   # saturation
-        elif augmentation.jitter[3]:
+        elif augmentation.jitter[3] * share:
             x = shift_hue(x, f)
-    x = x.lerp_(grey(x), over_images((draws.grey < 0.2).to(x.dtype)))               # grey
-    if augmentation.blur:
-        blurred = blur(x, 0.1 + 1.9 * draws.sigma)
-        x = torch.where(over_images(draws.blur < augmentation.blur), blurred, x)
-    if augmentation.solarise:
-        chosen = over_images(draws.solarise < augmentation.solarise)
+    x = x.lerp_(grey(x), over_images((draws.grey < 0.2 * share).to(x.dtype)))       # grey
+    if augmentation.blur * share:
+        blurred = blur(x, 0.1 + 1.9 * share * draws.sigma)
+        x = torch.where(over_images(draws.blur < augmentation.blur * share), blurred, x)
+    if augmentation.solarise * share:
+        chosen = over_images(draws.solarise < augmentation.solarise * share)
         x = torch.where(chosen & (x >= 0.5), 1 - x, x)
     x = torch.where(over_images(draws.flip < 0.5), x.flip(3), x)                    # mirrored
     return normalise(x)

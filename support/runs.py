@@ -60,6 +60,8 @@ def parser_of(description, datasets, methods, recipe_flags):
     add("--save-minutes", type=real(0, 1e6), default=15, help="between checkpoints in an epoch")
     add("--log-every", type=whole(1), default=10, help="steps between lines of log.jsonl")
     add = parser.add_argument_group("recipe; default: that of --dataset and --method").add_argument
+    add("--colour", type=real(0, 1), default=1.0, help="factor of strength and probability of "
+        "jitter, grey, blur and solarise; 0: crops and flips alone")
     for name, (kind, text) in recipe_flags.items():
         choices = ["sgd", "adamw", "lars"] if name == "optimizer" else None
         add(f"--{name.replace('_', '-')}", type=kind, help=text, choices=choices)

@@ -17,7 +17,15 @@ import genview
 import support.augment
 from genview import FrozenEncoder, PairLoader, PairQuality, load_images
 from quality_loss import pair_quality
-from support.augment import CLIP_MEAN, CLIP_STD, CROP_TRIES, Augmentation, Draws, normalise
+from support.augment import (
+    CLIP_MEAN,
+    CLIP_STD,
+    CROP_TRIES,
+    Augmentation,
+    Draws,
+    normalise,
+    recolour,
+)
 from support.checkpoints import load_checkpoint
 from support.data import Images, find_views, to_tensor, views_into_memory
 from support.files import read_component, write_json, write_whole
@@ -527,3 +535,16 @@ def test_positions_are_sines_of_row_and_column():
 def test_other_architectures_are_refused(arch):
     with pytest.raises(UserError, match="resnet50"):
         make_backbone(arch, 224)
+
+
+def test_colour_scales_all_colours():
+    """0 leaves crops and flips alone, 1 is the method's own strength, between them less changes."""
+    x = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    u = torch.rand(64, Draws.COLUMNS, generator=torch.Generator().manual_seed(1))
+    draws = Draws.split(u)._replace(flip=torch.ones(64))         # none is mirrored
+
+    def change(colour):
+        augmentation = Augmentation(blur=0.5, solarise=0.2, colour=colour)
+        recoloured = recolour(x.clone(), draws, [0, 1, 2, 3], augmentation)
+        return (recoloured - normalise(x)).abs().mean().item()
+    assert change(0.0) < 1e-6 < change(0.3) < change(1.0)
