@@ -4,12 +4,14 @@
     python eval_linear.py --checkpoint runs/<name>/last.pt --protocol finetune --labels 0.01
 
 Reads checkpoints of this project, torchvision and the authors' release. Runs under torchrun, too.
+Writes result.json, head.pt (a linear layer for the backbone's features), log.jsonl and last.pt
+into linear/, knn/ or finetune-<percent>/ beside the checkpoint.
 
 Legend of the shapes: N images, S side of a picture in pixels, D features of an image, C classes.
 """
 import argparse
-import json
 import math
+from collections import OrderedDict
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,24 +23,15 @@ from torch.utils.data import DataLoader, Dataset
 
 import genview
 import recipes
+from support import world as flags
 from support.augment import CROP_TRIES, crop, crop_boxes, normalise
 from support.checkpoints import load_backbone
 from support.data import to_tensor
-from support.files import append
-from support.world import (
-    Parser,
-    UserError,
-    ignore_sigterm,
-    progress,
-    real,
-    say,
-    script,
-    setup,
-    step_generator,
-    whole,
-)
+from support.evaluations import Evaluation, folder_of
+from support.networks import LARS
+from support.world import UserError, ignore_sigterm, progress, say, script, setup, step_generator
 
-CROP_SCALE = (0.08, 1.0)      # share of the image's area in a crop, usual for supervised training
+CROP_SCALE = (0.08, 1.0)      # share of the image's area in a crop: torchvision's default
 
 
 class Crops(Dataset):
@@ -132,24 +125,48 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, num_c
     return 100 * correct / len(test)
 
 
-def fit(model, groups, batches, steps, epochs, autocast=nullcontext):
-    """Trains a classifier by SGD (momentum 0.9, no weight decay, cosine schedule). groups: SGD's
-    parameter groups. batches: function of the epoch that yields (input, labels) `steps` times."""
-    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
-    bar = progress(range(epochs), "training", "epoch")
+def knn_of(backbone, train, test, image_size, world, workers, skip_bad, k=200):
+    """kNN accuracy in percent of a backbone's features of train and test, Images."""
+    dtype = torch.half if world.device.type == "cuda" else torch.float      # ImageNet: 5 GB in half
+    a, b = (extract_features(backbone, images, image_size, world, 512, workers, skip_bad, dtype)
+            for images in (train, test))
+    return knn_accuracy(a, train.labels, b, test.labels, train.num_classes, k)
+
+
+def decay(done, drops=()):
+    """The learning rate as a share of its peak when a share of the training is done: a cosine to 0,
+    or a tenth from each of drops on."""
+    cosine = (1 + math.cos(math.pi * done)) / 2
+    return 0.1 ** sum(done >= drop for drop in drops) if drops else cosine
+
+
+def fit(model, optimizer, batches, steps, settings, autocast=nullcontext, run=None, check=dict):
+    """Trains a classifier. optimizer: its learning rates are the peaks. batches: function of the
+    epoch that yields (input, labels) `steps` times. run: Evaluation, or None. check: called after
+    each epoch, returns accuracies."""
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    plain, epochs = getattr(model, "module", model), settings.epochs
+    first = run.resume(plain, optimizer) if run else 0
+    bar = progress(range(first, epochs), "training", "epoch", total=epochs, initial=first)
     for epoch in bar:
-        for x, labels in batches(epoch):
+        losses = []
+        for step, (x, labels) in enumerate(batches(epoch), epoch * steps):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * decay(step / (epochs * steps), settings.drops)
             with autocast():
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), labels.to(logits.device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            schedule.step()
-        if not loss.isfinite():
+            losses.append(loss.detach())
+        mean = torch.stack(losses).mean()
+        if not mean.isfinite():
             raise UserError(f"the loss is not finite after epoch {epoch + 1}: use a smaller --lr")
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        bar.set_postfix(loss=f"{mean.item():.3f}", refresh=False)
+        accuracies = check()
+        if run:
+            run.after_epoch(epoch + 1, plain, optimizer, mean, accuracies)
 
 
 def augmented(images, settings, world):
@@ -171,45 +188,87 @@ def augmented(images, settings, world):
     return batches, steps
 
 
-def linear_on_features(features, labels, num_classes, settings, world):
-    """A linear classifier on features computed once (N, D). Returns a function: features -> logits
-    (N, C). The features are standardised and divided by sqrt(D), which makes them about unit
-    length: one learning rate suits all checkpoints. Every process computes the same on its own."""
+def peak(lr, settings):
+    """A learning rate for 256 images grows linearly with the batch."""
+    return lr * settings.batch_size / 256
+
+
+def probe(dim, num_classes, settings, device):
+    """A linear classifier and its optimiser."""
+    head, rate = zero_linear(dim, num_classes), peak(settings.lr, settings)
+    if settings.optimizer == "lars":    # its steps are 0.001 |w| long: weights of 0 would not do
+        torch.nn.init.normal_(head.weight, std=0.01, generator=step_generator(settings.seed))
+        return head.to(device), LARS(head.parameters(), rate, weight_decay=0.0)
+    return head.to(device), torch.optim.SGD(head.parameters(), rate, momentum=0.9)
+
+
+def linear_on_features(features, labels, num_classes, settings, run=None):
+    """A linear classifier of features computed once (N, D), standardised for the training and
+    divided by sqrt(D), which makes them about unit length: one learning rate suits all checkpoints.
+    Every process computes the same on its own."""
     mean, std = features.mean(0), features.std(0)
     std = std.clamp_min(1e-2 * std.mean().item() + 1e-12)    # of features that hardly vary
-
-    def rescale(x):
-        return (x - mean) / (std * features.shape[1] ** 0.5)
+    scale = 1 / (std * features.shape[1] ** 0.5)
 
     def batches(epoch):
         order = torch.randperm(len(x), generator=step_generator(settings.seed, epoch)).to(x.device)
         for index in order[:steps * batch_size].split(batch_size):
             yield x[index], labels[index]
-    x, labels = rescale(features), labels.to(features.device)
-    head = zero_linear(features.shape[1], num_classes).to(features.device)
+    x, labels = (features - mean) * scale, labels.to(features.device)
+    head, optimizer = probe(features.shape[1], num_classes, settings, features.device)
     batch_size = min(settings.batch_size, len(x))
     steps = len(x) // batch_size
-    fit(head, [{"params": head.parameters(), "lr": settings.lr}], batches, steps, settings.epochs)
-    return lambda features: head(rescale(features))
+    fit(head, optimizer, batches, steps, settings, run=run)
+    with torch.no_grad():                          # W (z - mean) scale + b = W' z + b'
+        head.weight.mul_(scale)
+        head.bias.sub_(head.weight @ mean)
+    return head
 
 
-def linear_on_pictures(backbone, dim, images, settings, world):
-    """A linear classifier on augmented pictures, as usual on ImageNet. Freezes the backbone."""
+def linear_on_pictures(backbone, dim, images, settings, world, run=None, check=None):
+    """A linear classifier on augmented pictures, as usual on ImageNet. Freezes the backbone. check:
+    features and labels to validate on after each epoch, or None."""
     def features(epoch):
         for x, labels in batches(epoch):
             with torch.no_grad(), world.autocast():
                 z = backbone(x).float()
             yield z, labels
     backbone.eval().requires_grad_(False)
-    head = zero_linear(dim, images.num_classes).to(world.device)
+    head, optimizer = probe(dim, images.num_classes, settings, world.device)
     model = DistributedDataParallel(head) if world.size > 1 else head
     batches, steps = augmented(images, settings, world)
-    fit(model, [{"params": head.parameters(), "lr": settings.lr}], features, steps, settings.epochs)
+    fit(model, optimizer, features, steps, settings, run=run,
+        check=lambda: top(head(check[0]), check[1]) if check else {})
     return head
 
 
-def finetune(backbone, dim, images, settings, world):
-    """Trains backbone and classifier on part of the labels (semi-supervised). Returns the head."""
+def finetune(backbone, dim, images, settings, world, run=None):
+    """Trains backbone and classifier (semi-supervised: on part of the labels). Returns the head."""
+    def share_statistics():                        # of batch norm, where each process has its own
+        for buffer in backbone.buffers() if world.size > 1 else ():
+            torch.distributed.broadcast(buffer, 0)
+        return {}
+    backbone.requires_grad_(True)                  # MoCo v3's fixed patch projection learns here
+    if hasattr(backbone, "encoder"):               # a vision transformer
+        backbone.encoder.pos_embedding.requires_grad_(False)
+    head = zero_linear(dim, images.num_classes).to(world.device)
+    learning = [p for p in backbone.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(
+        [{"params": learning, "lr": peak(settings.backbone_lr, settings)},
+         {"params": head.parameters(), "lr": peak(settings.lr, settings)}], momentum=0.9)
+    query = torch.nn.Sequential(OrderedDict(backbone=backbone))    # last.pt's names in training
+    model = torch.nn.Sequential(OrderedDict(query=query, head=head)).train()
+    if world.size > 1:
+        if world.device.type == "cuda":            # PyTorch has SyncBatchNorm for GPUs only
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = DistributedDataParallel(model)
+    batches, steps = augmented(images, settings, world)
+    fit(model, optimizer, batches, steps, settings, world.autocast, run, share_statistics)
+    return head
+
+
+def labelled(images, settings):
+    """The images whose labels fine-tuning may use: those listed, or a share of each class."""
     n, generator = len(images.names), step_generator(settings.seed)
     index = (listed_subset(images.names, settings.labels_file) if settings.labels_file else
              balanced_subset(images.labels, settings.labels, generator))
@@ -217,24 +276,7 @@ def finetune(backbone, dim, images, settings, world):
     if settings.labels_file and (len(index) < 0.05 * n) != (settings.labels < 0.05):
         say(f"*** the list holds {100 * len(index) / n:.1f}% of the images, but the recipe is that "
             f"of --labels {settings.labels:g}")    # 0.05: where recipes.evaluation changes
-    images = images.take(index)
-    backbone.requires_grad_(True)                  # MoCo v3's fixed patch projection learns here
-    if hasattr(backbone, "encoder"):               # a vision transformer
-        backbone.encoder.pos_embedding.requires_grad_(False)
-    head = zero_linear(dim, images.num_classes).to(world.device)
-    groups = [{"params": [p for p in backbone.parameters() if p.requires_grad],
-               "lr": settings.backbone_lr}, {"params": head.parameters(), "lr": settings.lr}]
-    model = torch.nn.Sequential(backbone, head).train()
-    if world.size > 1:
-        if world.device.type == "cuda":            # PyTorch has SyncBatchNorm for GPUs only
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        model = DistributedDataParallel(model)
-    batches, steps = augmented(images, settings, world)
-    fit(model, groups, batches, steps, settings.epochs, world.autocast)
-    if world.size > 1:                             # batch-norm statistics may differ
-        for buffer in backbone.buffers():
-            torch.distributed.broadcast(buffer, 0)
-    return head
+    return images.take(index)
 
 
 def balanced_subset(labels, fraction, generator):
@@ -272,39 +314,47 @@ def zero_linear(dim, num_classes):
 
 
 @torch.no_grad()
-def accuracy(logits, labels):
-    """Top-1 accuracy in percent of logits (N, C) for labels (N,)."""
-    return 100 * (logits.argmax(1) == labels.to(logits.device)).float().mean().item()
+def top(logits, labels):
+    """Accuracies in percent of logits (N, C) for labels (N,): the class is the first, or among the
+    first five."""
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices                  # (N, 5)
+    right = (best == labels.to(best.device)[:, None]).float().sum(0)            # (5,)
+    return {"top1": 100 * right[0].item() / len(best), "top5": 100 * right.sum().item() / len(best)}
 
 
 def parse(argv=None):
-    parser = Parser(__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__.splitlines()[0])
     add = parser.add_argument_group("model and data (default: the checkpoint's)").add_argument
     add("--checkpoint", required=True, help="last.pt, backbone.pt, or another file of weights")
     add("--arch", help="torchvision's name of the network, e.g. resnet50")
     add("--dataset", choices=list(recipes.DATA_DIRS), help="data set to evaluate on")
     add("--data-dir", help="CIFAR's files, or a folder with train/ and val/ or test/ below it")
-    add("--image-size", type=whole(1), help="side of the pictures in pixels")
-    add("--limit", type=whole(1), help="use so many images of each split")
+    add("--image-size", type=flags.whole(1), help="side of the pictures in pixels")
+    add("--limit", type=flags.whole(1), help="use so many images of each split")
     add("--skip-bad", action="store_true", help="leave out unreadable images (large ones: grey)")
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", choices=["linear", "knn", "finetune"], default="linear",
         help="linear: kNN and a linear probe; finetune: semi-supervised")
-    add("--labels", type=real(1e-6, 1), default=0.01, help="finetune: share of the labels")
+    add("--labels", type=flags.real(1e-6, 1), default=0.01, help="finetune: share of the labels")
     add("--labels-file", help="finetune: a text file that names the labelled images instead, e.g. "
         "the public lists of 1%% and 10%% of ImageNet; the recipe depends on --labels")
-    add("--k", type=whole(1), default=200, help="neighbours of kNN")
+    add("--k", type=flags.whole(1), default=200, help="neighbours of kNN")
     add = parser.add_argument_group("optimisation (default: the data set's recipe)").add_argument
-    add("--epochs", type=whole(1), help="passes over the labelled images")
-    add("--batch-size", type=whole(1), help="of all processes together")
-    add("--lr", type=real(0, 1e4), help="learning rate of the classifier")
-    add("--backbone-lr", type=real(0, 1e4), help="finetune: learning rate of the backbone")
+    add("--epochs", type=flags.whole(1), help="passes over the labelled images")
+    add("--batch-size", type=flags.whole(1), help="of all processes together")
+    add("--optimizer", choices=["sgd", "lars"], help="linear: what trains the classifier")
+    add("--lr", type=flags.real(0, 1e4), help="learning rate for 256 images; grows with the batch")
+    add("--backbone-lr", type=flags.real(0, 1e4), help="finetune: the same of the backbone")
+    add("--drops", type=flags.real(0, 1), nargs="*", help="shares of the training after which "
+        "the learning rate falls to a tenth, e.g. 0.6 0.8; none: a cosine to 0")
     add("--augment", action=argparse.BooleanOptionalAction, help="linear: crops and flips in every "
         "epoch, features not standardised: set --lr too")
     add = parser.add_argument_group("runtime").add_argument
+    add("--output-dir", help="default: <folder of the checkpoint>/<protocol>")
+    add("--resume", action="store_true", help="go on from the output folder's last.pt")
     add("--device", help="cuda, mps or cpu (default: the first that is available)")
-    add("--workers", type=whole(), default=4, help="processes that read image files")
-    add("--seed", type=whole(), default=0, help="of the labelled images and the order of batches")
+    add("--workers", type=flags.whole(), default=4, help="processes that read image files")
+    add("--seed", type=flags.whole(), default=0, help="of the choice and order of images")
     return parser.parse_args(argv)
 
 
@@ -319,31 +369,56 @@ def resolve(settings, trained_with):
         raise UserError("--dataset folder needs --data-dir, a folder with train/ and val/ or test/")
     usual = 32 if dataset in ("shapes", "cifar10", "cifar100") else 224
     settings.image_size = settings.image_size or known.get("image_size") or usual
-    protocol = "finetune" if settings.protocol == "finetune" else "linear"
-    for name, value in recipes.evaluation(protocol, dataset, settings.labels).items():
-        if getattr(settings, name) is None:
-            setattr(settings, name, value)
+    settings.limit = settings.limit or known.get("limit")
+    settings.arch, settings.method = trained_with["arch"], trained_with.get("method")
+    use_recipe(settings)
+    settings.output_dir = settings.output_dir or folder_of(settings)
+
+
+def use_recipe(settings):
+    """Fills in the recipe's values and prints the schedule."""
+    recipe = recipes.evaluation(settings.protocol, settings.dataset, settings.labels,
+                                settings.method, settings.arch)
+    for flag in ("optimizer", "lr", "backbone_lr", "drops", "epochs", "batch_size", "augment"):
+        if getattr(settings, flag) is None:
+            setattr(settings, flag, recipe.get(flag))
+        elif flag not in recipe:
+            raise UserError(f"--{flag.replace('_', '-')} is not a setting of "
+                            f"--protocol {settings.protocol}")
+    if not recipe:
+        return
+    if recipe.get("augment") and settings.method not in recipes.LINEAR:
+        say(f"*** the checkpoint does not say its method: MoCo v3's probe for {settings.arch}")
+    say(f"learning rate of the classifier: {peak(settings.lr, settings):g} ({settings.lr:g} for "
+        f"256 images, the batch is {settings.batch_size})")
 
 
 def evaluate(settings, backbone, dim, world):
-    """Yields (name of the protocol, top-1 in percent)."""
+    """Computes and reports the accuracies of a protocol."""
     def features(images):
         return extract_features(backbone, images, settings.image_size, world,
                                 workers=settings.workers, skip_bad=settings.skip_bad)
     train, test = (genview.load_images(settings.dataset, settings.data_dir, split,
                                        settings.image_size, settings.limit, settings.skip_bad)
                    for split in ("train", "test"))
+    run, n = Evaluation(settings, world, backbone, train), len(train.names)
     if settings.protocol == "finetune":
-        head = finetune(backbone, dim, train, settings, world)
-        yield "finetune", accuracy(head(features(test)), test.labels)
-        return
-    train_x, test_x = features(train), features(test)
-    classes = train.num_classes
-    yield "kNN", knn_accuracy(train_x, train.labels, test_x, test.labels, classes, settings.k)
-    if settings.protocol == "linear":
-        classify = (linear_on_pictures(backbone, dim, train, settings, world) if settings.augment
-                    else linear_on_features(train_x, train.labels, classes, settings, world))
-        yield "linear", accuracy(classify(test_x), test.labels)
+        train = labelled(train, settings)
+        head = finetune(backbone, dim, train, settings, world, run)
+        run.report("finetune", len(train.names), top(head(features(test)), test.labels), head)
+    elif settings.protocol == "linear" and not settings.augment:
+        x, test_x = features(train), features(test)
+        run.report("kNN", n, {"top1": knn_accuracy(x, train.labels, test_x, test.labels,
+                                                   train.num_classes, settings.k)})
+        head = linear_on_features(x, train.labels, train.num_classes, settings, run)
+        run.report("linear", n, top(head(test_x), test.labels), head)
+    else:
+        run.report("kNN", n, {"top1": knn_of(backbone, train, test, settings.image_size, world,
+                                             settings.workers, settings.skip_bad, settings.k)})
+        if settings.protocol == "linear":
+            check = features(test), test.labels
+            head = linear_on_pictures(backbone, dim, train, settings, world, run, check)
+            run.report("linear", n, top(head(check[0]), check[1]), head)
 
 
 def main():
@@ -357,13 +432,8 @@ def main():
         raise UserError(f"{settings.checkpoint} is a vision transformer for pictures of {made_for} "
                         f"pixels: leave --image-size out")
     torch.manual_seed(settings.seed)
-    say(f"settings: {json.dumps(vars(settings))}")
-    backbone = backbone.to(world.device, memory_format=torch.channels_last)
-    for protocol, top1 in evaluate(settings, backbone, dim, world):
-        say(f"{protocol} top-1 {top1:.1f}%")
-        if world.rank == 0:
-            record = {"protocol": protocol, "top1": round(top1, 3), "settings": vars(settings)}
-            append(Path(settings.checkpoint).with_name("eval.jsonl"), json.dumps(record) + "\n")
+    say(f"settings: {vars(settings)}")
+    evaluate(settings, backbone.to(world.device, memory_format=torch.channels_last), dim, world)
 
 
 if __name__ == "__main__":

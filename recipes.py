@@ -8,12 +8,15 @@ from support.world import real, whole
 SOURCES = {
     "v2": "MoCo v2 (Chen et al. 2020); for CIFAR-10 the notebook of its authors",
     "v3": "MoCo v3 (Chen et al. 2021) and its code",
+    "v3 long": "MoCo v3's code, for 300 epochs and more",
+    "v3 longest": "MoCo v3's code, for 1000 epochs",
     "byol": "BYOL (Grill et al. 2020), the 300-epoch recipe",
     "simsiam": "SimSiam (Chen and He 2021)",
     "swav": "SwAV (Caron et al. 2020), 200 epochs with large batches",
     "release": "the code released by GenView's authors",
     "ours": "this project",
 }
+LEAST_EPOCHS = {"v3 long": 300, "v3 longest": 1000}    # such groups count for long trainings alone
 
 # Flags of the training recipes: (type and range, help).
 FLAGS = {
@@ -63,6 +66,7 @@ TRAINING = {
         "v3": dict(arch="resnet50", image_size=224, epochs=100, batch_size=4096, optimizer="lars",
                    lr=0.6, weight_decay=1e-6, warmup_epochs=10, dim=256, hidden=4096,  # 9.6 at 4096
                    temperature=1.0, momentum=0.99, crop_min=0.2, blur=0.5),
+        "v3 long": dict(lr=0.3), "v3 longest": dict(weight_decay=1.5e-6, momentum=0.996),
         "ours": dict(knn_every=20)},
     ("imagenet", "mocov3-vit"): {"v3": VIT, "ours": dict(knn_every=20)},
     ("imagenet", "byol"): {
@@ -85,8 +89,10 @@ TRAINING = {
         "ours": dict(knn_every=20)},
     ("cifar10", "mocov2"): {
         "v2": CIFAR | dict(lr=0.03, dim=128, queue=4096, temperature=0.1, momentum=0.99),
-        "ours": dict(batch_size=256, warmup_epochs=1, crop_min=0.2, start_batches=10,
-                     knn_every=10)},
+        # A shorter queue of fresher keys: with 10,000 images, a queue of 4,096, rate 0.03 and
+        # temperature 0.1 the mean cosine of negatives was 0.3, see docs/RESULTS.md.
+        "ours": dict(batch_size=256, warmup_epochs=1, crop_min=0.2, lr=0.06, queue=1024,
+                     temperature=0.15, start_batches=10, knn_every=10)},
     ("cifar10", "mocov3"): {
         "ours": CIFAR | dict(lr=0.03, dim=256, hidden=2048, temperature=0.2, momentum=0.99)},
     ("cifar10", "mocov3-vit"): {                   # patches of 4 pixels
@@ -115,36 +121,68 @@ TRAINING = {
 }
 
 
-def training(dataset, method, arch=None):
-    """The training recipe, {flag: value}; a vision transformer (arch vit_...) has its own."""
-    family = f"{method}-vit" if (arch or "").startswith("vit") else method
+def groups(dataset, method, arch=None, epochs=None):
+    """[(source in words, {flag: value})] of a training recipe; what comes later wins."""
     dataset = SAME_AS.get(dataset, dataset)
-    groups = TRAINING.get((dataset, family)) or TRAINING[dataset, method]
-    return {flag: value for group in groups.values() for flag, value in group.items()}
+    key = (dataset, f"{method}-vit" if (arch or "").startswith("vit") else method)
+    recipe = TRAINING.get(key) or TRAINING[dataset, method]
+    return [(SOURCES[source], values) for source, values in recipe.items()
+            if (epochs or 0) >= LEAST_EPOCHS.get(source, 0)]
 
 
-# Evaluation. augment: random crops and flips in every epoch; without, the features are computed
-# once and standardised to length 1 on average, so that one learning rate suits all checkpoints.
+def training(dataset, method, arch=None, epochs=None):
+    """The training recipe, {flag: value}. It depends on --arch (vision transformers) and --epochs
+    where they are given."""
+    return {flag: value for _, values in groups(dataset, method, arch, epochs)
+            for flag, value in values.items()}
+
+
+def table(dataset, method, arch=None, epochs=None, batch_size=None):
+    """The training recipe as rows (flag, value, source in words); arch and so on: as given."""
+    rows = {flag: (value, source) for source, values in groups(dataset, method, arch, epochs)
+            for flag, value in values.items()}
+    given = dict(arch=arch, epochs=epochs, batch_size=batch_size)
+    rows |= {flag: (value, "given") for flag, value in given.items() if value is not None}
+    (lr, source), (batch, _) = rows["lr"], rows["batch_size"]
+    rows["lr"] = lr, f"{source}; for 256 images, {lr * batch / 256:.4g} for the batch of {batch}"
+    return [(f"--{flag.replace('_', '-')}", *rows[flag]) for flag in FLAGS if flag in rows]
+
+
+# Evaluation. lr: for 256 images, it grows linearly with the batch; drops: shares of the training
+# after which it falls to a tenth; none: a cosine to 0. augment: random crops and flips in every
+# epoch; without, features are computed once and standardised, so that one lr suits all checkpoints.
+PROBE = dict(optimizer="sgd", epochs=90, batch_size=1024, drops=[], augment=True)   # no decay
 LINEAR = {
-    "small": dict(epochs=100, batch_size=256, lr=1.0, augment=False),                    # ours
-    # The release's for MoCo v3 with ResNet-50. Its ViTs: --lr 12. Customary for MoCo v2:
-    # --epochs 100 --batch-size 256 --lr 30.
-    "imagenet": dict(epochs=90, batch_size=1024, lr=0.4, augment=True),
+    "small": PROBE | dict(lr=1.0, batch_size=256, epochs=100, augment=False),            # ours
+    # Of MoCo's code and the release: 30 at 256, x0.1 at epochs 60 and 80.
+    "mocov2": PROBE | dict(lr=30.0, batch_size=256, epochs=100, drops=[0.6, 0.8]),
+    # Of MoCo v3's code and the release: 0.4 at 1024; vision transformers 12 at 1024.
+    "mocov3": PROBE | dict(lr=0.1), "mocov3-vit": PROBE | dict(lr=3.0),
+    # Of SimSiam's code and, for all three, the release: 1.6 at 4096. In their papers: BYOL, SGD
+    # with Nesterov, 0.2 for 256, 80 epochs; SwAV, SGD, 0.3 at 256, 100 epochs, weight decay 1e-6.
+    **dict.fromkeys(("simsiam", "byol", "swav"),
+                    PROBE | dict(optimizer="lars", lr=0.1, batch_size=4096)),
 }
 # lr: of the new classifier; backbone_lr: of the rest. few: less than 5% of the labels.
 FINETUNE = {
-    "small": dict(epochs=30, batch_size=64, lr=0.1, backbone_lr=0.01),                   # ours
+    "small": dict(epochs=30, batch_size=64, lr=0.4, backbone_lr=0.04, drops=[]),  # ours: 0.1 at 64
     # SwAV's for 10% and 1% of the labels, but a cosine schedule; GenView's is not known here.
-    "imagenet": dict(epochs=20, batch_size=256, lr=0.2, backbone_lr=0.01),
-    "imagenet few": dict(epochs=20, batch_size=256, lr=5.0, backbone_lr=0.02),
+    "imagenet": dict(epochs=20, batch_size=256, lr=0.2, backbone_lr=0.01, drops=[]),
+    "imagenet few": dict(epochs=20, batch_size=256, lr=5.0, backbone_lr=0.02, drops=[]),
 }
 
 
-def evaluation(protocol, dataset, labels=1.0):
-    """The recipe of "linear" or "finetune", {flag: value}; labels: the share that is labelled."""
-    size = "imagenet" if dataset == "imagenet" else "small"
-    few = " few" if protocol == "finetune" and size == "imagenet" and labels < 0.05 else ""
-    return (LINEAR if protocol == "linear" else FINETUNE)[size + few]
+def evaluation(protocol, dataset, labels=1.0, method=None, arch=None):
+    """The recipe of an evaluation, {flag: value}. labels: the share that is labelled; method, arch:
+    of the checkpoint. On ImageNet an unknown method gets its architecture's probe, MoCo v3's."""
+    few, vit = " few" if labels < 0.05 else "", (arch or "").startswith("vit")
+    if protocol != "linear":
+        size = f"imagenet{few}" if dataset == "imagenet" else "small"
+        return FINETUNE[size] if protocol == "finetune" else {}
+    if method not in LINEAR or (method == "mocov2" and vit):
+        method = "mocov3"
+    probe = "mocov3-vit" if vit and method == "mocov3" else method
+    return LINEAR[probe if dataset == "imagenet" else "small"]
 
 
 DATA_DIRS = {"shapes": "data", "cifar10": "data", "cifar100": "data", "imagenet": "data/imagenet",

@@ -1,34 +1,44 @@
-"""The ablation: what do generated views, adaptive noise and quality weights each add?
+"""What do generated views add, and how many of the hand-made transformations do they replace?
 
-    python -m studies.ablation --data-dir data/cifar10-jpeg --jobs 2        # MoCo v2, 2 CPU cores
+    python -m studies.ablation --preset gain --data-dir data/cifar10-jpeg --jobs 2   # a CPU, hours
+    python -m studies.ablation --preset gpu --data-dir data/cifar10-jpeg --generator-data data/tiny
     python -m studies.ablation --dataset shapes --methods all --rows plain quality --jobs 2
+    python -m studies.ablation --table                                               # what is there
 
-Rows have equal images, steps and seeds. The same command goes on after an interruption.
+Runs of one seed see the same images in the same order and steps. Each finished run is one line of
+docs/results.jsonl; the same command goes on after an interruption.
 """
 import json
+import math
 import os
+import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 if not __package__:
     sys.stderr.write("error: call it from the root of the repository: python -m studies.ablation\n")
     sys.exit(2)
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from generate_views import load_pipeline
 from genview import load_images
 from recipes import GENERATION
 from studies.eval_generator import reconstruct
-from support.files import read_settings, write_json, write_whole
-from support.world import Parser, UserError, say, script, whole
+from support.data import find_views, views_into_memory
+from support.files import append, write_whole
+from support.world import Parser, UserError, fast_dtype, say, script, step_generator, whole
 
 # method: (name in the table, training script, its flags)
 METHODS = {
@@ -39,22 +49,45 @@ METHODS = {
     "simsiam": ("SimSiam", "train_byol.py", {"method": "simsiam"}),
     "swav": ("SwAV", "train_swav.py", {}),
 }
-# row: (name in the table, noise of its views, --views, --quality)
+# row: (name in the table, its views, --views, --quality)
 ROWS = {
     "plain": ("plain", None, "pair", "off"),
-    **{f"noise{level}": (f"+ views, constant noise {level}", level, "pair", "off")
+    # Controls: the image after the autoencoder, which is softer; this with smooth noise, as far
+    # from the image as the generated view: the same change without the generator's knowledge.
+    "copies": ("the autoencoder's copies", "copies", "pair", "off"),
+    "smooth": ("copies with smooth noise", "smooth", "pair", "off"),
+    **{f"noise{level}": (f"generated views, noise {level}", str(level), "pair", "off")
        for level in (0, 200, 400)},
-    "adaptive": ("+ views, adaptive noise", "adaptive", "pair", "off"),
-    "quality": ("+ views, adaptive noise, quality weights", "adaptive", "pair", "exact"),
+    "adaptive": ("generated views, adaptive noise", "adaptive", "pair", "off"),
+    "quality": ("... and quality weights", "adaptive", "pair", "exact"),
     "extra": ("the same images as extra samples", "adaptive", "extra", "off"),
-    # A control, run only where --rows names it: the image itself, softened by the autoencoder.
-    "copies": ("the autoencoder's copies for views", "copies", "pair", "off"),
 }
+TRANSFORMATIONS = {"flips": {"crop_min": 1, "colour": 0}, "flips+crops": {"colour": 0}, "all": {}}
+CONTROLLED = ("plain", "copies", "smooth", "noise0", "adaptive")
+PRESETS = {                                        # [(transformations, epochs, rows, seeds)]
+    "gain": [("flips", 60, CONTROLLED, 5), ("flips+crops", 60, CONTROLLED, 5),
+             ("all", 60, ("plain", "adaptive"), 5), ("flips+crops", 150, ("plain", "adaptive"), 5),
+             ("flips+crops", 60, ("extra", "noise200"), 5), ("flips+crops", 60, ("quality",), 3)],
+    "gpu": [(name, 200, (*CONTROLLED, "quality"), 3) for name in TRANSFORMATIONS],
+}
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)    # Student's t, 1 to 9 degrees
 
 
-def call(jobs, name, *extra, **flags):
+class Run(NamedTuple):
+    """What makes a run; the same names in a line of the results."""
+    dataset: str
+    method: str
+    transformations: str
+    row: str
+    epochs: int
+    images: int
+    arch: str
+    seed: int
+
+
+def call(jobs, *command, **flags):
     """Runs a script beside jobs - 1 others and returns its output; UserError where it fails."""
-    command = [name, *(f"--{key.replace('_', '-')}={flags[key]}" for key in flags), *extra]
+    command = [*command, *(f"--{key.replace('_', '-')}={flags[key]}" for key in flags)]
     env = os.environ | {"OMP_NUM_THREADS": str((os.cpu_count() or 1) // jobs or 1)}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
     if done.returncode:
@@ -63,97 +96,217 @@ def call(jobs, name, *extra, **flags):
     return done.stdout
 
 
-def make_views(args, noise):
-    """Writes views of one noise level, or the control's, into <output-dir>/views-<noise>."""
-    folder = args.output_dir / f"views-{noise}"
-    if noise != "copies":
-        text = call(1, "generate_views.py", dataset="cifar10", data_dir=args.data_dir, noise=noise,
+# -------------------------------------------------------------------------------------- the views
+
+def make_views(args, kind):
+    """Writes the views of one noise level, or a control's, into <output-dir>/views-<kind>."""
+    folder = args.output_dir / f"views-{kind}"
+    if kind not in ("copies", "smooth"):
+        text = call(1, "generate_views.py", dataset="cifar10", data_dir=args.data_dir, noise=kind,
                     views_dir=folder, model=args.model, limit=args.limit, **GENERATION["mini"])
-        return say(f"views, noise {noise}: {text.strip().splitlines()[-1]}")
-    images = load_images("cifar10", args.data_dir, "train", 32, args.limit)
-    pipe = load_pipeline(args.model, torch.float32, torch.device("cpu"))
-    for name, view in zip(images.names, reconstruct(pipe, images.pixels), strict=True):
-        save = partial(Image.fromarray(view.permute(1, 2, 0).numpy()).save, format="PNG")
-        write_whole((folder / name).with_suffix(".png"), save)
+        say(f"views, noise {kind}: {text.strip().splitlines()[-1]}")
+    elif len(list(folder.rglob("*.png"))) < args.limit:
+        images = load_images("cifar10", args.data_dir, "train", 32, args.limit)
+        views = reconstruct(load_pipeline(args.model, torch.float32, torch.device("cpu")),
+                            images.pixels)
+        if kind == "smooth":
+            paths = find_views(images, make_views(args, "adaptive"), "cifar10")
+            views = smooth(images.pixels, views, views_into_memory(images, paths))
+        for name, view in zip(images.names, views, strict=True):
+            save = partial(Image.fromarray(view.permute(1, 2, 0).numpy()).save, format="PNG")
+            write_whole((folder / name).with_suffix(".png"), save)
+    return folder
 
 
-def run_one(args, seed, method, row):
-    """Trains and evaluates one row of a method with one seed, unless that is done."""
-    start, folder = time.time(), args.output_dir / f"{method}-{row}-{seed}"
-    _, noise, views, quality = ROWS[row]
-    views_dir = "none" if noise is None else args.output_dir / f"views-{noise}"
-    flags = dict(dataset=args.dataset, epochs=args.epochs, knn_every=args.epochs, views=views)
-    if args.dataset == "shapes":                   # the training makes the views
-        flags |= dict(views_dir="none") if noise is None else dict(noise=noise)
+def smooth(images, copies, views):
+    """Copies with smooth noise, as far from the images as the views: all (N, 3, S, S) uint8.
+
+    |copy + a noise - image| = |view - image| is solved for a >= 0; noise: 8 x 8 normal numbers a
+    channel, enlarged bilinearly. A copy that is already further away stays as it is.
+    """
+    x, offset = images.float(), copies.float() - images.float()
+    noise = torch.randn(len(x), 3, 8, 8, generator=step_generator(0))
+    noise = F.interpolate(noise, size=x.shape[-2:], mode="bilinear")
+    square, along = noise.square().sum((1, 2, 3)), (noise * offset).sum((1, 2, 3))
+    missing = ((views.float() - x).square() - offset.square()).sum((1, 2, 3)).clamp_min(0)
+    a = ((along.square() + square * missing).sqrt() - along) / square
+    a = torch.where(missing > 0, a, 0)[:, None, None, None]
+    return (x + offset + a * noise).round().clamp(0, 255).byte()
+
+
+# --------------------------------------------------------------------------------------- the runs
+
+def plan(args):
+    """The runs that the flags ask for; those of one seed follow each other."""
+    parts = PRESETS.get(args.preset) or [(args.transformations, args.epochs, args.rows, args.seeds)]
+    runs = []
+    for names, epochs, rows, seeds in parts:
+        seeds = range(seeds) if isinstance(seeds, int) else seeds
+        names = [names] if isinstance(names, str) else names
+        runs += [Run(args.dataset, method, name, row, args.epochs or epochs, args.limit, args.arch,
+                     seed) for seed, name, method, row in product(seeds, names, args.methods, rows)]
+    return runs
+
+
+def run_one(args, run):
+    """Trains and evaluates; one line more in the results."""
+    start, folder = time.time(), args.output_dir / "-".join(map(str, run))
+    _, kind, views, quality = ROWS[run.row]
+    flags = dict(dataset=run.dataset, epochs=run.epochs, knn_every=0, views=views, quality=quality,
+                 seed=run.seed, output_dir=folder) | TRANSFORMATIONS[run.transformations]
+    if run.dataset == "shapes":                    # the training makes the views
+        flags |= dict(views_dir="none") if kind is None else dict(noise=kind)
     else:
-        flags |= dict(views_dir=views_dir, data_dir=args.data_dir, limit=args.limit, arch=args.arch)
+        views_dir = "none" if kind is None else args.output_dir / f"views-{kind}"
+        flags |= dict(views_dir=views_dir, data_dir=args.data_dir, limit=run.images, arch=run.arch)
         if quality == "exact":                     # E is the generator's encoder, fitted already
             encoder = "mini" if args.model == "mini" else f"{args.model}/image_encoder"
             flags |= dict(encoder=encoder, component=views_dir / "foreground.npz")
-    flags |= dict(quality=quality, seed=seed, output_dir=folder) | METHODS[method][2]
-    if not {"kNN", "linear"} <= result(folder).keys():
-        call(args.jobs, METHODS[method][1], "--resume", **flags)
-        call(args.jobs, "eval_linear.py", checkpoint=folder / "last.pt", seed=seed)
-    top1 = ", ".join(f"{protocol} {top1:.1f}%" for protocol, top1 in result(folder).items())
-    say(f"{method}, {row}, seed {seed}: {top1} ({time.time() - start:.0f} s)")
+    _, name, own = METHODS[run.method]
+    call(args.jobs, name, "--resume", **flags | own)
+    limit = {} if run.dataset == "shapes" else dict(limit=run.images)
+    text = call(args.jobs, "eval_linear.py", checkpoint=folder / "last.pt", seed=run.seed, **limit)
+    top1 = {key.lower(): float(value) for key, value in re.findall(r"(\w+) top-1 ([\d.]+)%", text)}
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    neg = [entry["neg"] for entry in log if "neg" in entry and entry["epoch"] > run.epochs - 1]
+    line = run._asdict() | top1 | {
+        "neg": round(statistics.mean(neg), 4) if neg else None, "commit": commit(),
+        "seconds": round(time.time() - start), "date": time.strftime("%Y-%m-%d"),
+        "hardware": hardware()}
+    append(args.results, json.dumps(line) + "\n")
+    say(f"{run.transformations}, {run.epochs} epochs, {run.method}, {run.row}, seed {run.seed}: "
+        f"kNN {top1['knn']}, linear {top1['linear']}, neg {line['neg']} ({line['seconds']} s)")
 
 
-def result(folder):
-    """{protocol: top-1} as far as the run in a folder is evaluated."""
-    path = folder / "eval.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {entry["protocol"]: entry["top1"] for entry in map(json.loads, lines)}
+def commit():
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
 
 
-def table(args):
-    """Means and standard deviations over the seeds, in Markdown."""
-    text = "| method | pairs | kNN | linear | kNN, each seed |\n" + "| --- " * 5 + "|\n"
-    for method, row in product(args.methods, args.rows):
-        runs = [result(args.output_dir / f"{method}-{row}-{seed}") for seed in args.seeds]
-        text += f"| {METHODS[method][0]} | {ROWS[row][0]} | "
-        for values in ([run[protocol] for run in runs] for protocol in ("kNN", "linear")):
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            text += f"{statistics.mean(values):.1f}{spread} | "
-        text += ", ".join(f"{run['kNN']:.1f}" for run in runs) + " |\n"
+def hardware():
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else []
+    name = names[0] if names else platform.processor()
+    return f"{name}, {str(fast_dtype(torch.device('cpu'))).removeprefix('torch.')}"
+
+
+# -------------------------------------------------------------------------------------- the table
+
+def read_results(path):
+    """The lines of finished runs, as dicts."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def gains(lines, row, score):
+    """Differences of a row to plain, paired by seed, within one machine."""
+    plain = {(line["seed"], line["hardware"]): line[score] for line in lines
+             if line["row"] == "plain"}
+    return [line[score] - plain[key] for line in lines if line["row"] == row
+            and (key := (line["seed"], line["hardware"])) in plain]
+
+
+def interval(values):
+    """Half of the 95% interval of the mean of 2 to 10 values."""
+    return T95[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def groups(lines):
+    """{(dataset, method, transformations, epochs, images, arch): lines}."""
+    found = defaultdict(list)
+    for line in lines:
+        found[tuple(line[name] for name in Run._fields if name not in ("row", "seed"))] += [line]
+    return found
+
+
+def table(lines):
+    """Means and standard deviations over the seeds, gains with their 95% intervals, in Markdown."""
+    def spread(values):
+        deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.1f}{deviation}"
+
+    def gain(values):
+        if not values:
+            return ""
+        text = f" ± {interval(values):.1f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):+.1f}{text}"
+    text = ""
+    for (dataset, method, transformations, epochs, images, arch), group in groups(lines).items():
+        text += (f"\n{dataset}, {METHODS[method][0]}, {transformations}, {epochs} epochs, "
+                 f"{images or 'all'} images, {arch}:\n\n| pairs | seeds | kNN | gain | linear | "
+                 f"gain | neg |\n" + "| --- " * 7 + "|\n")
+        for row in (row for row in ROWS if any(line["row"] == row for line in group)):
+            mine = [line for line in group if line["row"] == row]
+            neg = [line["neg"] for line in mine if line["neg"] is not None]
+            cells = [ROWS[row][0], len(mine)]
+            for score in ("knn", "linear"):
+                other = "" if row == "plain" else gain(gains(group, row, score))
+                cells += [spread([line[score] for line in mine]), other]
+            cells.append(f"{statistics.mean(neg):.2f}" if neg else "")
+            text += f"| {' | '.join(map(str, cells))} |\n"
     return text
 
 
 def parse_args():
     add = (parser := Parser("Training with and without each part of GenView.")).add_argument
+    add("--preset", choices=PRESETS, help="the runs of docs/RESULTS.md: gain on a CPU, gpu")
+    add("--table", action="store_true", help="only print the table of all results")
     add("--dataset", choices=["cifar10", "shapes"], default="cifar10", help="images to train on")
     add("--methods", nargs="+", choices=[*METHODS, "all"], default=["mocov2"], help="to compare")
-    add("--rows", nargs="+", choices=ROWS, default=list(ROWS)[:-1], help="rows of the table")
+    add("--rows", nargs="+", choices=ROWS, default=["plain", "adaptive", "quality"],
+        help="rows of the table")
+    add("--transformations", nargs="+", choices=TRANSFORMATIONS, default=["all"],
+        help="the hand-made transformations that are kept")
     add("--data-dir", default="data", help="CIFAR-10, or its images in a folder")
     add("--model", default="mini", help="mini, or a folder of studies/train_generator.py")
-    add("--arch", default="resnet10_narrow", help="network for cifar10; this one is for CPUs")
-    add("--limit", type=whole(256), default=10_000, help="training images of cifar10")
-    add("--epochs", type=whole(1), help="of each run (default: 20, for shapes 30)")
+    add("--generator-data", help="train the generator first, on this folder of images")
+    add("--generator-steps", type=whole(1), default=50_000, help="steps of that training")
+    add("--arch", help="default: resnet10_narrow, which is for CPUs; --preset gpu: resnet18")
+    add("--limit", type=whole(256), help="images of cifar10; default: 10000, --preset gpu: 50000")
+    add("--epochs", type=whole(1), help="of each run; default: 20, shapes 30, or the preset's")
     add("--seeds", type=whole(), nargs="+", default=[0, 1, 2], help="one run of each row for each")
     add("--jobs", type=whole(1), default=1, help="runs at the same time")
-    add("--output-dir", type=Path, default=Path("runs/ablation"), help="all results")
+    add("--results", type=Path, default=Path("docs/results.jsonl"), help="one line a run")
+    add("--output-dir", type=Path, default=Path("runs/ablation"), help="views and runs")
     args = parser.parse_args()
-    if args.dataset == "shapes" and "copies" in args.rows:
-        raise UserError("the control copies is for --dataset cifar10")
+    gpu, shapes = args.preset == "gpu", args.dataset == "shapes"
+    args.arch = args.arch or ("resnet18" if gpu else "resnet10_narrow")
+    args.limit = None if shapes else args.limit or (50_000 if gpu else 10_000)
+    if not args.preset:
+        args.epochs = args.epochs or (30 if shapes else 20)
+    if shapes and (args.preset or {"copies", "smooth"} & set(args.rows)):
+        raise UserError("presets and the controls copies and smooth are for --dataset cifar10")
     args.methods = list(METHODS) if "all" in args.methods else args.methods
-    args.epochs = args.epochs or (30 if args.dataset == "shapes" else 20)
     return args
 
 
 def main():
     args = parse_args()
-    path, names = args.output_dir / "settings.json", "dataset data_dir model arch limit epochs"
-    settings = {name: getattr(args, name) for name in names.split()}
-    if path.exists() and read_settings(path) != settings:
-        raise UserError(f"{path} is of runs with other settings: name another --output-dir")
-    write_json(path, settings)
-    for noise in dict.fromkeys(ROWS[row][1] for row in args.rows):
-        if noise is not None and args.dataset != "shapes":
-            make_views(args, noise)
-    runs = product(args.seeds, args.methods, args.rows)
+    if args.table:
+        return say(table(read_results(args.results)))
+    if args.generator_data:
+        args.model = args.output_dir / "generator"
+        call(1, "-m", "studies.train_generator", data_dir=args.generator_data,
+             output_dir=args.model, steps=args.generator_steps)
+    runs = plan(args)
+    done = {Run(*(line[name] for name in Run._fields)) for line in read_results(args.results)}
+    left = [run for run in runs if run not in done]
+    for kind in dict.fromkeys(ROWS[run.row][1] for run in left):
+        if kind is not None and args.dataset != "shapes":
+            make_views(args, kind)
+    start, finished = time.time(), []
+
+    def work(run):
+        run_one(args, run)
+        finished.append(run)
+        hours = (time.time() - start) / 3600 / len(finished) * (len(left) - len(finished))
+        say(f"{len(finished)} of {len(left)} runs, about {hours:.1f} h left")
     with ThreadPoolExecutor(args.jobs) as pool:    # after a failure no other run starts
-        list(pool.map(lambda run: run_one(args, *run), runs))
-    write_whole(args.output_dir / "table.md", lambda path: path.write_text(table(args)))
-    say(table(args))
+        list(pool.map(work, left))
+    lines = [line for line in read_results(args.results)
+             if Run(*(line[name] for name in Run._fields)) in runs]
+    say(table(lines))
 
 
 if __name__ == "__main__":

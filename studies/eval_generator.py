@@ -34,8 +34,8 @@ def train_judge(args, world):
     """A small network trained with all labels: (backbone, classifier)."""
     backbone, dim = make_backbone("resnet10_narrow", 32)
     backbone.to(world.device, memory_format=torch.channels_last)
-    settings = SimpleNamespace(labels=1.0, labels_file=None, lr=0.1, backbone_lr=0.1,
-                               batch_size=128, image_size=32, workers=0, skip_bad=False,
+    settings = SimpleNamespace(labels=1.0, labels_file=None, lr=0.2, backbone_lr=0.2,
+                               drops=(), batch_size=128, image_size=32, workers=0, skip_bad=False,
                                **vars(args))
     images = load_images("cifar10", args.data_dir, "train", 32)
     return backbone, finetune(backbone, dim, images, settings, world)

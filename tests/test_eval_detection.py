@@ -3,26 +3,22 @@ import builtins
 import functools
 import json
 import os
-import socket
-import subprocess
-import sys
+from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from PIL import Image
+from running import CPU, call, end, json_lines, refusal, start_two
 from torchvision.models.detection import MaskRCNN
 
 import eval_detection
-import support.world
 import train_moco
 from support.checkpoints import load_checkpoint
 from support.files import write_whole
 from support.networks import make_backbone
-from support.world import UserError, World
-
-ONE = World(0, 1, torch.device("cpu"), torch.float32)
+from support.world import UserError
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +60,7 @@ def backbone(tmp_path_factory):
         "--dataset=folder", f"--data-dir={data}", "--views-dir=none", "--image-size=72",
         "--arch=resnet18", "--batch-size=8", "--queue=16", "--epochs=1", "--start-batches=0",
         "--knn-every=0", "--workers=0", f"--output-dir={folder / 'run'}", "--device=cpu"])
-    train_moco.train(args, ONE)
+    train_moco.train(args, CPU)
     return folder / "run/backbone.pt"
 
 
@@ -79,8 +75,7 @@ def flags_of(coco, backbone, folder, steps, *more):
 
 def detect(monkeypatch, *flags):
     monkeypatch.setattr(eval_detection, "MaskRCNN", functools.partial(MaskRCNN, **FEW))
-    monkeypatch.setattr(sys, "argv", ["eval_detection.py", *map(str, flags)])
-    eval_detection.main()
+    call(eval_detection, *flags)
 
 
 def test_trains_and_evaluates(coco, backbone, tmp_path, monkeypatch, capsys):
@@ -90,7 +85,7 @@ def test_trains_and_evaluates(coco, backbone, tmp_path, monkeypatch, capsys):
     flags = flags_of(coco, backbone, tmp_path, 12, "--log-every", 3)
     detect(monkeypatch, *flags)
     said = capsys.readouterr().out.strip().splitlines()[-1]
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    log = json_lines(tmp_path / "log.jsonl")
     assert log[-2]["loss"] < 0.8 * log[0]["loss"] and log[-2]["step"] == 12
     assert said.startswith(f"box AP {log[-1]['box'][0]:.1f}%, AP50") and "; mask AP " in said
     before = (tmp_path / "last.pt").read_bytes()
@@ -124,23 +119,15 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(coco, backbone, tmp_pat
     assert all(torch.equal(x, uninterrupted[name]) for name, x in continued.items())
 
 
-def test_two_processes_share_the_work(coco, backbone, tmp_path):
-    """Under torchrun's environment: both end well, with one checkpoint and one line of figures."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    code = ("import functools, eval_detection, support.world\n"
-            "eval_detection.SHORT_SIDES = (64,)\n"
-            f"few = functools.partial(eval_detection.MaskRCNN, **{FEW})\n"
-            "eval_detection.MaskRCNN = few\n"
-            "support.world.script(eval_detection.main)")
-    command = [sys.executable, "-c", code, *map(str, flags_of(coco, backbone, tmp_path / "run", 2))]
-    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                            PYTHONPATH=os.path.dirname(eval_detection.__file__))
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
-                                  env=env | dict(RANK=rank, LOCAL_RANK=rank)) for rank in "01"]
-    said = [process.communicate(timeout=400)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+def test_two_processes_share_the_work(coco, backbone, tmp_path, monkeypatch):
+    """Both end well, with one checkpoint and one line of figures."""
+    monkeypatch.setattr(eval_detection, "SHORT_SIDES", (64,))
+
+    def work():
+        with open(tmp_path / f"out-{os.environ['RANK']}", "w") as said, redirect_stdout(said):
+            detect(monkeypatch, *flags_of(coco, backbone, tmp_path / "run", 2))
+    assert end(*start_two([work] * 2, tmp_path)) == [0, 0]
+    said = [(tmp_path / f"out-{rank}").read_text() for rank in range(2)]
     assert "box AP" in said[0] and not said[1]
     assert load_checkpoint(tmp_path / "run/last.pt")["step"] == 2
 
@@ -187,7 +174,7 @@ def test_the_schedule_and_the_shares():
     args.steps, args.batch_size = 7, 4
 
     def shares(count, rank=0, size=1, start=0):
-        world = ONE._replace(rank=rank, size=size)
+        world = CPU._replace(rank=rank, size=size)
         return list(eval_detection.batches(count, args, world, start))
     whole = shares(10)
     halves = zip(shares(10, 0, 2), shares(10, 1, 2), strict=True)
@@ -203,18 +190,14 @@ def test_the_schedule_and_the_shares():
     '{"images": [{"id": 1}], "annotations": [{"id": 1, "image_id": 1}], "categories": []}',
     '{"images": [{"id": 1}], "annotations": [{"image_id": 1, "id": 1}], "categories": [{"id": 1}]}'
 ])
-def test_damaged_annotations_are_named(tmp_path, text):
+def test_missing_and_damaged_annotations_are_named(tmp_path, text):
     pytest.importorskip("pycocotools", reason="pycocotools is optional")
     (tmp_path / "train2017").mkdir()
     (tmp_path / "annotations").mkdir()
+    with pytest.raises(UserError, match="download train2017.zip"):    # none so far
+        eval_detection.Coco(tmp_path, "train")
     (tmp_path / "annotations/instances_train2017.json").write_text(text)
     with pytest.raises(UserError, match="is damaged or not in COCO's format"):
-        eval_detection.Coco(tmp_path, "train")
-
-
-def test_missing_annotations_are_named(tmp_path):
-    pytest.importorskip("pycocotools", reason="pycocotools is optional")
-    with pytest.raises(UserError, match="download train2017.zip"):
         eval_detection.Coco(tmp_path, "train")
 
 
@@ -235,22 +218,19 @@ def test_a_missing_pycocotools_is_named(tmp_path, monkeypatch):
     (["--backbone=x", "--steps=0"], "--steps: 0 must be from 1 to"),
     (["--backbone=x", "--device=cpu", "--data-dir={}"], "cocodataset.org|pip install pycocotools")])
 def test_refusals_are_one_line(flags, message, tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as stop:
-        support.world.script(lambda: detect(monkeypatch, *(f.format(tmp_path) for f in flags)))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    assert any(part in error for part in message.split("|"))
+    line = refusal(capsys, detect, monkeypatch, *(f.format(tmp_path) for f in flags))
+    assert any(part in line for part in message.split("|"))
 
 
 @pytest.mark.parametrize("arch, size", [("resnet18", 32), ("vit_narrow", 96)])
 def test_the_backbone_must_be_for_large_pictures(tmp_path, arch, size):
     torch.save(make_backbone(arch, size)[0].state_dict(), tmp_path / "small.pt")
     with pytest.raises(UserError, match="no ResNet for large pictures"):
-        eval_detection.mask_rcnn(tmp_path / "small.pt", None, 4, ONE)
+        eval_detection.mask_rcnn(tmp_path / "small.pt", None, 4, CPU)
 
 
 def test_the_whole_backbone_is_loaded_and_trained(backbone):
-    body = eval_detection.mask_rcnn(backbone, None, 4, ONE).backbone.body
+    body = eval_detection.mask_rcnn(backbone, None, 4, CPU).backbone.body
     state = torch.load(backbone, weights_only=True)
     assert all(torch.equal(value, state[key]) for key, value in body.state_dict().items())
     assert all(parameter.requires_grad for parameter in body.parameters())

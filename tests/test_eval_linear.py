@@ -52,8 +52,9 @@ def images(folder):
 
 
 def settings(**values):
-    usual = dict(lr=1.0, backbone_lr=0.01, epochs=20, batch_size=32, seed=0, labels=1.0,
-                 labels_file=None, image_size=32, workers=0, skip_bad=False)
+    usual = dict(lr=8.0, backbone_lr=0.08, epochs=20, batch_size=32, seed=0, labels=1.0,
+                 labels_file=None, image_size=32, workers=0, skip_bad=False, optimizer="sgd",
+                 drops=[])                         # lr: for 256 images, 1.0 for 32
     return SimpleNamespace(**usual | values)
 
 
@@ -114,8 +115,8 @@ def test_a_vision_transformer_is_recognised(tmp_path):
         x = torch.randn(2, 3, size, size)
         assert dim == 96 and torch.equal(loaded.eval()(x), backbone.eval()(x))
     before = {name: x.clone() for name, x in backbone.state_dict().items()}
-    ev.finetune(backbone, dim, coloured(), settings(epochs=2, lr=0.01, batch_size=8, image_size=96),
-                ONE)
+    ev.finetune(backbone, dim, coloured(), settings(epochs=2, lr=0.3, backbone_lr=0.3, batch_size=8,
+                                                     image_size=96), ONE)
     same = [name for name, x in backbone.state_dict().items() if torch.equal(x, before[name])]
     assert same == ["encoder.pos_embedding"]
 
@@ -210,8 +211,9 @@ def test_finetuning_on_a_list_of_names(tmp_path, capsys):
     listed = tmp_path / "names.txt"
     listed.write_text("7.png\ntrain/a/12.png\r\n\nb/3.png\n")
     assert ev.listed_subset(names, listed).tolist() == [3, 7, 12]
-    ev.finetune(Mean(), 3, coloured()._replace(names=names), settings(
-        epochs=1, labels=0.01, labels_file=listed, batch_size=2, image_size=16), ONE)
+    given = settings(labels=0.01, labels_file=listed)
+    chosen = ev.labelled(coloured()._replace(names=names), given)
+    assert chosen.names == [names[i] for i in (3, 7, 12)]
     said = capsys.readouterr().out
     assert "fine-tuning on 3 labelled images" in said and "not in the data set" not in said
     assert "the list holds 5.0% of the images, but the recipe is that of --labels 0.01" in said
@@ -227,14 +229,6 @@ def test_finetuning_on_a_list_of_names(tmp_path, capsys):
             ev.listed_subset(others, path)
 
 
-def test_fewer_labels_another_recipe():
-    for labels, lr in ((0.01, 5.0), (0.1, 0.2)):
-        given = ev.parse(["--checkpoint=x", "--dataset=imagenet", "--protocol=finetune",
-                          f"--labels={labels}"])
-        ev.resolve(given, {})
-        assert given.lr == lr
-
-
 # ------------------------------------------------------------------------------------------ probes
 
 def test_the_linear_probe_learns_what_is_separable():
@@ -244,16 +238,56 @@ def test_the_linear_probe_learns_what_is_separable():
     features[:, 3] = 7.0                           # a constant feature does no harm
     for scale in (1e-3, 1e3):                      # one learning rate for features of any size
         train, test = (scale * features).split([200, 100])
-        classify = ev.linear_on_features(train, labels[:200], 3, settings(), ONE)
-        assert ev.accuracy(classify(test), labels[200:]) > 98
-    again = ev.linear_on_features(train, labels[:200], 3, settings(), ONE)
-    assert torch.equal(classify(features), again(features))
+        head = ev.linear_on_features(train, labels[:200], 3, settings())
+        assert ev.top(head(test), labels[200:])["top1"] > 98
+    again = ev.linear_on_features(train, labels[:200], 3, settings())
+    assert torch.equal(head.weight, again.weight) and torch.equal(head.bias, again.bias)
 
 
 def test_a_learning_rate_that_diverges_is_refused():
     x, labels = torch.randn(32, 8), torch.arange(32) % 2
     with pytest.raises(UserError, match="--lr"):
-        ev.linear_on_features(x, labels, 2, settings(lr=float("inf")), ONE)
+        ev.linear_on_features(x, labels, 2, settings(lr=float("inf")))
+
+
+def test_top_1_and_top_5_by_hand():
+    logits = torch.tensor([[0, 1, 2, 3, 4, 5, 6]] * 4).float()     # the first five: classes 6 to 2
+    assert ev.top(logits, torch.tensor([6, 5, 2, 1])) == {"top1": 25.0, "top5": 75.0}
+    assert ev.top(logits[:, :2], torch.tensor([1, 0, 0, 1])) == {"top1": 50.0, "top5": 100.0}
+
+
+def test_schedules_by_hand():
+    """A cosine, and MoCo v2's: a tenth from epochs 60 and 80 of 100 on."""
+    assert [round(ev.decay(x), 4) for x in (0, 1 / 3, 0.5, 1)] == [1, 0.75, 0.5, 0]
+    steps = [round(ev.decay(epoch / 100, [0.6, 0.8]), 6) for epoch in (0, 59, 60, 79, 80, 99)]
+    assert steps == [1, 1, 0.1, 0.1, 0.01, 0.01]
+
+
+def test_two_steps_of_the_lars_probe_match_a_plain_loop():
+    given = settings(optimizer="lars", lr=3.0, batch_size=64)              # 0.75 for 64 images
+    head, optimizer = ev.probe(5, 3, given, "cpu")
+    w, b = head.weight.tolist(), head.bias.tolist()
+    assert b == [0] * 3 and 0.005 < head.weight.std() < 0.02
+    x, labels = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+    ev.fit(head, optimizer, lambda epoch: [(x, labels)], 1, SimpleNamespace(epochs=2, drops=[0.5]))
+    mu_w, mu_b = [[0.0] * 5 for _ in range(3)], [0.0] * 3
+    for lr in (0.75, 0.075):
+        g_w, g_b = [[0.0] * 5 for _ in range(3)], [0.0] * 3
+        for z, y in zip(x.tolist(), labels.tolist(), strict=True):
+            e = [math.exp(sum(map(math.prod, zip(row, z, strict=True))) + bias)
+                 for row, bias in zip(w, b, strict=True)]
+            for c in range(3):                     # d loss / d logit
+                d = (e[c] / sum(e) - (c == y)) / 8
+                g_b[c] += d
+                g_w[c] = [g + d * v for g, v in zip(g_w[c], z, strict=True)]
+        trust = 0.001 * math.hypot(*sum(w, [])) / math.hypot(*sum(g_w, []))
+        for c in range(3):
+            mu_b[c] = 0.9 * mu_b[c] + g_b[c]
+            b[c] -= lr * mu_b[c]
+            mu_w[c] = [0.9 * m + trust * g for m, g in zip(mu_w[c], g_w[c], strict=True)]
+            w[c] = [v - lr * m for v, m in zip(w[c], mu_w[c], strict=True)]
+    torch.testing.assert_close(head.weight.data, torch.tensor(w), atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(head.bias.data, torch.tensor(b), atol=1e-6, rtol=1e-5)
 
 
 class Mean(torch.nn.Module):
@@ -275,36 +309,117 @@ def coloured(n=60):
     return Images([str(i) for i in range(n)], labels, 2, pixels.to(torch.uint8))
 
 
+def top1(backbone, head, images):
+    return ev.top(head(ev.extract_features(backbone, images, 16, ONE)), images.labels)["top1"]
+
+
 def test_linear_probe_on_augmented_pictures_trains_the_head_alone():
     backbone, images = Mean(), coloured()
     head = ev.linear_on_pictures(backbone, 3, images, settings(epochs=5, image_size=16), ONE)
-    assert (backbone.factor == 1).all()
-    assert ev.accuracy(head(ev.extract_features(backbone, images, 16, ONE)), images.labels) > 98
+    assert (backbone.factor == 1).all() and top1(backbone, head, images) > 98
 
 
 def test_finetuning_trains_the_whole_network():
     backbone, images = Mean(), coloured()
-    given = settings(epochs=10, labels=0.5, batch_size=8, image_size=16)
+    given = settings(epochs=10, lr=32.0, backbone_lr=0.32, batch_size=8, image_size=16)
     head = ev.finetune(backbone, 3, images, given, ONE)
-    assert (backbone.factor != 1).all()
-    assert ev.accuracy(head(ev.extract_features(backbone, images, 16, ONE)), images.labels) > 98
+    assert (backbone.factor != 1).all() and top1(backbone, head, images) > 98
 
 
 # ------------------------------------------------------------------------------------- command line
 
-@pytest.mark.parametrize("protocol, options, last", [
-    ("linear", ["--epochs", 2], "linear"),
-    ("linear", ["--augment", "--epochs", 1, "--lr", 0.1], "linear"),
-    ("knn", ["--k", 3], "kNN"),
-    ("finetune", ["--labels", 0.5, "--epochs", 2, "--batch-size", 6], "finetune")])
-def test_the_script(folder, capsys, protocol, options, last):
+@pytest.mark.parametrize("protocol, options, last, place, count", [
+    ("linear", ["--epochs", 2, "--limit", 9], "linear", "linear", 9),
+    ("linear", ["--augment", "--epochs", 1, "--lr", 0.1], "linear", "linear", 12),
+    ("knn", ["--k", 3], "kNN", "knn", 12),
+    ("finetune", ["--labels", 0.5, "--epochs", 2, "--batch-size", 6], "finetune", "finetune-50",
+     6)])
+def test_the_script(folder, capsys, protocol, options, last, place, count):
+    before = {path: path.read_bytes() for path in folder.glob("*.*")}
     script("--checkpoint", folder / "last.pt", "--protocol", protocol, *options)
     output = capsys.readouterr().out
-    assert re.fullmatch(rf"{last} top-1 \d{{1,3}}\.\d%", output.splitlines()[-1])
+    top5 = "" if last == "kNN" else r", top-5 100\.0%"
+    line = rf"{last} top-1 \d{{1,3}}\.\d%{top5} \(fitted on {count} labelled images\)"
+    assert re.fullmatch(line, output.splitlines()[-1])
     assert bool(re.search(r"^kNN top-1 \d", output, re.M)) == (protocol != "finetune")
-    record = json.loads((folder / "eval.jsonl").read_text().splitlines()[-1])
-    assert record["protocol"] == last and f"{record['top1']:.1f}%" in output.splitlines()[-1]
-    assert record["settings"]["dataset"] == "folder" and record["settings"]["image_size"] == 32
+    record = json.loads((folder / place / "result.json").read_text())
+    result, used = record["results"][last], record["settings"]
+    assert f"top-1 {result['top1']:.1f}%" in output.splitlines()[-1]
+    assert result["labelled_images"] == count and used["dataset"] == "folder"
+    assert (used["image_size"], used["arch"]) == (32, "resnet18")
+    files = {path.name for path in (folder / place).iterdir()} - {"result.json", "log.jsonl"}
+    on_pictures = {"last.pt"} if "--augment" in options or last == "finetune" else set()
+    assert files == on_pictures | ({"head.pt"} if last != "kNN" else set())
+    assert before == {path: path.read_bytes() for path in folder.glob("*.*")}
+
+
+def test_the_runs_own_limit_and_recipe(folder, tmp_path, capsys):
+    """A run's --limit, data and method hold for its evaluation, unless flags say otherwise."""
+    state = torch.load(folder / "last.pt")
+    state["args"] |= {"limit": 7, "method": "byol"}
+    torch.save(state, tmp_path / "last.pt")
+    script("--checkpoint", tmp_path / "last.pt", "--epochs", 1)
+    assert "fitted on 7 labelled images" in capsys.readouterr().out
+    for flags, message in (([], "classifier: 1.6 (0.1 for 256 images, the batch is 4096)"),
+                           (["--batch-size=512"], "classifier: 0.2 (0.1 for 256 images")):
+        given = ev.parse(["--checkpoint=last.pt", "--dataset=imagenet", *flags])
+        ev.resolve(given, state["args"])
+        said = capsys.readouterr().out
+        assert message in said and "***" not in said and given.limit is None
+        assert (given.optimizer, given.epochs, given.drops) == ("lars", 90, [])
+    ev.resolve(ev.parse(["--checkpoint=x", "--dataset=imagenet"]), {"arch": "resnet50"})
+    assert "does not say its method: MoCo v3's probe for resnet50" in capsys.readouterr().out
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("flags", [["--augment", "--optimizer=lars", "--lr=10"],
+                                   ["--protocol=finetune", "--labels=1", "--lr=1"]])
+def test_killed_and_resumed_gives_the_same_head(folder, tmp_path, capsys, monkeypatch, flags):
+    flags = [*flags, "--checkpoint", folder / "last.pt", "--epochs=3", "--batch-size=4",
+             "--output-dir"]
+    script(*flags, tmp_path / "whole")
+    decay = ev.decay
+
+    def killed_in_the_third_epoch(done, drops):
+        if done > 0.7:
+            raise Killed
+        return decay(done, drops)
+    for resume in ([], ["--resume"]):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(ev, "decay", killed_in_the_third_epoch)
+            script(*flags, tmp_path / "cut", *resume)
+    assert not (tmp_path / "cut/head.pt").exists()
+    for other, message in (([], "holds a run already: go on with --resume"),
+                           (["--resume", "--seed=1"], "seed is 0 there and 1 here")):
+        with pytest.raises(SystemExit):
+            script(*flags, tmp_path / "cut", *other)
+        assert message in capsys.readouterr().err
+    script(*flags, tmp_path / "cut", "--resume")
+    a, b = (torch.load(tmp_path / name / "head.pt") for name in ("whole", "cut"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert a["weight"].any()
+    whole, cut = ((tmp_path / name / "log.jsonl").read_text() for name in ("whole", "cut"))
+    assert whole == cut and len(whole.splitlines()) == 3
+    assert ("top1" in whole) == ("--augment" in flags)
+    if "--augment" not in flags:                   # the fine-tuned network is a checkpoint, too
+        network, _, args = load_backbone(tmp_path / "cut/last.pt")
+        assert args["dataset"] == "folder" and not torch.equal(
+            network.conv1.weight, load_backbone(folder / "last.pt")[0].conv1.weight)
+
+
+def test_another_backbone_is_not_resumed(folder, tmp_path, capsys):
+    shutil.copy(folder / "last.pt", tmp_path / "last.pt")
+    flags = ["--checkpoint", tmp_path / "last.pt", "--augment", "--epochs=1", "--resume"]
+    script(*flags)
+    state = torch.load(tmp_path / "last.pt")
+    state["model"]["query.backbone.conv1.weight"] += 1
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(SystemExit):
+        script(*flags)
+    assert re.search("of another evaluation: backbone is .* there", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -313,6 +428,10 @@ def test_the_script(folder, capsys, protocol, options, last):
     (["--checkpoint={}/plain.pt"], "does not say its data set.*--dataset"),
     (["--checkpoint={}/plain.pt", "--dataset=folder"], "needs --data-dir"),
     (["--checkpoint={}/vit.pt", "--dataset=shapes", "--image-size=64"], "leave --image-size out"),
+    (["--checkpoint={}/last.pt", "--output-dir={}"], "holds a run already.*another --output-dir"),
+    (["--checkpoint={}/last.pt", "--output-dir={}/vit.pt/x"], "cannot be written.*--output-dir"),
+    (["--checkpoint={}/last.pt", "--protocol=finetune", "--augment"],
+     "--augment is not a setting of --protocol finetune"),
     (["--checkpoint=x", "--labels=0"], "--labels: 0 must be from 1e-06 to 1"),
     (["--checkpoint=x", "--k=few"], "--k: invalid whole number value: 'few'"),
     ([], "required: --checkpoint")])
@@ -330,7 +449,7 @@ def _one_of_two(rank, store, checkpoint):
     ev.setup = lambda device: ONE._replace(rank=rank, size=2)          # once for the three runs
     for options in (["--k", "3", "--epochs", "3", "--limit", "11"],    # 11: no multiple of two
                     ["--protocol", "finetune", "--labels", "1", "--epochs", "1"],
-                    ["--augment", "--lr", "0.1", "--epochs", "1"]):
+                    ["--augment", "--lr", "0.1", "--epochs", "1", "--output-dir", store + "-2"]):
         sys.argv = ["eval_linear.py", "--checkpoint", checkpoint, *options]
         ev.main()
     torch.distributed.destroy_process_group()
@@ -342,9 +461,10 @@ def test_two_processes_evaluate_like_one(folder, tmp_path):
     torch.multiprocessing.spawn(_one_of_two, arguments, nprocs=2)
     with pytest.MonkeyPatch.context() as patch:    # float32, as the two
         patch.setattr(ev, "setup", lambda device: ONE)
-        script("--checkpoint", tmp_path / "last.pt", "--k", 3, "--epochs", 3, "--limit", 11)
-    records = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
-    top1 = [(r["protocol"], r["top1"]) for r in records]
-    names = ["kNN", "linear", "finetune", "kNN", "linear", "kNN", "linear"]
-    assert [name for name, _ in top1] == names
-    assert top1[:2] == top1[5:]
+        script("--checkpoint", tmp_path / "last.pt", "--k", 3, "--epochs", 3, "--limit", 11,
+               "--output-dir", tmp_path / "one")
+    two, tuned, pictures, one = (
+        json.loads((tmp_path / name / "result.json").read_text())["results"]
+        for name in ("linear", "finetune-100", "store-2", "one"))
+    assert two == one and tuned["finetune"]["labelled_images"] == 12
+    assert list(pictures) == ["kNN", "linear"]

@@ -1,6 +1,7 @@
 """generate_views.py, on a tiny pipeline of the real classes with random weights: formulas, files,
 restarts, errors."""
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -9,42 +10,32 @@ from argparse import Namespace
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
-from test_kill import before_call, die, end, start
+from running import before_call, call, die, end, refusal, start
 
-import generate_views
-import support.world
-from generate_views import (
-    encode,
-    encode_all,
-    find_foreground,
-    foreground_proportion,
-    generate,
-    generate_all,
-    load_pipeline,
-    noise_level,
-)
+import generate_views as gv
 from genview import FRACTION, load_images
 from support.data import Images, find_views, spaced
 from support.files import read_component
 from support.world import UserError
 
+WHOLE = re.compile("}$")                           # a line of a manifest that was not cut short
+
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(tmp_path_factory, image_folder, pipeline_folder):
     """A tiny pipeline, 24 images, and their views made in one go with batches of four."""
     folder = tmp_path_factory.mktemp("world")
-    tiny.save_pipeline(folder / "model")
-    tiny.save_images(folder / "images")
-    assert run(folder, "views", "--batch-size", "4") == 0
+    (folder / "model").symlink_to(pipeline_folder)
+    (folder / "images").symlink_to(image_folder)
+    run(folder, "views", "--batch-size", 4)
     return folder
 
 
 @pytest.fixture(scope="module")
 def pipe(world):
-    return load_pipeline(str(world / "model"), torch.float32, "cpu")
+    return gv.load_pipeline(str(world / "model"), torch.float32, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -57,31 +48,15 @@ def flags_of(world, views, images="images"):
             f"--model={world / 'model'}", "--steps=4", "--device=cpu"]
 
 
-def generation(world, views, *more, **options):
-    """The work of the script; a flag in `more` overrides the same one before it."""
-    flags = flags_of(world, views, **options)
-
-    def work():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["generate_views.py", *flags, *more])
-            generate_views.main()
-    return work
-
-
-def run(*arguments, **options):
-    """Does the work in this process, as the command line does. Returns the exit status."""
-    try:
-        support.world.script(generation(*arguments, **options))
-        return 0
-    except SystemExit as stop:
-        return stop.code
+def run(world, views, *more, **options):
+    """A flag in `more` overrides the same one before it."""
+    call(gv, *flags_of(world, views, **options), *more)
 
 
 def read_manifest(folder):
     """{source: its line}, of the whole lines."""
-    text = (folder / "manifest.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-    return {line["source"]: line for line in lines}
+    lines = (folder / "manifest.jsonl").read_text().splitlines()
+    return {line["source"]: line for line in map(json.loads, filter(WHOLE.search, lines))}
 
 
 def pictures(folder):
@@ -118,12 +93,12 @@ def test_foreground_proportion_matches_a_plain_loop():
     tokens, v1 = rng.normal(size=(5, 9, 7)).astype("float32"), rng.normal(size=7).astype("float32")
     expected = [sum(sum(x * y for x, y in zip(token, v1, strict=True)) > alpha for token in image)
                 / 9 for image in tokens.tolist()]
-    p = foreground_proportion(torch.tensor(tokens), torch.tensor(v1), alpha)
+    p = gv.foreground_proportion(torch.tensor(tokens), torch.tensor(v1), alpha)
     assert p.tolist() == pytest.approx(expected) and p.dtype == torch.float32
-    equal = foreground_proportion(torch.ones(2, 3, 1), torch.ones(1), 1.0)         # > , not >=
+    equal = gv.foreground_proportion(torch.ones(2, 3, 1), torch.ones(1), 1.0)         # > , not >=
     assert equal.tolist() == [0, 0]
     with pytest.raises(ValueError, match=r"\(5, 9, 7\), \(6,\)"):
-        foreground_proportion(torch.tensor(tokens), torch.ones(6), alpha)
+        gv.foreground_proportion(torch.tensor(tokens), torch.ones(6), alpha)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -131,21 +106,21 @@ def test_noise_level_is_exact_for_every_count_of_tokens(dtype):
     for T in (1, 5, 10, 25, 49, 50, 64, 100, 196, 256, 1000):
         counts = range(T + 1)                      # whole numbers have no rounding
         expected = [next(100 * i for i in range(5) if 5 * n <= (i + 1) * T) for n in counts]
-        level = noise_level(torch.tensor(counts, dtype=dtype) / T)
+        level = gv.noise_level(torch.tensor(counts, dtype=dtype) / T)
         assert level.tolist() == expected and not level.is_floating_point()
     borders = torch.tensor([51.2 / 256, 0.4, 0.6, 0.8], dtype=dtype)
-    assert noise_level(borders).tolist() == [0, 100, 200, 300]
+    assert gv.noise_level(borders).tolist() == [0, 100, 200, 300]
 
 
 @pytest.mark.parametrize("wrong, text", [([0.5, 1.5], "1.5"), ([-0.1], "-0.1"),
                                          ([float("nan")], "nan"), ([[0.5]], r"\(1, 1\)")])
 def test_noise_level_names_what_is_wrong(wrong, text):
     with pytest.raises(ValueError, match=text):
-        noise_level(torch.tensor(wrong))
+        gv.noise_level(torch.tensor(wrong))
 
 
 def test_embedding_noise_follows_the_equation_for_each_image_alone(world, monkeypatch):
-    pipe = load_pipeline(str(world / "model"), torch.float32, "cpu")               # to be changed
+    pipe = gv.load_pipeline(str(world / "model"), torch.float32, "cpu")          # to be changed
     args = Namespace(steps=1, guidance=2.0, size=32, save_size=32, dtype="float32")
     mean, std = torch.randn(1, 16), torch.rand(1, 16) + 0.5
     pipe.image_normalizer.mean.data, pipe.image_normalizer.std.data = mean, std
@@ -154,7 +129,7 @@ def test_embedding_noise_follows_the_equation_for_each_image_alone(world, monkey
                         lambda **options: noisy.append(original(**options)) or noisy[-1])
     c, seeds, level = torch.randn(3, 16), [5, 6, 7], 300
     for part in (slice(3), slice(2, 3), slice(1)):
-        generate(pipe, args, level, c[part], seeds[part])
+        gv.generate(pipe, args, level, c[part], seeds[part])
     assert torch.equal(noisy[0][2], noisy[1][0]) and torch.equal(noisy[0][0], noisy[2][0])
     t = np.arange(level + 2) / 1000                # the squared-cosine schedule
     bar = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
@@ -164,16 +139,16 @@ def test_embedding_noise_follows_the_equation_for_each_image_alone(world, monkey
     assert torch.allclose(noisy[0][:3, :16], (z * std + mean).float(), atol=1e-4)
     pipe.vae.post_quant_conv.weight.data.fill_(float("nan"))         # as half precision can do
     with pytest.raises(UserError, match="--dtype float32"):
-        generate(pipe, args, level, c, seeds)
+        gv.generate(pipe, args, level, c, seeds)
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_tokens_do_not_depend_on_the_other_images_of_a_batch(world, images, dtype, atol):
-    pipe = load_pipeline(str(world / "model"), dtype, "cpu")
+    pipe = gv.load_pipeline(str(world / "model"), dtype, "cpu")
     batch = [images.pil(i) for i in range(8)]
-    tokens, c = encode(pipe, batch)
+    tokens, c = gv.encode(pipe, batch)
     assert tokens.shape == (8, 64, 32) and c.shape == (8, 16)
-    some, c_some = encode(pipe, batch[3:6])
+    some, c_some = gv.encode(pipe, batch[3:6])
     assert torch.equal(some, tokens[3:6]) and torch.equal(c_some, c[3:6])
     pixels, clip = pipe.feature_extractor(images=batch, return_tensors="pt"), pipe.image_encoder
     hidden = clip.float()(**pixels).last_hidden_state                # (8, 1 + 64, 32), before norm
@@ -191,7 +166,7 @@ def test_files_settings_and_levels(world, images):
     assert sorted(manifest) == sorted(images.names)
     proportions, levels = (torch.tensor([manifest[name][key] for name in images.names])
                            for key in ("proportion", "noise_level"))
-    assert torch.equal(noise_level(proportions), levels) and len(levels.unique()) > 2
+    assert torch.equal(gv.noise_level(proportions), levels) and len(levels.unique()) > 2
     assert len({line["seed"] for line in manifest.values()}) == 24
     assert proportions.mean().item() == pytest.approx(FRACTION, abs=0.01)   # by alpha's definition
     with np.load(views / "foreground.npz", allow_pickle=False) as saved:
@@ -202,25 +177,27 @@ def test_files_settings_and_levels(world, images):
 
 def test_a_killed_run_goes_on_to_the_same_views(world, capsys):
     """With batches of another size, and after a line of the manifest that was cut short."""
-    work, killed = generation(world, "killed", "--batch-size", "1"), world / "killed"
-    assert end(start(before_call(5, die, work, generate_views, "generate"))) == -signal.SIGKILL
+    killed = world / "killed"
+    work = before_call(5, die, lambda: run(world, "killed", "--batch-size", 1), gv,
+                       "generate")
+    assert end(start(work)) == -signal.SIGKILL
     done = {source: (killed / source).read_bytes() for source in read_manifest(killed)}
     assert 2 <= len(done) < 24
     with open(killed / "manifest.jsonl", "a") as file:
         file.write('{"source": "train/cat/00')
-    assert run(world, "killed", "--batch-size", "5") == 0
+    run(world, "killed", "--batch-size", "5")
     said = only_line(capsys.readouterr().out)
     assert f"{24 - len(done)} views made, {len(done)} there already" in said
     assert all((killed / source).read_bytes() == content for source, content in done.items())
     assert_same_views(killed, world / "views")
     lines = (killed / "manifest.jsonl").read_text().splitlines()
-    assert sum(line.endswith("}") for line in lines) == 24 and len(lines) == 25
+    assert len(list(filter(WHOLE.search, lines))) == 24 and len(lines) == 25
 
 
 def test_torchruns_two_processes_make_the_same_views(world):
     """By torchrun itself, whose rendezvous forks do not have. The first one says it, for both."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               generate_views.__file__, *flags_of(world, "ranks"), "--batch-size=3"]
+               gv.__file__, *flags_of(world, "ranks"), "--batch-size=3"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "24 views made, 0 there already, 0 skipped" in only_line(done.stdout)
@@ -228,7 +205,7 @@ def test_torchruns_two_processes_make_the_same_views(world):
 
 
 def test_limit_and_batch_size_do_not_change_a_view(world):
-    assert run(world, "few", "--limit", "5", "--batch-size", "2") == 0
+    run(world, "few", "--limit", "5", "--batch-size", "2")
     names = sorted(pictures(world / "views"))
     few = [names[i] for i in torch.linspace(0, 23, 5).round().long()]
     assert_same_views(world / "few", world / "views", few)
@@ -236,12 +213,12 @@ def test_limit_and_batch_size_do_not_change_a_view(world):
 
 def test_a_second_run_makes_nothing_and_a_lost_view_is_made_again(world, capsys):
     before = snapshot(world / "views")
-    assert run(world, "views") == 0
+    run(world, "views")
     assert "0 views made, 24 there already, 0 skipped" in only_line(capsys.readouterr().out)
     assert snapshot(world / "views") == before
     shutil.copytree(world / "views", world / "lost")
     (world / "lost/train/cat/0003.png").unlink()
-    assert run(world, "lost", "--batch-size", "2") == 0
+    run(world, "lost", "--batch-size", "2")
     assert "1 views made, 23 there already" in only_line(capsys.readouterr().out)
     assert_same_views(world / "lost", world / "views")
 
@@ -250,7 +227,7 @@ def test_release_component_fixed_noise_and_larger_views(world):
     vector = np.random.default_rng(1).normal(size=(32, 1)).astype(np.float32)
     np.save(world / "pca_vectors.npy", vector)
     flags = f"--component={world}/pca_vectors.npy --noise=250 --save-size=96 --limit=3".split()
-    assert run(world, "release", *flags) == 0
+    run(world, "release", *flags)
     component, _ = read_component(world / "release/foreground.npz")
     unit = torch.tensor(vector[:, 0] / np.linalg.norm(vector))       # of either sign
     assert torch.allclose(component * (component @ unit).sign(), unit, atol=1e-5)
@@ -262,40 +239,40 @@ def test_release_component_fixed_noise_and_larger_views(world):
 
 def test_flip_takes_the_other_side(pipe, images):
     args = Namespace(component=None, flip_foreground=False, fit_images=10)
-    v1, _ = find_foreground(args, pipe, images)
+    v1, _ = gv.find_foreground(args, pipe, images)
     args.flip_foreground = True
-    flipped, alpha = find_foreground(args, pipe, images)
+    flipped, alpha = gv.find_foreground(args, pipe, images)
     assert torch.equal(flipped, -v1)
-    tokens = torch.cat([t for _, t, _ in encode_all(pipe, images, spaced(24, 10).tolist())])
-    p = foreground_proportion(tokens, flipped, alpha)
+    tokens = torch.cat([t for _, t, _ in gv.encode_all(pipe, images, spaced(24, 10).tolist())])
+    p = gv.foreground_proportion(tokens, flipped, alpha)
     assert p.mean().item() == pytest.approx(FRACTION, abs=0.01)
 
 
 @pytest.mark.parametrize("place, warned", [(3.0, True), (0.0, False)])
 def test_maps_that_show_only_the_place_are_named(monkeypatch, capsys, place, warned):
     tokens = place * torch.randn(1, 16, 8) + torch.randn(40, 16, 8)
-    monkeypatch.setattr(generate_views, "encode_all",
+    monkeypatch.setattr(gv, "encode_all",
                         lambda *_: [(None, part, None) for part in tokens.split(8)])
     pipe = Namespace(image_encoder=Namespace(config=Namespace(hidden_size=8)))
     args = Namespace(component=None, flip_foreground=False, fit_images=40)
-    find_foreground(args, pipe, Images(["x"] * 40, torch.zeros(40), 1))
+    gv.find_foreground(args, pipe, Images(["x"] * 40, torch.zeros(40), 1))
     assert ("depend on the place" in capsys.readouterr().out) == warned
 
 
 def test_preview_draws_one_picture_and_nothing_else(world, capsys):
-    assert run(world, "looked", "--preview", "3", "--batch-size", "2") == 0
+    run(world, "looked", "--preview", "3", "--batch-size", "2")
     path = world / "looked/preview.png"
     assert str(path) in only_line(capsys.readouterr().out)
     assert [entry.name for entry in (world / "looked").iterdir()] == ["preview.png"]
     assert Image.open(path).size == (76 + 3 * (128 + 6), 7 * (128 + 6) + 34)
-    assert run(world, "looked", "--limit", "2") == 0                 # and the real run may follow
+    run(world, "looked", "--limit", 2)             # and the real run may follow
 
 
 def test_another_solver_draws_other_pictures_of_the_same_noise(world, capsys):
-    assert run(world, "dpm", "--solver", "dpm", "--limit", "4") == 0
+    run(world, "dpm", "--solver", "dpm", "--limit", "4")
     ours, theirs = pictures(world / "dpm"), pictures(world / "views")
     assert len(ours) == 4 and all((ours[name] != theirs[name]).any() for name in ours)
-    assert run(world, "dpm", "--limit", "4") == 2 and "solver is dpm" in capsys.readouterr().err
+    assert "solver is dpm" in refusal(capsys, run, world, "dpm", "--limit", 4)
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -304,7 +281,7 @@ def test_a_truncated_image_is_named_skipped_and_counted(world, capsys):
     shutil.copytree(world / "images", world / "broken")
     victim = world / "broken/train/dog/0004.png"
     victim.write_bytes(victim.read_bytes()[:200])
-    assert run(world, "incomplete", "--limit", "24", images="broken") == 0
+    run(world, "incomplete", "--limit", "24", images="broken")
     out, err = capsys.readouterr()
     assert "23 views made, 0 there already, 1 skipped" in only_line(out)
     assert next(line for line in err.splitlines() if "skipped" in line).count(str(victim)) == 1
@@ -327,19 +304,18 @@ def test_refusals_are_one_line_and_change_nothing(world, capsys, flags, texts):
     (world / "twins/train/cat").mkdir(parents=True, exist_ok=True)
     for suffix in ("jpg", "png"):
         Image.new("RGB", (32, 32)).save(world / f"twins/train/cat/1.{suffix}")
-    before = snapshot(world)
-    assert run(world, "views", *flags.format(world=world).split()) == 2
-    line = only_line(capsys.readouterr().err)
-    assert line.startswith("error: ") and all(text in line for text in texts), line
-    assert snapshot(world) == before
+    before = snapshot(world), snapshot(world / "images")
+    line = refusal(capsys, run, world, "views", *flags.format(world=world).split())
+    assert all(text in line for text in texts), line
+    assert (snapshot(world), snapshot(world / "images")) == before
 
 
 def test_an_error_of_the_writing_thread_ends_the_run(world, monkeypatch, capsys):
     def full(*_, **__):
         raise UserError("no space left")
-    monkeypatch.setattr(generate_views.ViewFolder, "write", full)
-    assert run(world, "full", "--limit", "9", "--batch-size", "2") == 2
-    assert "no space left" in capsys.readouterr().err
+    monkeypatch.setattr(gv.ViewFolder, "write", full)
+    line = refusal(capsys, run, world, "full", "--limit", 9, "--batch-size", 2)
+    assert "no space left" in line
 
 
 @pytest.mark.parametrize("count, room, first, largest, sizes, kept", [
@@ -355,11 +331,11 @@ def test_the_batch_size_follows_the_memory(count, room, first, largest, sizes, k
         if len(seeds) > room:
             raise torch.OutOfMemoryError("no")
         return list(zip(embeddings.tolist(), seeds, strict=True))
-    monkeypatch.setattr(generate_views, "generate", generate)
-    made = generate_all(None, args, 0, torch.arange(count), list(range(count)))
+    monkeypatch.setattr(gv, "generate", generate)
+    made = gv.generate_all(None, args, 0, torch.arange(count), list(range(count)))
     assert made == [(i, i) for i in range(count)] and seen == sizes
     assert (args.batch_size, args.largest) == (kept, kept)
     assert f"at most {kept} images" in capsys.readouterr().out
     room = 0
     with pytest.raises(UserError, match="--size"):
-        generate_all(None, args, 0, torch.arange(count), list(range(count)))
+        gv.generate_all(None, args, 0, torch.arange(count), list(range(count)))

@@ -67,18 +67,18 @@ def test_views_are_drawn_apart_from_the_pictures():
         return torch.randn(len(x), 64, 8, generator=torch.Generator().manual_seed(0))
     pixels = shapes.render(shapes.split("train"))[:500].float()
     another = (pixels.roll(1, 0) - pixels).abs().mean()
-    for seed in (0, 1, 2):
+    for seed in (0, 1):                            # those of the pictures, too
         everything = views(seed, 4096)
         assert (everything[:500] - pixels).abs().mean() > 0.7 * another
-    assert torch.equal(views(2, 512), everything[spaced(4096, 512)])
+    assert torch.equal(views(1, 512), everything[spaced(4096, 512)])
 
 
-def test_the_encoder_sees_the_foreground(scenes):
+def test_the_encoder_sees_the_foreground(scenes, quick_encoder):
     """Its first principal component is the figure; the proportion found follows the true one."""
-    encoder = shapes.train_encoder(steps=60, batch=128)
     with torch.no_grad():
-        tokens = encoder(normalise(shapes.render(scenes) / 255))
-    assert tokens.shape == (600, 64, 64) and not any(p.requires_grad for p in encoder.parameters())
+        tokens = quick_encoder(normalise(shapes.render(scenes) / 255))
+    assert tokens.shape == (600, 64, 64)
+    assert not any(p.requires_grad for p in quick_encoder.parameters())
     component, threshold = fit_foreground(tokens, (8, 8))
     mask = shapes.foreground(scenes)
     cells = mask.view(600, 8, 4, 8, 4).mean((2, 4)).flatten()

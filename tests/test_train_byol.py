@@ -2,15 +2,14 @@
 
 Two processes and the moving average: test_train_moco.py.
 """
-import json
 import math
 import re
-import shutil
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
+from running import CPU, json_lines
 
 import recipes
 import train_byol
@@ -18,9 +17,6 @@ import train_moco
 import train_swav
 from quality_loss import sinkhorn, swapped_prediction
 from support.checkpoints import load_backbone
-from support.world import World
-
-CPU = World(0, 1, torch.device("cpu"), torch.float32)
 
 
 def settings(**changes):
@@ -132,27 +128,26 @@ def run(script, data, folder, *flags):
 
 
 @pytest.mark.parametrize("script, method, more", [
-    (train_byol, "byol", []), (train_byol, "simsiam", []),
+    (train_byol, "byol", []), (train_byol, "simsiam", []), (train_moco, "mocov3", []),
     (train_swav, "swav", ["--prototypes", 6, "--small-size", 16, "--small-crops", 2])])
-def test_with_views_and_quality(script, method, more, image_folder, encoder_folder, tmp_path,
-                                capsys):
+def test_with_views_and_quality(script, method, more, image_folder, views_folder, encoder_folder,
+                                tmp_path, capsys):
     """Views, quality weights, checkpoint, resumption: the loop serves every method."""
-    shutil.copytree(f"{image_folder}/train", tmp_path / "views/train")
-    flags = ["--method", method, "--views-dir", tmp_path / "views", "--encoder", encoder_folder,
+    flags = ["--method", method, "--views-dir", views_folder, "--encoder", encoder_folder,
              "--epochs", 2, "--lr", 0.01, "--optimizer", "sgd", *more]
     run(script, image_folder, tmp_path / "run", *flags)
     name = train_moco.NAMES[method]
     last = rf"kNN top-1 \d+\.\d% \({name} \+ GenView's views \+ quality weights\)"
     assert re.fullmatch(last, capsys.readouterr().out.splitlines()[-1])
-    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert {"loss", "pos", "neg", "std", "ess"} <= log[0].keys()
-    assert 0 < log[0]["ess"] <= 1 and log[0]["std"] > 0
+    line, *_ = json_lines(tmp_path / "run/log.jsonl")
+    assert {"loss", "pos", "neg", "std", "ess"} <= line.keys()
+    assert 0 < line["ess"] <= 1 and line["std"] > 0
     assert load_backbone(tmp_path / "run/last.pt")[1] == 128
     run(script, image_folder, tmp_path / "run", *flags, "--resume")      # nothing left to do
     assert re.fullmatch(last, capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("script", [train_byol, train_swav])
+@pytest.mark.parametrize("script", [train_byol, train_moco, train_swav])
 def test_a_recipe_for_each_data_set(script):
     """The network can be built, and there is an augmentation for each view."""
     for dataset in recipes.DATA_DIRS:

@@ -1,16 +1,14 @@
 """studies/train_generator.py and its judge eval_generator.py, and the miniature in weights/."""
-import json
 import math
 import re
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from running import CPU, call, json_lines, refusal
 
 import generate_views
 import genview
-import support.world
 from quality_loss import fit_foreground
 from recipes import GENERATION
 from studies import eval_generator, train_generator
@@ -18,16 +16,9 @@ from support.augment import normalise
 from support.checkpoints import load_checkpoint
 from support.data import Images, open_image, to_tensor
 from support.files import write_whole
-from support.world import UserError, World
+from support.world import UserError
 
-ONE = World(0, 1, torch.device("cpu"), torch.float32)
 FLAGS = ["--limit", 16, "--batch-size", 4, "--steps", 6, "--log-every", 1, "--device", "cpu"]
-
-
-def call(module, *flags):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [module.__name__, *map(str, flags)])
-        module.main()
 
 
 def train(image_folder, folder, *flags):
@@ -150,8 +141,8 @@ def test_the_folder_is_a_pipeline_that_generate_views_uses(trained, image_folder
     assert "24 views made" in capsys.readouterr().out
     assert len(list(tmp_path.rglob("*.png"))) == 24
     assert (trained / "samples.png").stat().st_size > 1000
-    lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
-    assert [line["part"] for line in lines if line["step"] == 1] == list(train_generator.PARTS)
+    first = [line for line in json_lines(trained / "log.jsonl") if line["step"] == 1]
+    assert [line["part"] for line in first] == list(train_generator.PARTS)
 
 
 def test_half_precision_on_disk_and_small(trained):
@@ -206,7 +197,7 @@ def test_batch_norm_goes_on_after_an_interruption(tmp_path, monkeypatch):
 
     def fit(state):
         torch.manual_seed(0)
-        return train_generator.fit("teacher", train_generator.Teacher(2), data, 16, args, ONE,
+        return train_generator.fit("teacher", train_generator.Teacher(2), data, 16, args, CPU,
                                    state).state_dict()
 
     def stopping(*everything):
@@ -234,11 +225,8 @@ def test_refusals_are_one_line(trained, image_folder, tmp_path, capsys, module, 
     (tmp_path / "last.pt").write_bytes(b"torn")
     flags = [flag.format(trained=trained, damaged=tmp_path) for flag in flags]
     usual = FLAGS if module is train_generator else ["--device", "cpu"]
-    with pytest.raises(SystemExit) as stop:
-        support.world.script(lambda: call(module, "--data-dir", image_folder, *usual, *flags))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
-    assert re.match(f"error: .*{message}", error)
+    line = refusal(capsys, call, module, "--data-dir", image_folder, *usual, *flags)
+    assert re.search(message, line)
 
 
 def test_loss_not_finite_is_named(image_folder, tmp_path, monkeypatch):

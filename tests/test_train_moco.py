@@ -1,35 +1,30 @@
 """MoCo v2 and v3: the step against one process and by hand, runs as a user makes them, refusals."""
 import json
 import math
-import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image
+from running import CPU, end, json_lines, refusal, start_two
 
+import shapes
 import train_byol
 import train_moco
 import train_swav
 from quality_loss import info_nce, pair_quality, quality_weights
 from support import runs
-from support import world as support_world
 from support.networks import LARS
-from support.world import UserError, World
+from support.world import UserError, setup
 
-ROOT = Path(__file__).parents[1]
 METHODS = train_moco.METHODS | train_byol.METHODS | train_swav.METHODS
-CPU = World(0, 1, torch.device("cpu"), torch.float32)
 
 
 def settings(method="mocov2", **changes):
@@ -42,57 +37,16 @@ def settings(method="mocov2", **changes):
 
 # -------------------------------------------------------------------------------------- the step
 
-class SumOverProcesses(torch.autograd.Function):
-    """all_reduce with a gradient, which is all_reduce again."""
-
-    @staticmethod
-    def forward(ctx, x):
-        torch.distributed.all_reduce(x := x.clone())
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        torch.distributed.all_reduce(gradient := gradient.clone())
-        return gradient
-
-
-class GlobalBatchNorm(torch.nn.Module):
-    """Batch norm over the batches of all processes: PyTorch's SyncBatchNorm needs GPUs."""
-
-    def __init__(self, norm):
-        super().__init__()
-        self.norm, self.training = norm, norm.training
-
-    def forward(self, x):
-        norm, dims = self.norm, [d for d in range(x.ndim) if d != 1]
-        if not self.training:
-            return norm(x)
-        size = torch.distributed.get_world_size()
-        mean = SumOverProcesses.apply(x.mean(dims, keepdim=True)) / size
-        var = SumOverProcesses.apply((x - mean).square().mean(dims, keepdim=True)) / size
-        count = x.numel() // x.shape[1] * size
-        norm.running_mean.lerp_(mean.detach().flatten(), norm.momentum)
-        norm.running_var.lerp_(var.detach().flatten() * count / (count - 1), norm.momentum)
-        norm.num_batches_tracked.add_(1)
-        x = (x - mean) / (var + norm.eps).sqrt()
-        shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
-        return x * norm.weight.view(shape) + norm.bias.view(shape) if norm.affine else x
-
-
-def share_batch_norm(module):
-    for name, child in module.named_children():
-        if isinstance(child, torch.nn.modules.batchnorm._BatchNorm):
-            setattr(module, name, GlobalBatchNorm(child))
-        else:
-            share_batch_norm(child)
-
-
 def two_steps(name, world):
     """Two weighted steps on fixed views; returns losses, weights, first gradients, final state.
 
-    In float64: batch norm over 8 pairs amplifies the rounding of float32 to 1e-3 in step two."""
+    In float64, against rounding; batch norm by running statistics: PyTorch synchronises those of a
+    batch on GPUs only."""
     torch.manual_seed(0)
     method = METHODS[name](settings(name)).double().train()
+    for module in method.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
     if name == "mocov2":
         method.queue = method.queue.float()                  # the loss takes float32
     features = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 8, 8), torch.nn.Flatten(2)).double()
@@ -109,7 +63,6 @@ def two_steps(name, world):
         return tuple(q.detach() for q in quality)
     wrapped = method
     if world.size > 1:
-        share_batch_norm(method)
         wrapped = torch.nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
     optimizer = train_moco.make_optimizer(settings(), method)
     optimizer.param_groups[0]["lr"] = 0.05
@@ -124,23 +77,15 @@ def two_steps(name, world):
             "state": [v.detach().clone() for v in method.state_dict().values()]}
 
 
-def one_of_two(rank, port, folder):
-    os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank),
-                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    world = support_world.setup("cpu")._replace(dtype=torch.float32)
-    torch.save({name: two_steps(name, world) for name in METHODS}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def of_two_processes(tmp_path_factory):
     """What each of two processes gets: {method: results of two_steps} by rank."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(one_of_two, (port, folder), nprocs=2)
+
+    def work():
+        world = setup("cpu")._replace(dtype=torch.float32)
+        torch.save({name: two_steps(name, world) for name in METHODS}, folder / f"{world.rank}.pt")
+    assert end(*start_two([work] * 2, folder)) == [0, 0]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -259,7 +204,7 @@ def test_compiled_is_the_same(monkeypatch):
     args = settings("mocov3", compile=True, start_batches=0)
     assert train_moco.distribute(twin, None, args, CPU, fresh=True) is twin
     assert twin.query._compiled_call_impl and not method.query._compiled_call_impl
-    views = torch.randn(2, 8, 3, 32, 32)
+    views = torch.randn(2, 4, 3, 16, 16)
     losses = [net(views, None, CPU)[0] for net in (method, twin)]
     for loss in losses:
         loss.backward()
@@ -328,42 +273,28 @@ def run(*flags):
 
 
 def small(image_folder, output, *more):
-    queue = [] if "mocov3" in more else ["--queue", 16]
+    v2 = [] if "mocov3" in more else ["--queue", 16, "--start-batches", 0]
     return ["--dataset", "folder", "--data-dir", image_folder, "--image-size", 32, "--arch",
-            "resnet10_narrow", "--batch-size", 8, *queue, "--epochs", 2, "--views-dir", "none",
+            "resnet10_narrow", "--batch-size", 8, *v2, "--epochs", 2, "--views-dir", "none",
             "--output-dir", output, *more]
 
 
-@pytest.fixture(scope="module")
-def views(image_folder, tmp_path_factory):
-    """Views of all but four of the images: their mirror images."""
-    folder = tmp_path_factory.mktemp("views")
-    for file in sorted(Path(image_folder, "train").rglob("*.png"))[4:]:
-        target = folder / file.relative_to(image_folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        ImageOps.mirror(Image.open(file)).save(target)
-    return folder
-
-
-def test_shapes_as_a_user(tmp_path):
-    done = subprocess.run([sys.executable, "train_moco.py", "--dataset", "shapes", "--limit", "512",
-                           "--epochs", "1", "--output-dir", tmp_path / "run"],
-                          capture_output=True, text=True, cwd=ROOT, timeout=240)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+def test_shapes_without_a_download(quick_encoder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shapes, "train_encoder", lambda **_: quick_encoder)
+    run("--dataset", "shapes", "--limit", 512, "--epochs", 1, "--output-dir", tmp_path)
     last = r"kNN top-1 \d+\.\d% \(MoCo v2 \+ GenView's views \+ quality weights\)"
-    assert re.fullmatch(last, done.stdout.splitlines()[-1])
-    assert {f.name for f in (tmp_path / "run").iterdir()} == {
+    assert re.fullmatch(last, capsys.readouterr().out.splitlines()[-1])
+    assert {f.name for f in tmp_path.iterdir()} == {
         "last.pt", "backbone.pt", "log.jsonl", "args.json", "pairs.png"}
-    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert {"loss", "chance", "pos", "neg", "ess", "images_per_s"} <= log[0].keys()
-    assert 0 < log[0]["ess"] <= 1
+    line, *_ = json_lines(tmp_path / "log.jsonl")
+    assert {"loss", "chance", "pos", "neg", "ess", "images_per_s"} <= line.keys()
+    assert 0 < line["ess"] <= 1
 
 
-@pytest.mark.parametrize("method", ["mocov2", "mocov3"])
-def test_genview_on_a_folder(method, image_folder, views, encoder_folder, tmp_path, capsys):
+def test_genview_on_a_folder(image_folder, views_folder, encoder_folder, tmp_path, capsys):
     """Images, views and the frozen encoder from files; backbone.pt fits torchvision's network."""
-    run(*small(image_folder, tmp_path / "run", "--method", method, "--views-dir", views,
-               "--encoder", encoder_folder, "--arch", "resnet18", "--lr", 0.01))
+    run(*small(image_folder, tmp_path / "run", "--views-dir", views_folder, "--encoder",
+               encoder_folder, "--arch", "resnet18", "--lr", 0.01, "--epochs", 1))
     said = capsys.readouterr().out
     assert "generated views of 20 of 24 images" in said and "the other 4 use themselves" in said
     state = torch.load(tmp_path / "run/backbone.pt", weights_only=True)
@@ -375,17 +306,17 @@ def test_genview_on_a_folder(method, image_folder, views, encoder_folder, tmp_pa
     assert picture.width > picture.height > 100 and len(picture.getcolors(10 ** 6)) > 50
 
 
-def test_plain_by_default_says_so(image_folder, tmp_path, monkeypatch, capsys):
-    """Without views, and without the flag, the run is plain MoCo: banner, name, settings, last
-    line."""
-    monkeypatch.chdir(tmp_path)
-    run("--dataset", "cifar10", "--data-dir", image_folder, "--batch-size", 8, "--queue", 16,
-        "--epochs", 1, "--arch", "resnet10_narrow")
-    said = capsys.readouterr().out
-    assert "this is plain MoCo" in said and "python generate_views.py --dataset cifar10" in said
+def test_called_as_a_user_without_views_it_says_that_it_is_plain(image_folder, tmp_path):
+    """Neither views nor the flag: banner, folder's name, settings, last line."""
+    command = [sys.executable, train_moco.__file__, "--dataset", "cifar10", "--data-dir",
+               image_folder, "--batch-size=8", "--queue=16", "--epochs=1", "--arch=resnet10_narrow"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=240)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert "this is plain MoCo" in done.stdout
+    assert "python generate_views.py --dataset cifar10" in done.stdout
     last = r"kNN top-1 \d+\.\d% \(plain MoCo v2, no generated views\)"
-    assert re.fullmatch(last, said.splitlines()[-1])
-    folder, = Path("runs").iterdir()
+    assert re.fullmatch(last, done.stdout.splitlines()[-1])
+    folder, = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("cifar10-mocov2-plain-")
     label = json.loads((folder / "args.json").read_text())["label"]
     assert label.startswith("plain MoCo v2")
@@ -393,23 +324,12 @@ def test_plain_by_default_says_so(image_folder, tmp_path, monkeypatch, capsys):
 
 # -------------------------------------------------------------------------------------- refusals
 
-def refusal(capsys, *flags):
-    """The one line on stderr of a run that a script refuses with exit status 2."""
-    with pytest.raises(SystemExit) as stop:
-        support_world.script(lambda: run(*flags))
-    assert stop.value.code == 2
-    said = capsys.readouterr().err
-    line, = [x for x in re.split(r"[\r\n]+", said) if x.startswith("error: ")]
-    assert "Traceback" not in said
-    return line
-
-
 @pytest.fixture(scope="module")
-def wrong(image_folder, views, encoder_folder, tmp_path_factory):
+def wrong(views_folder, encoder_folder, tmp_path_factory):
     """Files that do not fit, and the folders of the valid ones, by name."""
     folder = tmp_path_factory.mktemp("wrong")
     np.savez(folder / "seven.npz", component=np.ones(7, np.float32), threshold=0.0)
-    shutil.copytree(views, folder / "others")
+    shutil.copytree(views_folder, folder / "others")
     (folder / "others/settings.json").write_text('{"dataset": "imagenet"}')
     return {"empty": folder, "seven": folder / "seven.npz", "others": folder / "others",
             "nowhere": folder / "nowhere", "clip": encoder_folder,
@@ -438,13 +358,13 @@ def wrong(image_folder, views, encoder_folder, tmp_path_factory):
 def test_refused_settings(flags, message, image_folder, wrong, tmp_path, capsys):
     """What the user got wrong: one line that names it, and nothing is written."""
     more = flags.format(**wrong).split()
-    assert message in refusal(capsys, *small(image_folder, tmp_path / "run", *more))
+    assert message in refusal(capsys, run, *small(image_folder, tmp_path / "run", *more))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_batch_that_three_processes_cannot_share(image_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    line = refusal(capsys, *small(image_folder, tmp_path / "run"))
+    line = refusal(capsys, run, *small(image_folder, tmp_path / "run"))
     assert "cannot be shared by 3 processes" in line and not (tmp_path / "run").exists()
 
 
@@ -452,22 +372,23 @@ def test_a_download_without_network(tmp_path, capsys, monkeypatch):
     """What to put where, and that shapes needs none."""
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    line = refusal(capsys, "--dataset", "cifar10", "--data-dir", tmp_path / "empty", "--views-dir",
-                   "none", "--output-dir", tmp_path / "run")
+    line = refusal(capsys, run, "--dataset", "cifar10", "--data-dir", tmp_path / "empty",
+                   "--views-dir", "none", "--output-dir", tmp_path / "run")
     assert "--data-dir" in line and "--dataset shapes needs no download" in line
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("size", [32, 72])
-def test_unreadable_image(size, image_folder, encoder_folder, tmp_path, capsys):
+def test_unreadable_image(size, image_folder, encoder_folder, tmp_path, capsys, monkeypatch):
     """Named and fatal, in memory and (above 64 pixels) in a worker; --skip-bad leaves it out, in
     training and where the foreground is fitted."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)     # not 5 s
     shutil.copytree(image_folder, tmp_path / "images")
     bad = tmp_path / "images/train/cat/0003.png"
     bad.write_bytes(bad.read_bytes()[:200])
     flags = small(tmp_path / "images", tmp_path / "run", "--image-size", size, "--workers", 1,
-                  "--epochs", 1)
-    line = refusal(capsys, *flags)
+                  "--epochs", 1, "--knn-every", 0)
+    line = refusal(capsys, run, *flags)
     assert str(bad) in line and "--skip-bad" in line
     run(*flags, "--skip-bad", "--quality", "exact", "--encoder", encoder_folder)
     last = capsys.readouterr().out.splitlines()[-1]
@@ -491,38 +412,45 @@ def test_a_loss_or_network_that_is_not_finite(image_folder, tmp_path, capsys, mo
     for what, number in (("loss", 5), ("network", 6)):
         calls.clear()
         last = tmp_path / what / "last.pt"
-        line = refusal(capsys, *small(image_folder, last.parent, "--epochs", 3, "--knn-every", 9))
+        line = refusal(capsys, run, *small(image_folder, last.parent, "--epochs", 3,
+                                           "--knn-every", 9))
         assert f"{what} is not finite at step {number}" in line and str(last) in line
         state = torch.load(last, weights_only=True)
         assert (state["epoch"], state["step"]) == (0, 3)
 
 
-def test_resume_of_another_run(image_folder, tmp_path, capsys):
-    flags = small(image_folder, tmp_path / "run", "--epochs", 1)
+@pytest.fixture(scope="module")
+def finished(image_folder, tmp_path_factory):
+    """The flags of a finished run of three epochs, and its last.pt."""
+    folder = tmp_path_factory.mktemp("finished")
+    flags = small(image_folder, folder, "--epochs", 3, "--knn-every", 2)
     run(*flags)
-    before = (tmp_path / "run/last.pt").read_bytes()
-    assert "holds a run already" in refusal(capsys, *flags)
-    line = refusal(capsys, *flags, "--arch", "resnet34", "--resume")
-    assert "another --arch (resnet10_narrow, now resnet34)" in line
-    assert (tmp_path / "run/last.pt").read_bytes() == before
+    return flags, folder / "last.pt"
 
 
-def test_knn_comes_every_so_many_epochs_and_at_the_end(image_folder, tmp_path):
-    run(*small(image_folder, tmp_path, "--epochs", 3, "--knn-every", 2))
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+def test_resume_of_another_run(finished, capsys):
+    flags, last = finished
+    before = last.read_bytes()
+    assert "holds a run already" in refusal(capsys, run, *flags)
+    line = refusal(capsys, run, *flags, "--arch", "resnet34", "--resume")
+    assert "another --arch (resnet10_narrow, now resnet34)" in line and last.read_bytes() == before
+
+
+def test_knn_comes_every_so_many_epochs_and_at_the_end(finished):
+    log = json_lines(finished[1].with_name("log.jsonl"))
     assert [line["epoch"] for line in log if "knn" in line] == [2, 3]
 
 
-def test_a_flag_that_an_old_checkpoint_lacks_counts_as_its_default(image_folder, tmp_path, capsys):
-    flags, last = small(image_folder, tmp_path, "--epochs", 1), tmp_path / "last.pt"
-    run(*flags)
+def test_a_flag_that_an_old_checkpoint_lacks_counts_as_its_default(finished, tmp_path, capsys):
+    flags, last = finished
     state = torch.load(last, weights_only=True)
-    del state["args"]["gamma"], state["args"]["start_batches"]
-    torch.save(state, last)
-    run(*flags, "--resume")
-    assert capsys.readouterr().out.count("kNN top-1") == 4           # each run says it twice
-    torch.save(state, last)
-    assert "another --gamma (1.0, now 2.0)" in refusal(capsys, *flags, "--gamma", 2, "--resume")
+    del state["args"]["gamma"], state["args"]["weight_decay"]
+    torch.save(state, tmp_path / "last.pt")
+    flags = [*flags, "--output-dir", tmp_path, "--resume"]
+    run(*flags)
+    assert "kNN top-1" in capsys.readouterr().out
+    torch.save(state, tmp_path / "last.pt")
+    assert "another --gamma (1.0, now 2.0)" in refusal(capsys, run, *flags, "--gamma", 2)
 
 
 def test_a_run_folder_that_not_all_machines_see_is_refused(tmp_path):

@@ -83,3 +83,12 @@ def save_images(folder, per_class=12, size=32, classes=("cat", "dog"), seed=0):
                 content = picture.clip(0, 255).astype(np.uint8)
                 Image.fromarray(content).save(target / f"{number:04d}.png")
     return str(folder)
+
+
+def save_views(images, folder, leave_out=0):
+    """Writes views of the training images but the first ones: their negatives."""
+    for path in sorted(Path(images, "train").rglob("*.png"))[leave_out:]:
+        target = Path(folder) / path.relative_to(images)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(target)
+    return folder

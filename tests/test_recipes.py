@@ -1,0 +1,97 @@
+"""recipes.py against values typed in by hand from the papers, their code and the release."""
+import pytest
+
+import recipes
+
+# (method, architecture, epochs): peak learning rate, batch, optimiser, weight decay, warm-up,
+# momentum, crop_min, default epochs. The rows of the paper's ImageNet table, and longer trainings.
+TRAINING = {
+    ("mocov2", None, None): (0.03, 256, "sgd", 1e-4, 0, 0.999, 0.2, 200),
+    ("simsiam", None, None): (0.05, 256, "sgd", 1e-4, 0, None, 0.2, 200),
+    ("byol", None, None): (4.8, 4096, "lars", 1e-6, 10, 0.99, 0.08, 200),
+    ("mocov3", None, None): (9.6, 4096, "lars", 1e-6, 10, 0.99, 0.2, 100),
+    ("mocov3", "resnet50", 100): (9.6, 4096, "lars", 1e-6, 10, 0.99, 0.2, 100),
+    ("mocov3", "resnet50", 300): (4.8, 4096, "lars", 1e-6, 10, 0.99, 0.2, 100),
+    ("mocov3", "resnet50", 1000): (4.8, 4096, "lars", 1.5e-6, 10, 0.996, 0.2, 100),
+    ("mocov3", "vit_small", 300): (2.4e-3, 4096, "adamw", 0.1, 40, 0.99, 0.08, 300),
+    ("mocov3", "vit_base", 300): (2.4e-3, 4096, "adamw", 0.1, 40, 0.99, 0.08, 300),
+}
+# (method, architecture): learning rate at batch, optimiser, epochs, epochs of a tenth.
+PROBE = {
+    ("mocov2", "resnet50"): (30, 256, "sgd", 100, [60, 80]),
+    ("mocov3", "resnet50"): (0.4, 1024, "sgd", 90, []),
+    ("mocov3", "vit_small"): (12, 1024, "sgd", 90, []),
+    ("mocov3", "vit_base"): (12, 1024, "sgd", 90, []),
+    ("simsiam", "resnet50"): (1.6, 4096, "lars", 90, []),
+    ("byol", "resnet50"): (1.6, 4096, "lars", 90, []),
+    ("swav", "resnet50"): (1.6, 4096, "lars", 90, []),
+    (None, "resnet50"): (0.4, 1024, "sgd", 90, []),          # unknown: the architecture's, MoCo v3
+    (None, "vit_base"): (12, 1024, "sgd", 90, []),
+}
+
+
+@pytest.mark.parametrize("key", TRAINING, ids=str)
+def test_imagenet_training(key):
+    recipe = recipes.training("imagenet", *key)
+    lr, batch, *others = TRAINING[key]
+    assert recipe["lr"] * recipe["batch_size"] / 256 == pytest.approx(lr)
+    names = ("optimizer", "weight_decay", "warmup_epochs", "momentum", "crop_min", "epochs")
+    assert (recipe["batch_size"], *(recipe.get(name) for name in names)) == (batch, *others)
+    assert recipe["image_size"] == 224
+
+
+def test_heads_and_losses_of_imagenet():
+    wanted = {
+        "mocov2": dict(dim=128, queue=65536, temperature=0.2, blur=0.5),
+        "mocov3": dict(dim=256, hidden=4096, temperature=1.0, blur=0.5),
+        "byol": dict(dim=256, hidden=4096),
+        "simsiam": dict(dim=2048, hidden=512),
+        "swav": dict(dim=128, hidden=2048, prototypes=3000, temperature=0.1, epsilon=0.05,
+                     weight_decay=1e-6, crop_min=0.14, small_crops=6, small_size=96,
+                     small_min=0.05)}
+    for method, values in wanted.items():
+        recipe = recipes.training("imagenet", method)
+        assert recipe | values == recipe, method
+    assert recipes.training("imagenet", "mocov3", "vit_base")["temperature"] == 0.2
+
+
+@pytest.mark.parametrize("key", PROBE, ids=str)
+def test_imagenet_probe(key):
+    recipe = recipes.evaluation("linear", "imagenet", 1.0, *key)
+    lr, batch, optimizer, epochs, drops = PROBE[key]
+    assert recipe["lr"] * batch / 256 == pytest.approx(lr)
+    assert (recipe["batch_size"], recipe["optimizer"], recipe["epochs"]) == (
+        batch, optimizer, epochs)
+    assert [share * epochs for share in recipe["drops"]] == drops and recipe["augment"]
+
+
+def test_small_data_sets_have_one_probe():
+    for dataset in ("shapes", "cifar10", "cifar100", "folder"):
+        recipe = recipes.evaluation("linear", dataset, 1.0, "byol", "resnet18")
+        assert recipe == dict(optimizer="sgd", lr=1.0, batch_size=256, epochs=100, drops=[],
+                              augment=False)
+
+
+def test_fine_tuning_depends_on_the_share_of_labels():
+    for labels, lr, backbone_lr in ((0.01, 5, 0.02), (0.1, 0.2, 0.01)):
+        recipe = recipes.evaluation("finetune", "imagenet", labels)
+        assert (recipe["lr"], recipe["backbone_lr"]) == (lr, backbone_lr)
+        assert (recipe["epochs"], recipe["batch_size"]) == (20, 256)
+
+
+def test_the_table_says_values_and_sources():
+    rows = {flag: (value, source) for flag, value, source in
+            recipes.table("imagenet", "mocov3", None, 1000, 2048)}
+    assert rows["--epochs"] == (1000, "given") and rows["--batch-size"] == (2048, "given")
+    lr, source = rows["--lr"]
+    assert lr == 0.3 and "MoCo v3's code, for 300 epochs" in source
+    assert source.endswith("2.4 for the batch of 2048")
+    assert rows["--weight-decay"] == (1.5e-6, "MoCo v3's code, for 1000 epochs")
+    assert "Chen et al. 2021" in rows["--temperature"][1]
+    assert rows["--knn-every"][1] == "this project"
+    for dataset in recipes.DATA_DIRS:              # every value of every recipe has a row
+        for method in ("mocov2", "mocov3", "byol", "simsiam", "swav"):
+            table = recipes.table(dataset, method)
+            values = {flag[2:].replace("-", "_"): value for flag, value, _ in table}
+            assert values == recipes.training(dataset, method)
+            assert values.keys() <= recipes.FLAGS.keys() and all(len(row[2]) > 5 for row in table)
