@@ -188,14 +188,14 @@ def augmented(images, settings, world):
     return batches, steps
 
 
-def peak(lr, settings):
+def scaled(lr, settings):
     """A learning rate for 256 images grows linearly with the batch."""
     return lr * settings.batch_size / 256
 
 
 def probe(dim, num_classes, settings, device):
     """A linear classifier and its optimiser."""
-    head, rate = zero_linear(dim, num_classes), peak(settings.lr, settings)
+    head, rate = zero_linear(dim, num_classes), scaled(settings.lr, settings)
     if settings.optimizer == "lars":    # its steps are 0.001 |w| long: weights of 0 would not do
         torch.nn.init.normal_(head.weight, std=0.01, generator=step_generator(settings.seed))
         return head.to(device), LARS(head.parameters(), rate, weight_decay=0.0)
@@ -254,8 +254,8 @@ def finetune(backbone, dim, images, settings, world, run=None):
     head = zero_linear(dim, images.num_classes).to(world.device)
     learning = [p for p in backbone.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
-        [{"params": learning, "lr": peak(settings.backbone_lr, settings)},
-         {"params": head.parameters(), "lr": peak(settings.lr, settings)}], momentum=0.9)
+        [{"params": learning, "lr": scaled(settings.backbone_lr, settings)},
+         {"params": head.parameters(), "lr": scaled(settings.lr, settings)}], momentum=0.9)
     query = torch.nn.Sequential(OrderedDict(backbone=backbone))    # last.pt's names in training
     model = torch.nn.Sequential(OrderedDict(query=query, head=head)).train()
     if world.size > 1:
@@ -389,7 +389,7 @@ def use_recipe(settings):
         return
     if recipe.get("augment") and settings.method not in recipes.LINEAR:
         say(f"*** the checkpoint does not say its method: MoCo v3's probe for {settings.arch}")
-    say(f"learning rate of the classifier: {peak(settings.lr, settings):g} ({settings.lr:g} for "
+    say(f"learning rate of the classifier: {scaled(settings.lr, settings):g} ({settings.lr:g} for "
         f"256 images, the batch is {settings.batch_size})")
 
 

@@ -121,26 +121,23 @@ TRAINING = {
 }
 
 
-def groups(dataset, method, arch=None, epochs=None):
-    """[(source in words, {flag: value})] of a training recipe; what comes later wins."""
+def with_sources(dataset, method, arch=None, epochs=None):
+    """A training recipe with its sources in words, {flag: (value, source)}."""
     dataset = SAME_AS.get(dataset, dataset)
     key = (dataset, f"{method}-vit" if (arch or "").startswith("vit") else method)
     recipe = TRAINING.get(key) or TRAINING[dataset, method]
-    return [(SOURCES[source], values) for source, values in recipe.items()
-            if (epochs or 0) >= LEAST_EPOCHS.get(source, 0)]
+    return {flag: (value, SOURCES[source]) for source, values in recipe.items()
+            if (epochs or 0) >= LEAST_EPOCHS.get(source, 0) for flag, value in values.items()}
 
 
 def training(dataset, method, arch=None, epochs=None):
-    """The training recipe, {flag: value}. It depends on --arch (vision transformers) and --epochs
-    where they are given."""
-    return {flag: value for _, values in groups(dataset, method, arch, epochs)
-            for flag, value in values.items()}
+    """A training recipe, {flag: value}. arch, epochs: None where they are not given."""
+    return {flag: x for flag, (x, _) in with_sources(dataset, method, arch, epochs).items()}
 
 
 def table(dataset, method, arch=None, epochs=None, batch_size=None):
-    """The training recipe as rows (flag, value, source in words); arch and so on: as given."""
-    rows = {flag: (value, source) for source, values in groups(dataset, method, arch, epochs)
-            for flag, value in values.items()}
+    """A training recipe as rows (flag, value, source in words); arch and so on: those given."""
+    rows = with_sources(dataset, method, arch, epochs)
     given = dict(arch=arch, epochs=epochs, batch_size=batch_size)
     rows |= {flag: (value, "given") for flag, value in given.items() if value is not None}
     (lr, source), (batch, _) = rows["lr"], rows["batch_size"]

@@ -13,6 +13,7 @@ frozen encoder's map, D size of an embedding, M keys in the queue.
 import copy
 import itertools
 import math
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch.optim.swa_utils import update_bn
 import genview
 import recipes
 import shapes
-from eval_linear import extract_features, knn_accuracy
+from eval_linear import knn_of
 from generate_views import foreground_proportion, noise_level
 from quality_loss import fit_foreground, info_nce, info_nce_in_batch, quality_weights
 from support import runs
@@ -247,6 +248,7 @@ def train(args, world, methods=METHODS):
     run = runs.Run(args, world, label(args), defaults(args, methods))
     images, test = (genview.load_images(args.dataset, args.data_dir, split, args.image_size,
                                         args.limit, args.skip_bad) for split in ("train", "test"))
+    runs.limit_queue(args, len(images.names), run.defaults)
     torch.manual_seed(args.seed)
     method = methods[args.method](args).to(world.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args, method)
@@ -258,7 +260,8 @@ def train(args, world, methods=METHODS):
         train_epoch(epoch, loader, trained, optimizer, quality_of, run)
         run.save(epoch, loader.steps)              # first: a crash in kNN must not lose the epoch
         if args.knn_every and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs):
-            accuracy = knn(method, images, test, args, world)
+            accuracy = knn_of(method.query.backbone, images, test, args.image_size, world,
+                              args.workers, args.skip_bad)
             run.log_knn(epoch + 1, accuracy)
     say(f"{run.folder}: last.pt, backbone.pt, log.jsonl, args.json, pairs.png")
     score = f"kNN top-1 {accuracy:.1f}%" if args.knn_every else "no kNN"
@@ -293,15 +296,6 @@ def distribute(method, loader, args, world, fresh):
         return method
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")    # old versions need it
     return nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
-
-
-def knn(method, train_images, test_images, args, world):
-    """kNN on the backbone's features; the training never sees the labels."""
-    dtype = torch.half if world.device.type == "cuda" else torch.float      # ImageNet: 5 GB in half
-    a, b = (extract_features(method.query.backbone, images, args.image_size, world, 512,
-                             args.workers, args.skip_bad, dtype)
-            for images in (train_images, test_images))
-    return knn_accuracy(a, train_images.labels, b, test_images.labels, train_images.num_classes)
 
 
 # --------------------------------------------------------------------------------- what to train on
@@ -373,7 +367,12 @@ def parse_args(methods=METHODS, description=None, argv=None):
     contradict each other."""
     datasets, text = recipes.DATA_DIRS, description or __doc__.split("\n")[0]
     args = runs.parser_of(text, datasets, methods, recipes.FLAGS).parse_args(argv)
-    runs.apply_recipe(args, recipes.training(args.dataset, args.method, args.arch), recipes.FLAGS)
+    if args.print_recipe:
+        rows = recipes.table(args.dataset, args.method, args.arch, args.epochs, args.batch_size)
+        say("\n".join(f"{flag:16}{value!s:18}{source}" for flag, value, source in rows))
+        sys.exit()
+    recipe = recipes.training(args.dataset, args.method, args.arch, args.epochs)
+    runs.apply_recipe(args, recipe, recipes.FLAGS)
     args.data_dir = args.data_dir or datasets[args.dataset]
     if args.data_dir is None:
         raise UserError("--dataset folder needs --data-dir, a folder with train/ and val/ or test/")
@@ -405,7 +404,8 @@ def parse_args(methods=METHODS, description=None, argv=None):
 def defaults(args, methods):
     """The flags of a run of this data set, method and architecture if nothing else is given."""
     parser = runs.parser_of("", recipes.DATA_DIRS, methods, recipes.FLAGS)
-    return vars(parser.parse_args([])) | recipes.training(args.dataset, args.method, args.arch)
+    recipe = recipes.training(args.dataset, args.method, args.arch, args.epochs)
+    return vars(parser.parse_args([])) | recipe
 
 
 def label(args):

@@ -7,7 +7,6 @@ CIFAR-10's sizes with random pixels and weights, on which time does not depend. 
 """
 import functools
 import itertools
-import multiprocessing
 import statistics
 import sys
 import time
@@ -19,11 +18,10 @@ if not __package__:
     sys.exit(2)
 
 import torch
-from torch.utils.data import DataLoader
+import transformers
 from torchvision.transforms import v2
-from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from generate_views import encode, generate, load_pipeline
+from generate_views import encode_all, generate, load_pipeline
 from genview import FrozenEncoder, PairLoader, PairQuality
 from support.augment import CLIP_MEAN, CLIP_STD
 from support.data import Images
@@ -43,6 +41,7 @@ def take_turns(rows, windows, sync):
     return {name: statistics.median(x[1:]) for name, x in times.items()}       # the first warms up
 
 
+@functools.cache
 def pictures(n):
     pixels = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=step_generator(0))
     return Images([f"train/{i:05d}" for i in range(n)], torch.arange(n) % 10, 10, pixels)
@@ -55,39 +54,35 @@ def training(world, batch=256, n=50_000, quality_of=None):
     method = MoCoV2(args).to(world.device, memory_format=torch.channels_last).train()
     optimizer, images = make_optimizer(args, method), pictures(n)
     loader = PairLoader(images, images.pixels.flip(0), augmentations(args), 32, batch, 0, world)
-    batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
+    batches = (views for epoch in itertools.count() for views in loader.epoch(epoch))
 
     def step(views=None):
-        views = views or next(batches)
-        train_step(method, optimizer, views, quality_of, 1.0, 0.0, world)
+        train_step(method, optimizer, views or next(batches), quality_of, 1.0, 0.0, world)
     return method, optimizer, batches, step
 
 
-@functools.cache
-def plain_loop(device, batch=256, n=4096):
-    """Code without a thought for speed: torchvision's transforms image by image, float32, channels
-    first, parameters averaged one by one, the loss read at every step. Yields the loss."""
+kept_training = functools.cache(training)
+
+
+def plain_step(device, batch=256, n=4096):
+    """A step that is not optimised for speed: torchvision's transforms image by image, float32,
+    channels first, parameters averaged one by one, loss read at every step. Returns the loss."""
     world, images = World(0, 1, device, torch.float32), pictures(n)
-    method, optimizer, *_ = training(world, batch, n)
+    method, optimizer, *_ = kept_training(world, batch, n)
     method.to(memory_format=torch.contiguous_format)
     transform = v2.Compose([
         v2.RandomResizedCrop(32, (0.2, 1)), v2.RandomHorizontalFlip(),
         v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2),
         v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(CLIP_MEAN, CLIP_STD)])
-    loader = DataLoader(range(n), batch, shuffle=True, drop_last=True, collate_fn=lambda ids: [
-        torch.stack([transform(images.pil(i)) for i in ids]).to(device) for _ in range(2)])
-    for views in itertools.chain.from_iterable(itertools.repeat(loader)):
-        for key, query in zip(method.key.parameters(), method.query.parameters(), strict=True):
-            key.data = 0.99 * key.data + 0.01 * query.data
-        loss, _ = method(views, None, world)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        yield loss.item()
-
-
-def plain_step(device):
-    return next(plain_loop(device))
+    sources = [images.pil(i) for i in torch.randperm(n)[:batch]]
+    views = [torch.stack([transform(x) for x in sources]).to(device) for _ in range(2)]
+    for key, query in zip(method.key.parameters(), method.query.parameters(), strict=True):
+        key.data = 0.99 * key.data + 0.01 * query.data
+    loss, _ = method(views, None, world)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
 
 
 def steps(world):
@@ -95,16 +90,16 @@ def steps(world):
     *_, batches, step = training(world)
     yield "step without quality, loader included", step, 256
     yield "... compute alone, the same batch again", functools.partial(step, next(batches)), 256
-    for name in ("mini", "CLIP ViT-B/32"):
-        encoder = FrozenEncoder("mini")
-        if name != "mini":                         # random weights: nothing is downloaded
-            encoder.model, encoder.size = CLIPVisionModel(CLIPVisionConfig(patch_size=32)), 224
+    mini, clip = FrozenEncoder("mini"), FrozenEncoder("mini")
+    config = transformers.CLIPVisionConfig(patch_size=32)
+    clip.model, clip.size = transformers.CLIPVisionModel(config), 224    # random: no download
+    for name, encoder in (("mini", mini), ("CLIP ViT-B/32", clip)):
         encoder.to(world.device, memory_format=torch.channels_last)
         v1 = torch.randn(encoder.model.config.hidden_size, device=world.device)
         quality_of = PairQuality(encoder, v1)
         yield f"... with exact quality ({name})", training(world, quality_of=quality_of)[-1], 256
-    # In a process of its own, without what setup changes in this one.
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    # In its own process, without the settings that setup makes in this one.
+    pool = ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn"))
     yield "a plain float32 loop", lambda: pool.submit(plain_step, world.device).result(), 256
 
 
@@ -120,17 +115,16 @@ def size(world):
 
 
 def generation(world, n=32):
-    pipe = load_pipeline("mini", torch.float32, world.device)
-    images = [pictures(n).pil(i) for i in range(n)]
+    pipe, images = load_pipeline("mini", torch.float32, world.device), pictures(n)
     args = SimpleNamespace(steps=20, guidance=2.0, size=32, save_size=32, dtype="float32")
 
     def batched():
-        c = torch.cat([encode(pipe, images[k:k + 8])[1] for k in range(0, n, 8)])
-        generate(pipe, args, 100, c, list(range(n)))
+        c = torch.cat([c for *_, c in encode_all(pipe, images, range(n))])
+        generate(pipe, args, 100, c, range(n))
 
     def single():
-        for i, image in enumerate(images):
-            pipe(image=image, noise_level=100, prompt="", num_inference_steps=20,
+        for i in range(n):
+            pipe(image=images.pil(i), noise_level=100, prompt="", num_inference_steps=20,
                  guidance_scale=2.0, generator=torch.Generator().manual_seed(i))
     yield f"generation, the 32 x 32 miniature, 20 steps, guidance 2, batch {n}", batched, n
     yield "... one image at a time", single, n
@@ -149,8 +143,8 @@ def main():
     say(f"ResNet-18, 32 x 32; {world.device}, {torch.get_num_threads()} threads, {world.dtype}, "
         f"PyTorch {torch.__version__}; medians of {args.windows}\n\n"
         "| what | images/s | time per image over the first row's |\n| --- | --- | --- |")
+    sync = getattr(torch, world.device.type).synchronize
     for part in args.parts or parts:
-        sync = getattr(torch, world.device.type).synchronize
         seconds = take_turns(list(parts[part](world)), args.windows, sync)
         for name, value in seconds.items():
             say(f"| {name} | {1 / value:,.1f} | {value / next(iter(seconds.values())):.2f} |")

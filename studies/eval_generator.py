@@ -2,11 +2,10 @@
 
     python -m studies.eval_generator --data-dir data/cifar10-jpeg      # writes runs/eval-generator
 
-The judge, a classifier trained on the training images, looks at n test images, at views of them and
-at their foregrounds alone.
+The judge, a classifier trained on the training images, labels n test images, two views of each and
+their foregrounds alone.
 """
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,16 +22,13 @@ from eval_linear import extract_features, finetune
 from genview import FRACTION, load_images
 from quality_loss import fit_foreground
 from recipes import GENERATION
-from support.augment import normalise
-from support.data import Images, spaced, to_tensor
-from support.files import write_whole
-from support.networks import make_backbone
+from support import augment, data, files, networks
 from support.world import Parser, progress, real, say, script, setup, whole
 
 
 def train_judge(args, world):
     """A small network trained with all labels: (backbone, classifier)."""
-    backbone, dim = make_backbone("resnet10_narrow", 32)
+    backbone, dim = networks.make_backbone("resnet10_narrow", 32)
     backbone.to(world.device, memory_format=torch.channels_last)
     settings = SimpleNamespace(labels=1.0, labels_file=None, lr=0.2, backbone_lr=0.2,
                                drops=(), batch_size=128, image_size=32, workers=0, skip_bad=False,
@@ -44,7 +40,7 @@ def train_judge(args, world):
 @torch.inference_mode()
 def look(judge, pixels, world):
     """Unit features (n, D) and labels (n,) that the judge gives pixels (n, 3, 32, 32) uint8."""
-    images = Images([""] * len(pixels), torch.zeros(len(pixels)), 0, pixels)
+    images = data.Images([""] * len(pixels), torch.zeros(len(pixels)), 0, pixels)
     features = extract_features(judge[0], images, 32, world)
     return F.normalize(features, dim=1), judge[1](features).argmax(1).cpu()
 
@@ -53,13 +49,13 @@ def views_of(pipe, c, seeds, steps, guidance):
     """{level: (n, 3, 32, 32) uint8}, a view for each embedding of c (n, D), at each noise level."""
     args = SimpleNamespace(steps=steps, guidance=guidance, size=32, save_size=32, dtype="float32",
                            batch_size=100, largest=100)
-    return {level: torch.stack([*map(to_tensor, gv.generate_all(pipe, args, level, c, seeds))])
+    return {level: torch.stack([*map(data.to_tensor, gv.generate_all(pipe, args, level, c, seeds))])
             for level in progress(gv.LEVELS, "views", "level")}
 
 
 @torch.inference_mode()
 def reconstruct(pipe, pixels):
-    """What the autoencoder keeps of pixels (n, 3, 32, 32) uint8."""
+    """pixels (n, 3, 32, 32) uint8 through the autoencoder, likewise."""
     parts = (pixels.float() / 127.5 - 1).split(100)
     kept = [pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample for x in parts]
     return ((torch.cat(kept).clamp(-1, 1) + 1) * 127.5).round().byte()
@@ -67,80 +63,79 @@ def reconstruct(pipe, pixels):
 
 @torch.inference_mode()
 def draw_samples(pipe, pixels, path, steps, guidance):
-    """A PNG; its rows: pixels (n, 3, 32, 32) uint8, what the autoencoder keeps, views by level."""
-    c = pipe.image_encoder(normalise(pixels / 255)).image_embeds
+    """Writes a PNG; its rows: pixels (n, 3, 32, 32) uint8, reconstructions, views by level."""
+    c = pipe.image_encoder(augment.normalise(pixels / 255)).image_embeds
     views = views_of(pipe, c, range(len(pixels)), steps, guidance).values()
     grid = torch.cat([x.cpu() for x in (pixels, reconstruct(pipe, pixels), *views)]) / 255
-    write_whole(path, partial(save_image, grid, nrow=len(pixels), format="png"))
+    files.write_whole(path, lambda p: save_image(grid, p, nrow=len(pixels), format="png"))
 
 
 def percent(hits):
     return f"{100 * hits.float().mean():.1f}"
 
 
-def markdown(*rows):
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+def markdown(header, *rows):
+    rows = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
 
 
 def tables(truth, original, kept, error, by_level, proportion):
     """How often the judge's label is the original's, by noise level and by foreground proportion.
 
-    truth, original, kept: labels (n,), the latter the judge's of the images and of what the
-    autoencoder keeps, whose squared error is error; by_level: {level: ((features, labels), pixels)
-    of one view, the same of another}; proportion (n,). Returns Markdown.
+    truth (n,); original, kept: the judge's labels of images and reconstructions (n,); error: mean
+    square of the latter; by_level: {level: (features, labels, pixels) of a view of each image, then
+    of another (2 n, ...)}; proportion (n,). Returns Markdown.
     """
-    rows = [("pictures", "judge's label as on the original", "judge's label true",
-             "two views of one image: 1 - cosine", "root mean square difference (of 255)"),
-            ("originals", 100, percent(original == truth), "", ""),
-            (f"the autoencoder's (mean squared error {error:.4f} on [-1, 1])",
-             percent(kept == original), percent(kept == truth), "", "")]
-    same = {}
-    for level, (((f1, labels1), view1), ((f2, labels2), view2)) in by_level.items():
-        labels = torch.stack([labels1, labels2])
+    same, rows = {}, [
+        ("originals", 100, percent(original == truth), "", ""),
+        (f"the autoencoder's (mean squared error {error:.4f} on [-1, 1])",
+         percent(kept == original), percent(kept == truth), "", "")]
+    for level, (features, labels, pixels) in by_level.items():
+        labels, (f1, f2), (x1, x2) = labels.view(2, -1), features.chunk(2), pixels.float().chunk(2)
         same[level] = labels == original                                                # (2, n)
-        distance = 1 - (f1 * f2).sum(1).mean()
-        difference = (view1.float() - view2.float()).square().mean().sqrt()
+        distance, difference = 1 - (f1 * f2).sum(1).mean(), (x1 - x2).square().mean().sqrt()
         rows.append((f"views, noise level {level}", percent(same[level]), percent(labels == truth),
                      f"{distance:.3f}", f"{difference:.1f}"))
-    groups = [("foreground proportion", "images", *(f"level {level}" for level in same))]
+    groups = []
     for level in gv.LEVELS:                        # each stands for a fifth of the proportions
         inside = gv.noise_level(proportion) == level
         agree = [percent(s[:, inside]) if inside.any() else "-" for s in same.values()]
         groups.append((f"{level / 500:g} to {(level + 100) / 500:g}", int(inside.sum()), *agree))
-    return markdown(*rows) + "\n" + markdown(*groups)
+    header = ("pictures", "judge's label as on the original", "judge's label true",
+              "two views of one image: 1 - cosine", "root mean square difference (of 255)")
+    fifths = ("foreground proportion", "images", *(f"level {level}" for level in same))
+    return markdown(header, *rows) + "\n" + markdown(fifths, *groups)
 
 
 def foreground_table(judge, pixels, a, label, world):
     """How often the judge's label stays label (n,) where only the foreground is left, or the rest.
 
-    Foreground: the FRACTION of the 64 places with the largest a = <token, v1> (n, 64), as
-    many in each image (unlike Eq. 7), to compare with the places of the mean map, the same in all
-    images, and with random ones. The rest has the image's mean colour. Returns Markdown.
+    Foreground: the FRACTION of the 64 places with the largest a = <token, v1> (n, 64), equally many
+    in each image (unlike Eq. 7), compared with the places of the mean map, the same in all images,
+    and with random ones. The other places get the image's mean colour. Returns Markdown.
     """
-    count = round(FRACTION * a.shape[1])
-    random = torch.rand(a.shape, generator=torch.Generator().manual_seed(0))
-    rows = [(f"{count} of the 64 places of each picture",
-             "judge's label as on the original: only these left", "only the others left")]
-    x, mean = pixels.float(), pixels.float().mean((2, 3), keepdim=True)
+    count, x, mean = round(FRACTION * 64), pixels.float(), pixels.float().mean((2, 3), keepdim=True)
+    rows, random = [], torch.rand(a.shape, generator=torch.Generator().manual_seed(0))
     for name, score in (("the map's foreground", a), ("the mean map's", a.mean(0).expand_as(a)),
                         ("random", random)):
         rank = score.argsort(1, descending=True).argsort(1)
         keep = F.interpolate((rank < count).view(-1, 1, 8, 8).float(), size=32)
         parts = [torch.lerp(mean, x, part).round().byte() for part in (keep, 1 - keep)]
         rows.append((name, *(percent(look(judge, part, world)[1] == label) for part in parts)))
-    return markdown(*rows)
+    return markdown((f"{count} of the 64 places of each picture",
+                     "judge's label as on the original: only these left",
+                     "only the others left"), *rows)
 
 
 def main():
     parser = Parser("Measures what a 32 x 32 generator's views keep, by noise level.")
-    add = parser.add_argument
+    add, usual = parser.add_argument, GENERATION["mini"]
     add("--data-dir", default="data", help="CIFAR-10, or a folder with train/ and test/ in it")
     add("--model", default="mini", help="mini, or a folder of a StableUnCLIPImg2ImgPipeline")
     add("--images", type=whole(2), default=1000, help="test images that are judged")
     add("--epochs", type=whole(1), default=20, help="of the judge")
-    add("--steps", type=whole(1), default=GENERATION["mini"]["steps"], help="of denoising")
-    add("--guidance", type=real(0, 1e4), default=GENERATION["mini"]["guidance"], help="its scale")
+    add("--steps", type=whole(1), default=usual["steps"], help="of denoising")
+    add("--guidance", type=real(0, 1e4), default=usual["guidance"], help="its scale")
     add("--output-dir", type=Path, default=Path("runs/eval-generator"), help="tables, samples.png")
     add("--seed", type=whole(), default=0, help="of the judge and the views")
     add("--device", help="cuda, mps or cpu (default: the first that is available)")
@@ -149,25 +144,22 @@ def main():
     torch.manual_seed(args.seed)                   # of the judge's initial weights
     pipe = gv.load_pipeline(args.model, torch.float32, world.device)
     images = load_images("cifar10", args.data_dir, "test", 32, args.images)
-    pixels, n = images.pixels, len(images.pixels)
-    some = pixels[spaced(n, 16)].to(world.device)
-    draw_samples(pipe, some, args.output_dir / "samples.png", *how)
+    pixels, n = images.pixels.to(world.device), len(images.pixels)
+    draw_samples(pipe, pixels[data.spaced(n, 16)], args.output_dir / "samples.png", *how)
     judge = train_judge(args, world)
-    _, tokens, c = map(list, zip(*gv.encode_all(pipe, images, range(n)), strict=True))
+    _, tokens, c = zip(*gv.encode_all(pipe, images, range(n)), strict=True)
     tokens, c = torch.cat(tokens).cpu(), torch.cat(c)
     v1, alpha = fit_foreground(tokens, (8, 8), FRACTION)
     proportion = gv.foreground_proportion(tokens, v1, alpha)
-    by_level = {level: [] for level in gv.LEVELS}
-    for seed in (args.seed, args.seed + 1):
-        seeds = [gv.image_seed(seed, name) for name in images.names]
-        for level, views in views_of(pipe, c, seeds, *how).items():
-            by_level[level].append((look(judge, views, world), views))
-    kept = reconstruct(pipe, pixels.to(world.device)).cpu()
+    seeds = [gv.image_seed(args.seed + k, name) for k in (0, 1) for name in images.names]
+    views = views_of(pipe, c.repeat(2, 1), seeds, *how)
+    by_level = {level: (*look(judge, x, world), x) for level, x in views.items()}
+    kept = reconstruct(pipe, pixels)
     error = ((kept.float() - pixels.float()) / 127.5).square().mean()
     original, copied = (look(judge, x, world)[1] for x in (pixels, kept))
     text = tables(images.labels, original, copied, error, by_level, proportion) + "\n"
-    text += foreground_table(judge, pixels, tokens.float() @ v1, original, world)
-    write_whole(args.output_dir / "tables.md", lambda temporary: temporary.write_text(text))
+    text += foreground_table(judge, images.pixels, tokens.float() @ v1, original, world)
+    files.write_whole(args.output_dir / "tables.md", lambda temporary: temporary.write_text(text))
     say(f"{text}\n{args.output_dir}: tables.md, samples.png")
 
 

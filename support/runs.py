@@ -3,6 +3,7 @@
 The folder holds last.pt (everything to resume), backbone.pt, log.jsonl, args.json and pairs.png.
 """
 import json
+import math
 import os
 import signal
 import textwrap
@@ -22,7 +23,7 @@ from support.world import Parser, Terminated, UserError, progress, real, say, wh
 
 # Flags that may differ when a run is resumed: they do not change its result.
 FREE = {"output_dir", "resume", "device", "compile", "workers", "skip_bad", "knn_every",
-        "log_every", "save_minutes"}
+        "log_every", "save_minutes", "print_recipe"}
 
 
 # -------------------------------------------------------------------------------------------- flags
@@ -50,6 +51,7 @@ def parser_of(description, datasets, methods, recipe_flags):
     add("--flip-foreground", action="store_true", help="turn the component to the other side")
     add("--noise", default="adaptive", help="shapes only (views made here): adaptive or 0..999")
     add = parser.add_argument_group("runtime").add_argument
+    add("--print-recipe", action="store_true", help="print flags, values, sources; nothing else")
     add("--output-dir", help="default: runs/<dataset>-<method>-<time>")
     add("--resume", nargs="?", const="last", metavar="PATH",
         help="go on from a last.pt; without PATH from the newest of such a run")
@@ -90,6 +92,15 @@ def resolve_batch(args):
         fits = args.queue // args.batch_size * args.batch_size or args.batch_size
         raise UserError(f"--queue {args.queue} is no multiple of --batch-size {args.batch_size} "
                         f"(all processes together): take {fits}")
+
+
+def limit_queue(args, images, recipe):
+    """The recipe's queue is ImageNet's: in other folders it holds at most a tenth of the images."""
+    if args.dataset == "folder" and args.queue and args.queue == recipe["queue"]:
+        most = max(images // 10 // args.batch_size, 1) * args.batch_size
+        if most < args.queue:
+            args.queue = most
+            say(f"--queue {most}: at most a tenth of the {images} images")
 
 
 def resolve_folder(args, name):
@@ -195,6 +206,9 @@ class Run:
                             "batch", total=self.steps, initial=start)
         yield from enumerate(self.bar, start)
         say(f"epoch {epoch + 1}/{self.args.epochs}  " + self.summary)
+        if self.neg > 0.25 and epoch == math.ceil(self.args.epochs / 5):
+            say(f"*** neg is {self.neg:.2f}, where 0 is healthy: keys drift and their age tells the "
+                f"positive: use a smaller --queue, a higher --temperature or --lr")
 
     def after_step(self, epoch, step, readouts):
         """Logs the means of the read-outs, refuses a loss that is not finite, saves when it is
@@ -211,6 +225,7 @@ class Run:
             raise UserError(self._not_finite("loss", first))
         means = dict(zip(readouts, table.mean(0).tolist(), strict=True))
         self.pending.clear()
+        self.neg = means.get("neg", 0.0)
         speed = (step + 1 - self.start) * self.args.batch_size / (time.time() - self.began)
         left = (self.args.epochs * self.steps - number) * self.args.batch_size / speed
         self.log(epoch=round(number / self.steps, 4), step=number, **means, chance=self.chance,

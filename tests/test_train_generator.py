@@ -27,7 +27,7 @@ def train(image_folder, folder, *flags):
 
 def random_data(n, classes):
     pixels = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8)
-    return train_generator.Data(pixels, torch.arange(n) % classes)
+    return pixels, torch.arange(n) % classes
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,7 @@ def pipe(trained):
 # ---------------------------------------------------------------------------------------- formulas
 
 def test_noised_is_what_the_pipeline_tells_the_unet(pipe):
+    """For the pipeline against the equation see test_generate_views.py."""
     c, noise = torch.randn(2, 5, train_generator.EMBEDDING)
     level = torch.tensor([0, 100, 200, 300, 400])
     ours = train_generator.noised(c, level, noise, pipe.image_normalizer,
@@ -56,37 +57,10 @@ def test_noised_is_what_the_pipeline_tells_the_unet(pipe):
         torch.testing.assert_close(ours[i:i + 1], theirs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("level", [0, 100, 400])
-def test_noised_matches_a_plain_loop(pipe, level):
-    """abar_l = product over i <= l of (1 - beta_i) of the squared-cosine schedule (Nichol and
-    Dhariwal 2021)."""
-    def f(t):
-        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-    c, noise = torch.randn(2, train_generator.EMBEDDING)
-    mean, std = (x[0].tolist() for x in (pipe.image_normalizer.mean, pipe.image_normalizer.std))
-    abar = 1.0
-    for i in range(level + 1):
-        abar *= 1 - min(1 - f((i + 1) / 1000) / f(i / 1000), 0.999)
-    got = train_generator.noised(c[None], torch.tensor([level]), noise[None], pipe.image_normalizer,
-                                 pipe.image_noising_scheduler)[0]
-    for k in range(train_generator.EMBEDDING):
-        scaled = (c[k].item() - mean[k]) / std[k]
-        z = math.sqrt(abar) * scaled + math.sqrt(1 - abar) * noise[k].item()
-        assert got[k].item() == pytest.approx(z * std[k] + mean[k], abs=1e-4)
-
-
-def test_pictures():
-    data = random_data(3, 3)
-    x = data.pictures(torch.tensor([1, 2]))
-    assert x.shape == (2, 3, 32, 32) and x.min() >= -1 and x.max() <= 1
-    assert x[0, 0, 0, 0].item() == pytest.approx(data.pixels[1, 0, 0, 0].item() / 127.5 - 1)
-
-
-@pytest.mark.parametrize("steps, size", [(6, 16), (200, 32)])
 def test_pictures_seen_often_are_also_mirrored(image_folder, tmp_path, monkeypatch, steps, size):
-    def look(part, net, data, **options):
-        assert len(data.pixels) == len(data.labels) == options["size"] == size
-        assert torch.equal(data.pixels[-16:], data.pixels[:16].flip(3)) == (size == 32)
+    def look(part, net, pixels, **options):
+        assert len(pixels) == size
+        assert torch.equal(pixels[-16:], pixels[:16].flip(3)) == (size == 32)
         raise KeyboardInterrupt
     monkeypatch.setattr(train_generator, "fit", look)
     with pytest.raises(KeyboardInterrupt):
@@ -95,10 +69,10 @@ def test_pictures_seen_often_are_also_mirrored(image_folder, tmp_path, monkeypat
 
 def test_what_the_encoder_learns_from():
     """The formula of targets, number by number."""
-    data, teacher = random_data(5, 5), train_generator.Teacher(5).eval()
-    maps = teacher.maps(data.pictures(torch.arange(5))).detach()
+    pixels, teacher = random_data(5, 5)[0], train_generator.Teacher(5).eval()
+    maps = teacher.maps(pixels).detach()
     assert maps.shape == (5, 64, 128)
-    got = train_generator.targets(data, teacher)(data.pictures(torch.tensor([3]))).detach()[0]
+    got = train_generator.targets(pixels, teacher)(pixels[3:4]).detach()[0]
     means = maps.double().mean((0, 1)).tolist()
     std = math.sqrt((maps - torch.tensor(means)).square().sum().item() / maps.numel())
     for t, k in [(0, 0), (9, 5), (36, 127), (63, 64)]:
@@ -109,7 +83,7 @@ def test_what_the_encoder_learns_from():
 
 def test_the_moving_average_has_the_statistics_of_batch_norm():
     net, ema, data = train_generator.Teacher(3), train_generator.Teacher(3), random_data(4, 3)
-    loss = sum(net(data, torch.arange(4), None).values())
+    loss = sum(net(None, *data).values())
     train_generator.descend(net, ema, torch.optim.SGD(net.parameters(), lr=0.1), loss, step=0)
     mine, its = (dict(module.named_buffers()) for module in (ema, net))
     assert len(its) == 27 and its["features.1.running_mean"].any()
@@ -121,10 +95,10 @@ def test_spread_of_the_embeddings(pipe):
     the old eigenvalues."""
     x = torch.rand(600, 3, 32, 32) * 2 - 1
     with torch.inference_mode():
-        before = train_generator.embed(pipe.image_encoder, x)
+        before = pipe.image_encoder(x).image_embeds
     encoder, after = train_generator.spread(pipe.image_encoder, before)
     with torch.inference_mode():
-        again = train_generator.embed(encoder, x)
+        again = encoder(x).image_embeds
     torch.testing.assert_close(again, after, atol=1e-3 * after.std().item(), rtol=1e-3)
     old, new = torch.linalg.eigvalsh(torch.cov(before.T.double())), torch.cov(after.T.double())
     least = 1e-4 * old[-1].item()
@@ -153,6 +127,12 @@ def test_half_precision_on_disk_and_small(trained):
         with safe_open(file, "pt") as tensors:
             kinds = {tensors.get_tensor(key).dtype for key in tensors.keys()}
         assert kinds <= {torch.float16, torch.int64}
+
+
+def test_tokenizer_of_transformers_4_beside_that_of_5(trained):
+    for folder in (trained, genview.MINI):
+        names = {file.name for file in (folder / "tokenizer").iterdir()}
+        assert {"vocab.json", "merges.txt", "tokenizer.json"} <= names
 
 
 def test_latents_and_normaliser(pipe, image_folder):
@@ -197,8 +177,8 @@ def test_batch_norm_goes_on_after_an_interruption(tmp_path, monkeypatch):
 
     def fit(state):
         torch.manual_seed(0)
-        return train_generator.fit("teacher", train_generator.Teacher(2), data, 16, args, CPU,
-                                   state).state_dict()
+        return train_generator.fit("teacher", train_generator.Teacher(2), *data, args=args,
+                                   world=CPU, state=state).state_dict()
 
     def stopping(*everything):
         count[0] += 1
@@ -298,9 +278,9 @@ def test_mini_that_is_not_there_is_named(monkeypatch, tmp_path):
 def test_tables_of_the_judge():
     truth, original = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 0])
     unit, black = torch.eye(4), torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
-    first = (unit, torch.tensor([0, 1, 2, 3])), black
-    second = (unit.roll(1, 0), torch.tensor([0, 0, 0, 3])), black + 3
-    by_level = {level: [first, second] for level in generate_views.LEVELS}
+    labels = torch.tensor([0, 1, 2, 3, 0, 0, 0, 3])
+    both = torch.cat([unit, unit.roll(1, 0)]), labels, torch.cat([black, black + 3])
+    by_level = dict.fromkeys(generate_views.LEVELS, both)
     text = eval_generator.tables(truth, original, torch.tensor([0, 1, 2, 3]), 0.16, by_level,
                                  torch.tensor([0.0, 0.1, 0.5, 1.0]))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line]

@@ -378,23 +378,6 @@ def test_a_download_without_network(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("size", [32, 72])
-def test_unreadable_image(size, image_folder, encoder_folder, tmp_path, capsys, monkeypatch):
-    """Named and fatal, in memory and (above 64 pixels) in a worker; --skip-bad leaves it out, in
-    training and where the foreground is fitted."""
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)     # not 5 s
-    shutil.copytree(image_folder, tmp_path / "images")
-    bad = tmp_path / "images/train/cat/0003.png"
-    bad.write_bytes(bad.read_bytes()[:200])
-    flags = small(tmp_path / "images", tmp_path / "run", "--image-size", size, "--workers", 1,
-                  "--epochs", 1, "--knn-every", 0)
-    line = refusal(capsys, run, *flags)
-    assert str(bad) in line and "--skip-bad" in line
-    run(*flags, "--skip-bad", "--quality", "exact", "--encoder", encoder_folder)
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.endswith("(plain MoCo v2, no generated views + quality weights)")
-
-
 def test_a_loss_or_network_that_is_not_finite(image_folder, tmp_path, capsys, monkeypatch):
     """Stops, says the step, keeps the last good checkpoint: that of the first epoch's 3 steps.
     A last step that ruins the weights after a finite loss does not get into a checkpoint."""
@@ -459,3 +442,24 @@ def test_a_run_folder_that_not_all_machines_see_is_refused(tmp_path):
     world = types.SimpleNamespace(rank=0, size=2, gather_objects=lambda x: [x, (1, 0)])
     with pytest.raises(UserError, match="must be one folder for all machines"):
         runs.Run(args, world, "", {}).resume(None, None, 24)
+
+
+def test_the_queue_holds_at_most_a_tenth_of_a_folder(capsys):
+    """ImageNet's recipe on other folders; a --queue that is given stays."""
+    recipe = {"queue": 65536}
+    args = types.SimpleNamespace(dataset="folder", queue=65536, batch_size=256)
+    runs.limit_queue(args, 100_000, recipe)
+    assert args.queue == 9984 and "--queue 9984" in capsys.readouterr().out
+    runs.limit_queue(args, 10_000, recipe)
+    assert args.queue == 9984
+    args = types.SimpleNamespace(dataset="imagenet", queue=65536, batch_size=256)
+    runs.limit_queue(args, 100_000, recipe)
+    assert args.queue == 65536
+
+
+def test_print_recipe_needs_no_data(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_moco.parse_args(argv=["--dataset=folder", "--print-recipe"])
+    rows = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines())
+    assert not stop.value.code
+    assert rows["--lr"] == "0.03" and rows["--queue"] == "65536" and rows["--epochs"] == "200"
