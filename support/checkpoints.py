@@ -1,7 +1,7 @@
 """Checkpoints of any origin: ours, the authors' release, and the layouts in ANCHORS below.
 
-A checkpoint is read as tensors under dotted names ("state_dict.module.encoder_q.bn1.bias"). A
-backbone is where one of ANCHORS is; what stands before the anchor is its prefix.
+A checkpoint is read as tensors under dotted names ("state_dict.module.encoder_q.bn1.bias"); a
+backbone is where one of ANCHORS is, and what stands before that is its prefix.
 """
 import re
 import zipfile
@@ -19,11 +19,10 @@ MEAN_STD = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
             "clip": (CLIP_MEAN, CLIP_STD), "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
 RESNETS = [*(f"resnet{n}" for n in (18, 34, 50, 101, 152)), "wide_resnet50_2", "resnext50_32x4d"]
 SIZES = VITS | {"vit_tiny": (192, 12, 3), "vit_large": (1024, 24, 16), "vit_huge": (1280, 32, 16)}
-ANCHORS = {                   # a tensor of each layout; positions: lightly's nn.Sequential
-    "layer1.0.conv1.weight": "torchvision", "4.0.conv1.weight": "positions",
-    "conv_proj.weight": "torchvision", "patch_embed.proj.weight": "timm",
-    "patch_embed.projection.weight": "mmpretrain",
-    "embeddings.patch_embeddings.projection.weight": "transformers"}
+ANCHORS = {"layer1.0.conv1.weight": "torchvision", "4.0.conv1.weight": "positions",     # lightly's
+           "conv_proj.weight": "torchvision", "patch_embed.proj.weight": "timm",
+           "patch_embed.projection.weight": "mmpretrain",
+           "embeddings.patch_embeddings.projection.weight": "transformers"}
 NO_ANCHOR = ("model.query.backbone.", "state_dict.backbone.", "backbone.", "state_dict.", "")
 POSITIONS = [(r"^0\.", "conv1."), (r"^1\.", "bn1."), *(
     (rf"^{i}\.", f"layer{i - 3}.") for i in (4, 5, 6, 7))]
@@ -34,8 +33,7 @@ VIT_NAMES = [                 # patterns of all layouts and torchvision's names,
     (r"^(blocks|layers|encoder\.layer)\.(\d+)\.", r"encoder.layers.encoder_layer_\2."),
     (r"^(norm|ln1|layernorm)\.", "encoder.ln."),
     (r"\.(norm1|ln1|layernorm_before)\.", ".ln_1."), (r"\.(norm2|ln2|layernorm_after)\.", ".ln_2."),
-    (r"\.(attn\.qkv|attention\.(attention\.(query|key|value)|[qkv]_proj))\.",
-     ".self_attention.in_proj_"),
+    (r"\.(attn\.qkv|attention\.(attention\.\w+|[qkv]_proj))\.", ".self_attention.in_proj_"),
     (r"\.(attn\.proj|attention\.(output\.dense|o_proj))\.", ".self_attention.out_proj."),
     (r"\.(mlp\.fc1|mlp\.linear_1|ffn\.layers\.0\.0|intermediate\.dense)\.", ".mlp.0."),
     (r"\.(mlp\.fc2|mlp\.linear_2|ffn\.layers\.1|output\.dense)\.", ".mlp.3.")]
@@ -119,13 +117,14 @@ def load_backbone(path, arch=None, heads=None, branch=None, mean_std=None):
     prefix, layout, notes = find(path, tensors, branch)
     state = convert(tensors, prefix, layout)
     is_vit, lightning = "conv_proj.weight" in state, "pytorch-lightning_version" in meta
-    theirs = args.get("arch") or next((name for name in (SIZES if is_vit else RESNETS)
-                                       if not misfit(state, name)), None)
-    arch = arch or theirs or ("vit_base" if is_vit else "resnet50")
-    if problem := misfit(state, arch):
-        raise UserError(f"{path} is a checkpoint of another architecture: {problem} {arch}; "
-                        f"it was made with {theirs or 'an unknown architecture'} (--arch); the "
-                        f"first tensor in it is {next(iter(tensors), 'missing')}")
+    known = SIZES if is_vit else RESNETS
+    theirs = args.get("arch") or next((x for x in known if not misfits(state, x)), None)
+    arch = arch or theirs or min(known, key=lambda name: len(misfits(state, name)))
+    if problems := misfits(state, arch):
+        raise UserError(
+            f"{path} is a checkpoint of another architecture: {problems[0]} {arch}; it was made "
+            f"with {theirs or 'an unknown architecture'} (--arch); its first tensor is "
+            f"{next(iter(tensors), 'missing')}")
     heads = heads or (usual_heads(state, arch, prefix, layout) if is_vit else None)
     if heads and (not is_vit or SIZES[arch][0] % heads):
         raise UserError(f"{path}: --heads {heads} does not fit the architecture {arch}")
@@ -215,13 +214,12 @@ def build(state, arch, heads=None):
     return vision_transformer(width, layers, heads or usual, patch, side), width
 
 
-def misfit(state, arch):
-    """The first tensor that does not fit the architecture, in words; None where all fit."""
+def misfits(state, arch):
+    """The tensors that do not fit the architecture, in words."""
     with torch.device("meta"):              # shapes without memory
         expected = build(state, arch)[0].state_dict()
-    for key in [*expected, *state]:
-        found, wanted = (tuple(x[key].shape) if key in x else None for x in (state, expected))
-        if found != wanted and not key.endswith("num_batches_tracked"):
-            return (f"it has no {key}, which is in" if found is None else f"its {key} is not in"
-                    if wanted is None else f"its {key} is {found}, not {wanted} as in")
-    return None
+    wanted, found = ({key: tuple(x.shape) for key, x in tensors.items() if not key.endswith(
+        "num_batches_tracked")} for tensors in (expected, state))
+    return [f"it has no {key}, which is in" if key not in found else f"its {key} is not in"
+            if key not in wanted else f"its {key} is {found[key]}, not {wanted[key]} as in"
+            for key in wanted | found if found.get(key) != wanted.get(key)]

@@ -207,7 +207,7 @@ class Run:
         yield from enumerate(self.bar, start)
         say(f"epoch {epoch + 1}/{self.args.epochs}  " + self.summary)
         if self.neg > 0.25 and epoch == math.ceil(self.args.epochs / 5):
-            say(f"*** neg is {self.neg:.2f}, where 0 is healthy: keys drift and their age tells the "
+            say(f"*** neg is {self.neg:.2f}, where 0 is healthy: keys drift, and age tells the "
                 f"positive: use a smaller --queue, a higher --temperature or --lr")
 
     def after_step(self, epoch, step, readouts):

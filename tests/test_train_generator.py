@@ -159,7 +159,7 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(trained, image_folder, tmp
         if count[0] == stop_at:
             raise KeyboardInterrupt
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_generator, "write_whole", stopping)
+        patch.setattr(train_generator.files, "write_whole", stopping)
         train(image_folder, tmp_path, "--save-minutes", 0)
     train(image_folder, tmp_path, "--save-minutes", 0)
     whole, ours = (load_checkpoint(folder / "last.pt") for folder in (trained, tmp_path))
