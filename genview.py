@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 import shapes
 from quality_loss import fit_foreground, foreground_threshold, orient_foreground, pair_quality
 from support import data
-from support.augment import Draws, crop, crop_boxes, normalise, recolour
+from support.augment import Augmentation, Draws, crop, crop_boxes, normalise, recolour
 from support.data import IN_MEMORY_SIZE, Images, spaced, to_tensor
 from support.files import read_component
 from support.world import UserError, ignore_sigterm, progress, say, step_generator
@@ -63,6 +63,21 @@ def default_views_dir(dataset, data_dir):
 
 
 # ----------------------------------------------------------------------------------- pairs of views
+
+def augmentations(args):
+    """t1, t2. MoCo v3 blurs and solarises the two views unequally, as BYOL does, and jitters
+    saturation less. SwAV jitters twice as strongly and adds small crops."""
+    usual = Augmentation((args.crop_min, 1.0), blur=args.blur, colour=args.colour)
+    if args.method in ("mocov2", "simsiam"):
+        return [usual] * 2
+    if args.method == "swav":
+        large = usual._replace(jitter=(0.8, 0.8, 0.8, 0.2))
+        small = large._replace(scale=(args.small_min, args.crop_min), size=args.small_size)
+        return [large] * 2 + [small] * args.small_crops
+    usual = usual._replace(jitter=(0.4, 0.4, 0.2, 0.1))
+    return [usual._replace(blur=2 * args.blur),
+            usual._replace(blur=0.2 * args.blur, solarise=0.2)]
+
 
 class PairLoader:
     """The positive pairs P_i1 = t1(X_i), P_i2 = t2(X_i^+), in batches (section "framework").

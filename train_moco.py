@@ -30,7 +30,7 @@ from eval_linear import knn_of
 from generate_views import foreground_proportion, noise_level
 from quality_loss import fit_foreground, info_nce, info_nce_in_batch, quality_weights
 from support import runs
-from support.augment import Augmentation, normalise
+from support.augment import normalise
 from support.data import spaced
 from support.networks import LARS, make_backbone
 from support.world import UserError, fast_dtype, say, script, setup, step_generator
@@ -300,21 +300,6 @@ def distribute(method, loader, args, world, fresh):
 
 # --------------------------------------------------------------------------------- what to train on
 
-def augmentations(args):
-    """t1, t2. MoCo v3 blurs and solarises the two views unequally, as BYOL does, and jitters
-    saturation less. SwAV jitters twice as strongly and adds small crops."""
-    usual = Augmentation((args.crop_min, 1.0), blur=args.blur, colour=args.colour)
-    if args.method in ("mocov2", "simsiam"):
-        return [usual] * 2
-    if args.method == "swav":
-        large = usual._replace(jitter=(0.8, 0.8, 0.8, 0.2))
-        small = large._replace(scale=(args.small_min, args.crop_min), size=args.small_size)
-        return [large] * 2 + [small] * args.small_crops
-    usual = usual._replace(jitter=(0.4, 0.4, 0.2, 0.1))
-    return [usual._replace(blur=2 * args.blur),
-            usual._replace(blur=0.2 * args.blur, solarise=0.2)]
-
-
 def prepare(args, images, world):
     """The pairs to train on: PairLoader and quality_of (or None), see train_step."""
     views = encoder = component = None
@@ -340,8 +325,8 @@ def prepare(args, images, world):
     if len(images.names) < args.batch_size:
         raise UserError(f"{len(images.names)} images do not fill one batch of {args.batch_size}: "
                         f"lower --batch-size")
-    loader = genview.PairLoader(pool, views, augmentations(args), args.image_size, args.batch_size,
-                                args.seed, world, args.workers, args.skip_bad)
+    loader = genview.PairLoader(pool, views, genview.augmentations(args), args.image_size,
+                                args.batch_size, args.seed, world, args.workers, args.skip_bad)
     loader.steps = len(images.names) // args.batch_size      # with extra samples the same work
     return loader, quality_of
 

@@ -22,11 +22,11 @@ import transformers
 from torchvision.transforms import v2
 
 from generate_views import encode_all, generate, load_pipeline
-from genview import FrozenEncoder, PairLoader, PairQuality
+from genview import FrozenEncoder, PairLoader, PairQuality, augmentations
 from support.augment import CLIP_MEAN, CLIP_STD
 from support.data import Images
 from support.world import Parser, UserError, World, say, script, setup, step_generator, whole
-from train_moco import MoCoV2, augmentations, make_optimizer, parse_args, train_step
+from train_moco import MoCoV2, make_optimizer, parse_args, train_step
 
 
 def take_turns(rows, windows, sync):

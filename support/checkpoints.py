@@ -68,8 +68,8 @@ def load_checkpoint(path):
             raise ValueError(f"{bad} is damaged")
         checkpoint = read(path, stand_ins)
     except Exception as error:      # OSError, UnpicklingError, RuntimeError, EOFError, KeyError
-        lines = str(error).splitlines() or ["empty"]
-        why = next((line.strip() for line in lines if "WeightsUnpickler" in line), lines[0])
+        line = re.search(".*GLOBAL.*", str(error)) or re.search(".*Unpickler.*|.+", str(error))
+        why = line[0].strip() if line else "empty"
         raise UserError(f"{path} cannot be loaded as a checkpoint ({why}); "
                         f"name a last.pt or backbone.pt by its path") from None
     if refused := [name for name in stand_ins if not re.fullmatch(HARMLESS, name)]:

@@ -49,7 +49,6 @@ def quick_encoder():
 def pytest_addoption(parser):
     parser.addoption("--instants", type=int, default=2,
                      help="test_kill.py: random instants of each case")
-    parser.addoption("--messages", action="store_true", help="test_fuzz.py: print what it was told")
 
 
 @pytest.fixture

@@ -3,23 +3,21 @@ import json
 import math
 import re
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from running import CPU, call, end, json_lines, refusal, start_two
 
 import eval_linear as ev
 import genview
-import support.world
 from support.augment import normalise
 from support.checkpoints import load_backbone
 from support.data import Images, to_tensor
 from support.networks import make_backbone
-from support.world import UserError, World, step_generator
+from support.world import UserError, setup, step_generator
 
-ONE = World(0, 1, torch.device("cpu"), torch.float32)
 DIM = 512
 
 
@@ -59,10 +57,7 @@ def settings(**values):
 
 
 def script(*arguments):
-    """Runs the script in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["eval_linear.py", "--device", "cpu", *map(str, arguments)])
-        support.world.script(ev.main)
+    call(ev, "--device", "cpu", *arguments)
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -72,7 +67,7 @@ def test_all_formats_give_the_same_features(folder, images):
     for name in ("last.pt", "plain.pt", "release.pth"):
         backbone, dim, args = load_backbone(folder / name)
         assert dim == DIM and args.get("dataset") == ("folder" if name == "last.pt" else None)
-        features[name] = ev.extract_features(backbone, images, 32, ONE, batch_size=5)
+        features[name] = ev.extract_features(backbone, images, 32, CPU, batch_size=5)
         assert features[name].shape == (12, DIM) and features[name].dtype == torch.float32
     assert torch.equal(features["last.pt"], features["plain.pt"])
     assert torch.equal(features["last.pt"], features["release.pth"])
@@ -116,7 +111,7 @@ def test_a_vision_transformer_is_recognised(tmp_path):
         assert dim == 96 and torch.equal(loaded.eval()(x), backbone.eval()(x))
     before = {name: x.clone() for name, x in backbone.state_dict().items()}
     ev.finetune(backbone, dim, coloured(), settings(epochs=2, lr=0.3, backbone_lr=0.3, batch_size=8,
-                                                     image_size=96), ONE)
+                                                     image_size=96), CPU)
     same = [name for name, x in backbone.state_dict().items() if torch.equal(x, before[name])]
     assert same == ["encoder.pos_embedding"]
 
@@ -125,18 +120,18 @@ def test_a_vision_transformer_is_recognised(tmp_path):
 
 def test_features_are_the_backbones_own(folder, images):
     backbone, _, _ = load_backbone(folder / "last.pt")
-    features = ev.extract_features(backbone.train(), images, 32, ONE, batch_size=4)
+    features = ev.extract_features(backbone.train(), images, 32, CPU, batch_size=4)
     assert backbone.training                       # as it was before
     with torch.no_grad():
         again = backbone.eval()(normalise(images.pixels.float() / 255))
     torch.testing.assert_close(features, again, atol=1e-4, rtol=1e-4)
-    assert ev.extract_features(backbone, images, 40, ONE).shape == (12, DIM)        # resized
+    assert ev.extract_features(backbone, images, 40, CPU).shape == (12, DIM)        # resized
 
 
 def test_the_centre_of_a_file_is_cut(images):
     """28 = 32 * 224 / 256: cut, not resized."""
     on_disk = images._replace(pixels=None)
-    x, = ev.pictures(on_disk, torch.arange(1), 28, ONE, 1, workers=0)
+    x, = ev.pictures(on_disk, torch.arange(1), 28, CPU, 1, workers=0)
     assert images.pil(0).size == (32, 32)
     centre = to_tensor(images.pil(0).crop((2, 2, 30, 30)))
     torch.testing.assert_close(x[0], normalise(centre / 255))
@@ -145,7 +140,7 @@ def test_the_centre_of_a_file_is_cut(images):
 def test_random_crops_are_drawn_from_seed_and_epoch(images):
     for source in (images, images._replace(pixels=None)):
         def draw(*numbers, source=source):
-            return torch.cat(list(ev.pictures(source, torch.arange(12), 24, ONE, 5, workers=0,
+            return torch.cat(list(ev.pictures(source, torch.arange(12), 24, CPU, 5, workers=0,
                                               draw=numbers)))
         assert draw(0, 1).shape == (12, 3, 24, 24)
         assert torch.equal(draw(0, 1), draw(0, 1)) and not torch.equal(draw(0, 1), draw(0, 2))
@@ -154,8 +149,8 @@ def test_random_crops_are_drawn_from_seed_and_epoch(images):
 def test_unreadable_files(images, tmp_path):
     bad = images._replace(pixels=None, root=tmp_path)
     with pytest.raises(UserError, match="--skip-bad"):
-        list(ev.pictures(bad, torch.arange(2), 24, ONE, 2, workers=0))
-    grey, = ev.pictures(bad, torch.arange(2), 24, ONE, 2, workers=0, skip_bad=True)
+        list(ev.pictures(bad, torch.arange(2), 24, CPU, 2, workers=0))
+    grey, = ev.pictures(bad, torch.arange(2), 24, CPU, 2, workers=0, skip_bad=True)
     torch.testing.assert_close(grey, normalise(torch.full((2, 3, 24, 24), 128 / 255)))
 
 
@@ -310,19 +305,19 @@ def coloured(n=60):
 
 
 def top1(backbone, head, images):
-    return ev.top(head(ev.extract_features(backbone, images, 16, ONE)), images.labels)["top1"]
+    return ev.top(head(ev.extract_features(backbone, images, 16, CPU)), images.labels)["top1"]
 
 
 def test_linear_probe_on_augmented_pictures_trains_the_head_alone():
     backbone, images = Mean(), coloured()
-    head = ev.linear_on_pictures(backbone, 3, images, settings(epochs=5, image_size=16), ONE)
+    head = ev.linear_on_pictures(backbone, 3, images, settings(epochs=5, image_size=16), CPU)
     assert (backbone.factor == 1).all() and top1(backbone, head, images) > 98
 
 
 def test_finetuning_trains_the_whole_network():
     backbone, images = Mean(), coloured()
     given = settings(epochs=10, lr=32.0, backbone_lr=0.32, batch_size=8, image_size=16)
-    head = ev.finetune(backbone, 3, images, given, ONE)
+    head = ev.finetune(backbone, 3, images, given, CPU)
     assert (backbone.factor != 1).all() and top1(backbone, head, images) > 98
 
 
@@ -394,16 +389,13 @@ def test_killed_and_resumed_gives_the_same_head(folder, tmp_path, capsys, monkey
     assert not (tmp_path / "cut/head.pt").exists()
     for other, message in (([], "holds a run already: go on with --resume"),
                            (["--resume", "--seed=1"], "seed is 0 there and 1 here")):
-        with pytest.raises(SystemExit):
-            script(*flags, tmp_path / "cut", *other)
-        assert message in capsys.readouterr().err
+        assert message in refusal(capsys, script, *flags, tmp_path / "cut", *other)
     script(*flags, tmp_path / "cut", "--resume")
     a, b = (torch.load(tmp_path / name / "head.pt") for name in ("whole", "cut"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert a["weight"].any()
-    whole, cut = ((tmp_path / name / "log.jsonl").read_text() for name in ("whole", "cut"))
-    assert whole == cut and len(whole.splitlines()) == 3
-    assert ("top1" in whole) == ("--augment" in flags)
+    whole, cut = (json_lines(tmp_path / name / "log.jsonl") for name in ("whole", "cut"))
+    assert whole == cut and len(whole) == 3 and ("top1" in whole[0]) == ("--augment" in flags)
     if "--augment" not in flags:                   # the fine-tuned network is a checkpoint, too
         network, _, args = load_backbone(tmp_path / "cut/last.pt")
         assert args["dataset"] == "folder" and not torch.equal(
@@ -417,9 +409,8 @@ def test_another_backbone_is_not_resumed(folder, tmp_path, capsys):
     state = torch.load(tmp_path / "last.pt")
     state["model"]["query.backbone.conv1.weight"] += 1
     torch.save(state, tmp_path / "last.pt")
-    with pytest.raises(SystemExit):
-        script(*flags)
-    assert re.search("of another evaluation: backbone is .* there", capsys.readouterr().err)
+    line = refusal(capsys, script, *flags)
+    assert re.search("of another evaluation: backbone is .* there", line)
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -436,33 +427,26 @@ def test_another_backbone_is_not_resumed(folder, tmp_path, capsys):
     (["--checkpoint=x", "--k=few"], "--k: invalid whole number value: 'few'"),
     ([], "required: --checkpoint")])
 def test_refusals_are_one_line(folder, capsys, flags, message):
-    with pytest.raises(SystemExit) as stop:
-        script(*(flag.format(folder) for flag in flags))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
-    assert re.match(f"error: .*{message}", error)
+    line = refusal(capsys, script, *(flag.format(folder) for flag in flags))
+    assert re.search(message, line)
 
 
-def _one_of_two(rank, store, checkpoint):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank,
-                                         world_size=2)
-    ev.setup = lambda device: ONE._replace(rank=rank, size=2)          # once for the three runs
-    for options in (["--k", "3", "--epochs", "3", "--limit", "11"],    # 11: no multiple of two
-                    ["--protocol", "finetune", "--labels", "1", "--epochs", "1"],
-                    ["--augment", "--lr", "0.1", "--epochs", "1", "--output-dir", store + "-2"]):
-        sys.argv = ["eval_linear.py", "--checkpoint", checkpoint, *options]
-        ev.main()
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_evaluate_like_one(folder, tmp_path):
+def test_two_processes_evaluate_like_one(folder, tmp_path, monkeypatch):
     shutil.copy(folder / "last.pt", tmp_path / "last.pt")
-    arguments = (str(tmp_path / "store"), str(tmp_path / "last.pt"))
-    torch.multiprocessing.spawn(_one_of_two, arguments, nprocs=2)
-    with pytest.MonkeyPatch.context() as patch:    # float32, as the two
-        patch.setattr(ev, "setup", lambda device: ONE)
-        script("--checkpoint", tmp_path / "last.pt", "--k", 3, "--epochs", 3, "--limit", 11,
-               "--output-dir", tmp_path / "one")
+    knn = ["--k", 3, "--epochs", 3, "--limit", 11]           # 11: no multiple of two
+
+    def evaluate(*flags):
+        script("--checkpoint", tmp_path / "last.pt", *flags)
+
+    def work():
+        world = setup("cpu")._replace(dtype=torch.float32)   # once for the three runs
+        monkeypatch.setattr(ev, "setup", lambda device: world)
+        evaluate(*knn)
+        evaluate("--protocol", "finetune", "--labels", 1, "--epochs", 1)
+        evaluate("--augment", "--lr", 0.1, "--epochs", 1, "--output-dir", tmp_path / "store-2")
+    assert end(*start_two([work] * 2, tmp_path)) == [0, 0]
+    monkeypatch.setattr(ev, "setup", lambda device: CPU)
+    evaluate(*knn, "--output-dir", tmp_path / "one")
     two, tuned, pictures, one = (
         json.loads((tmp_path / name / "result.json").read_text())["results"]
         for name in ("linear", "finetune-100", "store-2", "one"))

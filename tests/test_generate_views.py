@@ -277,17 +277,6 @@ def test_another_solver_draws_other_pictures_of_the_same_noise(world, capsys):
 
 # ------------------------------------------------------------------------------------------- errors
 
-def test_a_truncated_image_is_named_skipped_and_counted(world, capsys):
-    shutil.copytree(world / "images", world / "broken")
-    victim = world / "broken/train/dog/0004.png"
-    victim.write_bytes(victim.read_bytes()[:200])
-    run(world, "incomplete", "--limit", "24", images="broken")
-    out, err = capsys.readouterr()
-    assert "23 views made, 0 there already, 1 skipped" in only_line(out)
-    assert next(line for line in err.splitlines() if "skipped" in line).count(str(victim)) == 1
-    assert "--skip-bad" not in err and len(pictures(world / "incomplete")) == 23
-
-
 @pytest.mark.parametrize("flags, texts", [
     ("--steps=3", ["steps is 4 there and 3 here", "--views-dir"]),
     ("--noise=7", ["noise is adaptive there and 7 here"]),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from running import CPU, json_lines
 
 import recipes
+import genview
 import train_byol
 import train_moco
 import train_swav
@@ -157,4 +158,4 @@ def test_a_recipe_for_each_data_set(script):
             with torch.device("meta"):
                 network(args)
             views = 2 + args.small_crops if method == "swav" else 2
-            assert len(train_moco.augmentations(args)) == views
+            assert len(genview.augmentations(args)) == views
