@@ -12,11 +12,13 @@ SOURCES = {
     "v3 longest": "MoCo v3's code, for 1000 epochs",
     "byol": "BYOL (Grill et al. 2020), the 300-epoch recipe",
     "simsiam": "SimSiam (Chen and He 2021)",
-    "swav": "SwAV (Caron et al. 2020), 200 epochs with large batches",
+    "swav": "SwAV (Caron et al. 2020), Sec. 4 and its script for small batches, 200 epochs",
+    "swav large": "SwAV (Caron et al. 2020), 200 epochs with large batches",
     "release": "the code released by GenView's authors",
     "ours": "this project",
 }
 LEAST_EPOCHS = {"v3 long": 300, "v3 longest": 1000}    # such groups count for long trainings alone
+LEAST_BATCH = {"swav large": 1024}                     # and such for large batches
 
 # Flags of the training recipes: (type and range, help).
 FLAGS = {
@@ -26,11 +28,14 @@ FLAGS = {
     "batch_size": (whole(1), "images in a step, of all processes together"),
     "optimizer": (str, "sgd, adamw or lars"),
     "lr": (real(0, 1e4), "learning rate for 256 images; it grows linearly with the batch"),
+    "final_lr": (real(0, 1e4), "SwAV: learning rate at the end, for 256 images; else 0"),
     "weight_decay": (real(0, 1e4), "weight decay"),
     "warmup_epochs": (whole(0), "epochs in which the learning rate rises linearly"),
     "dim": (whole(1), "size of an embedding"),
     "hidden": (whole(1), "width of the hidden layers of projector and predictor"),
-    "queue": (whole(1), "MoCo v2: keys of past batches that serve as negatives"),
+    "queue": (whole(1), "MoCo v2: keys of past batches that serve as negatives; SwAV: embeddings "
+                        "of past batches that get codes together with a small batch"),
+    "queue_after": (whole(0), "SwAV: epochs before the queue is filled; it counts once it is full"),
     "prototypes": (whole(1), "SwAV: number of prototypes"),
     "temperature": (real(1e-4, 1e4), "temperature of the loss"),
     "epsilon": (real(1e-4, 1e4), "SwAV: smoothness of the codes; smaller is harder"),
@@ -81,11 +86,14 @@ TRAINING = {
                         blur=0.5),
         "release": dict(epochs=200),
         "ours": dict(knn_every=20)},
-    ("imagenet", "swav"): {                        # warmup_epochs: the paper warms up for 10
-        "swav": dict(arch="resnet50", image_size=224, epochs=200, batch_size=4096, optimizer="lars",
-                     lr=0.3, weight_decay=1e-6, warmup_epochs=0, dim=128,   # 4.8 at 4096
-                     hidden=2048, prototypes=3000, temperature=0.1, epsilon=0.05, freeze_epochs=1,
-                     crop_min=0.14, small_crops=6, small_size=96, small_min=0.05, blur=0.5),
+    ("imagenet", "swav"): {
+        "swav": dict(arch="resnet50", image_size=224, epochs=200, batch_size=256, optimizer="lars",
+                     lr=0.6, final_lr=6e-4, weight_decay=1e-6, warmup_epochs=0, dim=128,
+                     hidden=2048, queue=3840, queue_after=15, prototypes=3000, temperature=0.1,
+                     epsilon=0.05, freeze_epochs=1, crop_min=0.14, small_crops=6, small_size=96,
+                     small_min=0.05, blur=0.5),
+        # 4.8 at 4096. The paper warms up for 10 epochs and ends at 0.0048.
+        "swav large": dict(lr=0.3, final_lr=0.0, queue=None, queue_after=None),
         "ours": dict(knn_every=20)},
     ("cifar10", "mocov2"): {
         "v2": CIFAR | dict(lr=0.03, dim=128, queue=4096, temperature=0.1, momentum=0.99),
@@ -121,23 +129,25 @@ TRAINING = {
 }
 
 
-def with_sources(dataset, method, arch=None, epochs=None):
+def with_sources(dataset, method, arch=None, epochs=None, batch_size=None):
     """A training recipe with its sources in words, {flag: (value, source)}."""
     dataset = SAME_AS.get(dataset, dataset)
     key = (dataset, f"{method}-vit" if (arch or "").startswith("vit") else method)
     recipe = TRAINING.get(key) or TRAINING[dataset, method]
     return {flag: (value, SOURCES[source]) for source, values in recipe.items()
-            if (epochs or 0) >= LEAST_EPOCHS.get(source, 0) for flag, value in values.items()}
+            if (epochs or 0) >= LEAST_EPOCHS.get(source, 0)
+            and (batch_size or 0) >= LEAST_BATCH.get(source, 0) for flag, value in values.items()}
 
 
-def training(dataset, method, arch=None, epochs=None):
-    """A training recipe, {flag: value}. arch, epochs: None where they are not given."""
-    return {flag: x for flag, (x, _) in with_sources(dataset, method, arch, epochs).items()}
+def training(dataset, method, arch=None, epochs=None, batch_size=None):
+    """A training recipe, {flag: value}. arch, epochs, batch_size: None where they are not given."""
+    rows = with_sources(dataset, method, arch, epochs, batch_size)
+    return {flag: x for flag, (x, _) in rows.items()}
 
 
 def table(dataset, method, arch=None, epochs=None, batch_size=None):
     """A training recipe as rows (flag, value, source in words); arch and so on: those given."""
-    rows = with_sources(dataset, method, arch, epochs)
+    rows = with_sources(dataset, method, arch, epochs, batch_size)
     given = dict(arch=arch, epochs=epochs, batch_size=batch_size)
     rows |= {flag: (value, "given") for flag, value in given.items() if value is not None}
     (lr, source), (batch, _) = rows["lr"], rows["batch_size"]

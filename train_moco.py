@@ -226,12 +226,13 @@ def make_optimizer(args, method):
 
 
 def learning_rate(args, epoch):
-    """Linear warm-up, then cosine to 0; epoch may be fractional. The peak grows with the batch."""
-    peak = args.lr * args.batch_size / 256
+    """Linear warm-up, then cosine to --final-lr or 0; epoch may be fractional. Peak and end grow
+    with the batch."""
+    peak, end = (lr * args.batch_size / 256 for lr in (args.lr, args.final_lr or 0))
     if epoch < args.warmup_epochs:
         return peak * epoch / args.warmup_epochs
     rest = max(args.epochs - args.warmup_epochs, 1)
-    return peak * 0.5 * (1 + math.cos(math.pi * (epoch - args.warmup_epochs) / rest))
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (epoch - args.warmup_epochs) / rest))
 
 
 def set_learning_rate(optimizer, args, epoch):
@@ -356,7 +357,8 @@ def parse_args(methods=METHODS, description=None, argv=None):
         rows = recipes.table(args.dataset, args.method, args.arch, args.epochs, args.batch_size)
         say("\n".join(f"{flag:16}{value!s:18}{source}" for flag, value, source in rows))
         sys.exit()
-    recipe = recipes.training(args.dataset, args.method, args.arch, args.epochs)
+    recipe = recipes.training(args.dataset, args.method, args.arch, args.epochs,
+                              args.batch_size)
     runs.apply_recipe(args, recipe, recipes.FLAGS)
     args.data_dir = args.data_dir or datasets[args.dataset]
     if args.data_dir is None:
@@ -389,7 +391,8 @@ def parse_args(methods=METHODS, description=None, argv=None):
 def defaults(args, methods):
     """The flags of a run of this data set, method and architecture if nothing else is given."""
     parser = runs.parser_of("", recipes.DATA_DIRS, methods, recipes.FLAGS)
-    recipe = recipes.training(args.dataset, args.method, args.arch, args.epochs)
+    recipe = recipes.training(args.dataset, args.method, args.arch, args.epochs,
+                              args.batch_size)
     return vars(parser.parse_args([])) | recipe
 
 

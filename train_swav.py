@@ -6,7 +6,8 @@
         --views-dir /data/imagenet-views
 
 Legend of the shapes: N images of this process, V views of each (two large ones, then small crops
-taken in turn from image and generated view), D size of an embedding, P prototypes.
+taken in turn from image and generated view), D size of an embedding, P prototypes, M embeddings in
+a queue.
 """
 import math
 
@@ -21,7 +22,10 @@ from train_moco import Encoder, mlp, parse_args, similarities, train
 
 
 class SwAV(nn.Module):
-    """SwAV (Caron et al. 2020): an encoder and prototypes of unit length."""
+    """SwAV (Caron et al. 2020): an encoder and prototypes of unit length.
+
+    A small batch cannot use thousands of prototypes equally. There a queue of older embeddings, one
+    for each large view, gets codes together with the batch (Sec. 4)."""
 
     def __init__(self, args):
         super().__init__()
@@ -32,12 +36,19 @@ class SwAV(nn.Module):
         self.chance = math.log(args.prototypes)
         self.frozen, self.frozen_until = False, args.freeze_epochs / args.epochs
         self.prototypes.weight.register_hook(lambda gradient: gradient * (not self.frozen))
+        # The newest first, the same in all processes; zeros: not yet filled.            (2, M, D)
+        self.register_buffer("queue", torch.zeros(2, args.queue, args.dim) if args.queue else None)
+        self.filled_from = args.queue_after / args.epochs if args.queue else math.inf
+        self.filling = self.full = False
 
     @torch.no_grad()
     def update(self, fraction):
-        """Before each step: prototypes to unit length; they do not learn in the first epochs."""
+        """Before each step: prototypes to unit length; they do not learn in the first epochs. The
+        queue counts once its last row is filled, and from then on without a look at the device."""
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
         self.frozen = fraction < self.frozen_until
+        self.filling = fraction >= self.filled_from
+        self.full = self.filling and (self.full or bool(self.queue[:, -1].any()))
 
     def forward(self, views, weights, world):
         sizes = sorted({v.shape[-1] for v in views}, reverse=True)  # views of one size in one batch
@@ -47,11 +58,27 @@ class SwAV(nn.Module):
             z = F.normalize(z.float(), dim=1)                                   # (V N, D)
             scores = F.linear(z, self.prototypes.weight.float())                # cosines
             scores = scores.unflatten(0, (len(views), -1))                      # (V, N, P)
-        codes = torch.stack([sinkhorn(s, self.epsilon, group=world.group)
-                             for s in scores[:2].detach()])                     # (2, N, P)
+            codes = self.codes(scores[:2].detach(), world)                      # (2, N, P)
         loss = swapped_prediction(scores, codes, temperature=self.temperature, weights=weights)
         z1, z2 = z.detach().chunk(len(views))[:2]
+        if self.filling:
+            self.enqueue(torch.stack([world.gather(z1), world.gather(z2)]))
         return loss, similarities(z1, z2, z2, positives=1)
+
+    @torch.no_grad()
+    def codes(self, scores, world):
+        """scores (2, N, P) -> codes of the batch (2, N, P), computed over queue and batch."""
+        count = scores.shape[1]
+        if self.full:                              # sinkhorn joins the processes: each has a share
+            older = self.queue.chunk(world.size, dim=1)[world.rank]
+            older = F.linear(older, self.prototypes.weight.float())             # (2, M / size, P)
+            scores = torch.cat([older, scores], dim=1)
+        return torch.stack([sinkhorn(s, self.epsilon, group=world.group)[-count:] for s in scores])
+
+    @torch.no_grad()
+    def enqueue(self, z):
+        """The newest embeddings (2, all N, D) in front; the oldest fall out."""
+        self.queue.copy_(torch.cat([z, self.queue], dim=1)[:, :self.queue.shape[1]])
 
 
 METHODS = {"swav": SwAV}

@@ -27,22 +27,22 @@ from support.world import Parser, progress, real, say, script, setup, whole
 
 
 def train_judge(args, world):
-    """A small network trained with all labels: (backbone, classifier)."""
+    """A small network trained with all labels. Returns a function: pixels (n, 3, 32, 32) uint8 ->
+    unit features (n, D), labels (n,)."""
     backbone, dim = networks.make_backbone("resnet10_narrow", 32)
     backbone.to(world.device, memory_format=torch.channels_last)
     settings = SimpleNamespace(labels=1.0, labels_file=None, lr=0.2, backbone_lr=0.2,
                                drops=(), batch_size=128, image_size=32, workers=0, skip_bad=False,
                                **vars(args))
     images = load_images("cifar10", args.data_dir, "train", 32)
-    return backbone, finetune(backbone, dim, images, settings, world)
+    head = finetune(backbone, dim, images, settings, world)
 
-
-@torch.inference_mode()
-def look(judge, pixels, world):
-    """Unit features (n, D) and labels (n,) that the judge gives pixels (n, 3, 32, 32) uint8."""
-    images = data.Images([""] * len(pixels), torch.zeros(len(pixels)), 0, pixels)
-    features = extract_features(judge[0], images, 32, world)
-    return F.normalize(features, dim=1), judge[1](features).argmax(1).cpu()
+    @torch.inference_mode()
+    def judge(pixels):
+        images = data.Images([""] * len(pixels), torch.zeros(len(pixels)), 0, pixels)
+        features = extract_features(backbone, images, 32, world)
+        return F.normalize(features, dim=1), head(features).argmax(1).cpu()
+    return judge
 
 
 def views_of(pipe, c, seeds, steps, guidance):
@@ -107,7 +107,7 @@ def tables(truth, original, kept, error, by_level, proportion):
     return markdown(header, *rows) + "\n" + markdown(fifths, *groups)
 
 
-def foreground_table(judge, pixels, a, label, world):
+def foreground_table(judge, pixels, a, label):
     """How often the judge's label stays label (n,) where only the foreground is left, or the rest.
 
     Foreground: the FRACTION of the 64 places with the largest a = <token, v1> (n, 64), equally many
@@ -121,7 +121,7 @@ def foreground_table(judge, pixels, a, label, world):
         rank = score.argsort(1, descending=True).argsort(1)
         keep = F.interpolate((rank < count).view(-1, 1, 8, 8).float(), size=32)
         parts = [torch.lerp(mean, x, part).round().byte() for part in (keep, 1 - keep)]
-        rows.append((name, *(percent(look(judge, part, world)[1] == label) for part in parts)))
+        rows.append((name, *(percent(judge(part)[1] == label) for part in parts)))
     return markdown((f"{count} of the 64 places of each picture",
                      "judge's label as on the original: only these left",
                      "only the others left"), *rows)
@@ -153,12 +153,12 @@ def main():
     proportion = gv.foreground_proportion(tokens, v1, alpha)
     seeds = [gv.image_seed(args.seed + k, name) for k in (0, 1) for name in images.names]
     views = views_of(pipe, c.repeat(2, 1), seeds, *how)
-    by_level = {level: (*look(judge, x, world), x) for level, x in views.items()}
+    by_level = {level: (*judge(x), x) for level, x in views.items()}
     kept = reconstruct(pipe, pixels)
     error = ((kept.float() - pixels.float()) / 127.5).square().mean()
-    original, copied = (look(judge, x, world)[1] for x in (pixels, kept))
+    original, copied = (judge(x)[1] for x in (pixels, kept))
     text = tables(images.labels, original, copied, error, by_level, proportion) + "\n"
-    text += foreground_table(judge, images.pixels, tokens.float() @ v1, original, world)
+    text += foreground_table(judge, images.pixels, tokens.float() @ v1, original)
     files.write_whole(args.output_dir / "tables.md", lambda temporary: temporary.write_text(text))
     say(f"{text}\n{args.output_dir}: tables.md, samples.png")
 

@@ -185,10 +185,10 @@ class Generator(nn.Module):
 def noised(c, level, noise, normalizer, scheduler):
     """The U-Net's condition (n, 2 D), as diffusers' noise_image_embeddings computes it.
 
-    z^l = mean + std (sqrt(abar_l) (c - mean) / std + sqrt(1 - abar_l) e);  condition = (z^l, sin l)
+    z^l = mean + std (sqrt(abar_l) (c - mean) / std + sqrt(1 - abar_l) e);  condition = (z^l, s(l))
 
     c, noise e: (n, D). level: l (n,), of 1,000 steps. mean, std: the normalizer's; abar: the
-    scheduler's. Source: GenView, section "framework"; Ramesh et al. 2022.
+    scheduler's; s: sinusoids. Source: GenView, section "framework"; Ramesh et al. 2022.
     """
     z = normalizer.unscale(scheduler.add_noise(normalizer.scale(c), noise, level))
     return torch.cat([z, diffusers.models.embeddings.get_timestep_embedding(
@@ -305,7 +305,7 @@ def train(args, world):
         with world.autocast():
             parts = [function(part / 127.5 - 1).half()
                      for part in progress(pixels.split(500), "encoding", "batch")]
-        return torch.cat(parts)                                # a CPU's autocast refuses float16
+        return torch.cat(parts)            # not under autocast, which refuses float16 on a CPU
     torch.manual_seed(args.seed)                               # of the initial weights
     vae = learn("autoencoder", Autoencoder(), pixels).vae
     teacher = learn("teacher", Teacher(images.num_classes), pixels, labels)
@@ -316,7 +316,7 @@ def train(args, world):
     vae.register_to_config(scaling_factor=1 / z.float().std().item())          # to variance 1
     normalizer = diffusers.pipelines.stable_diffusion.StableUnCLIPImageNormalizer(EMBEDDING)
     normalizer.requires_grad_(False).mean.copy_(c.mean(0, keepdim=True))
-    normalizer.std.fill_(c.var(0).mean().sqrt())
+    normalizer.std.fill_(c.var(0).mean().sqrt())               # to mean 0, a mean variance of 1
     generator = learn("generator", Generator(normalizer), z * vae.config.scaling_factor, c)
     save_pipeline(args.output_dir, vae, encoder, generator)
     pipe = load_pipeline(str(args.output_dir), torch.float32, world.device)

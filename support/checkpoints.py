@@ -1,7 +1,5 @@
-"""Checkpoints of any origin: ours, the authors' release, and the layouts in ANCHORS below.
-
-A checkpoint is read as tensors under dotted names ("state_dict.module.encoder_q.bn1.bias"); a
-backbone is where one of ANCHORS is, and what stands before that is its prefix.
+"""Checkpoints of any origin, as tensors under dotted names ("state_dict.module.encoder_q.bn1.bias").
+A backbone is where one of ANCHORS is; what stands before that is its prefix.
 """
 import re
 import zipfile
@@ -24,8 +22,7 @@ ANCHORS = {"layer1.0.conv1.weight": "torchvision", "4.0.conv1.weight": "position
            "patch_embed.projection.weight": "mmpretrain",
            "embeddings.patch_embeddings.projection.weight": "transformers"}
 NO_ANCHOR = ("model.query.backbone.", "state_dict.backbone.", "backbone.", "state_dict.", "")
-POSITIONS = [(r"^0\.", "conv1."), (r"^1\.", "bn1."), *(
-    (rf"^{i}\.", f"layer{i - 3}.") for i in (4, 5, 6, 7))]
+POSITIONS = [("^0", "conv1"), ("^1", "bn1"), *((f"^{i}", f"layer{i - 3}") for i in range(4, 8))]
 VIT_NAMES = [                 # patterns of all layouts and torchvision's names, applied in turn
     (r"^embeddings\.", ""), (r"^cls_token$", "class_token"),
     (r"^(pos_embed|position_embeddings)$", "encoder.pos_embedding"),
@@ -63,9 +60,8 @@ def load_checkpoint(path):
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
             return load_file(path)
-        # torch.save writes checksums, torch.load does not read them.
         if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f"{bad} is damaged")
+            raise ValueError(f"{bad} is damaged")              # torch.load reads no checksums
         checkpoint = read(path, stand_ins)
     except Exception as error:      # OSError, UnpicklingError, RuntimeError, EOFError, KeyError
         line = re.search(".*GLOBAL.*", str(error)) or re.search(".*Unpickler.*|.+", str(error))
@@ -98,7 +94,7 @@ def read(path, stand_ins):
 
 
 def load_backbone(path, arch=None, heads=None, branch=None, mean_std=None):
-    """The backbone of a checkpoint. Prints what was found and concluded.
+    """The backbone of a checkpoint; prints what was found. UserError where nothing fits.
 
     Args:
         path: a last.pt or backbone.pt of a training run, or another's checkpoint.
@@ -107,12 +103,11 @@ def load_backbone(path, arch=None, heads=None, branch=None, mean_std=None):
     Returns:
         backbone, D, settings: "arch", "heads" (None: a ResNet), "mean" and "std" (three numbers
         each), "mean_std" (their name in MEAN_STD), and those of a training run of ours.
-    Raises UserError where it cannot be loaded, or is of another architecture.
     """
     checkpoint, beside = load_checkpoint(path), Path(path).with_name("args.json")
     tensors, meta = dict(flatten(checkpoint)), checkpoint if isinstance(checkpoint, dict) else {}
     bare = Path(path).name == "backbone.pt"        # without settings in itself
-    ours = bare or any(key.startswith("model.query.backbone.") for key in tensors)
+    ours = bare or any("query.backbone." in key for key in tensors)
     args = read_settings(beside) if bare and beside.exists() else ours and meta.get("args") or {}
     prefix, layout, notes = find(path, tensors, branch)
     state = convert(tensors, prefix, layout)
@@ -121,27 +116,26 @@ def load_backbone(path, arch=None, heads=None, branch=None, mean_std=None):
     theirs = args.get("arch") or next((x for x in known if not misfits(state, x)), None)
     arch = arch or theirs or min(known, key=lambda name: len(misfits(state, name)))
     if problems := misfits(state, arch):
-        raise UserError(
-            f"{path} is a checkpoint of another architecture: {problems[0]} {arch}; it was made "
-            f"with {theirs or 'an unknown architecture'} (--arch); its first tensor is "
-            f"{next(iter(tensors), 'missing')}")
+        raise UserError(f"{path} is a checkpoint of another architecture: {problems[0]} {arch}; "
+                        f"it was made with {theirs or 'an unknown architecture'} (--arch); its "
+                        f"first tensor is {next(iter(tensors), 'missing')}")
     heads = heads or (usual_heads(state, arch, prefix, layout) if is_vit else None)
     if heads and (not is_vit or SIZES[arch][0] % heads):
         raise UserError(f"{path}: --heads {heads} does not fit the architecture {arch}")
     backbone, dim = build(state, arch, heads)
     backbone.load_state_dict(state, strict=False)       # num_batches_tracked may be missing
     release = layout == "mmpretrain" or prefix == "state_dict.backbone." and not lightning
-    both = (MEAN_STD[mean_std] if mean_std else own_mean_std(path, meta)
-            or MEAN_STD["clip" if ours or release else "imagenet"])
-    name = next((name for name in MEAN_STD if MEAN_STD[name] == both), "its own")
+    mean, std = (MEAN_STD[mean_std] if mean_std else own_mean_std(path, meta)
+                 or MEAN_STD["clip" if ours or release else "imagenet"])
+    name = next((name for name in MEAN_STD if MEAN_STD[name] == (mean, std)), "its own")
     notes += [f"{heads or 'no'} heads (--heads)", f"mean and std: {name} (--mean-std)"]
     stem = state.get("conv1.weight", torch.empty(0)).shape[2:]
     if lightning and "state_dict.classifier.weight" in tensors and stem == (3, 3):
         backbone.conv1.padding = (2, 2)
         notes.append("first convolution padded by 2, as solo-learn's for CIFAR")
     say(f"{path}: {arch} under '{prefix}'; {'; '.join(notes)}")
-    return backbone, dim, args | {"arch": arch, "heads": heads, "mean_std": name,
-                                  "mean": both[0], "std": both[1]}
+    settings = {"arch": arch, "heads": heads, "mean": mean, "std": std, "mean_std": name}
+    return backbone, dim, args | settings
 
 
 def flatten(value, name="", depth=6):

@@ -1,7 +1,6 @@
 """genview.py and what it uses of support/: augmentations against torchvision's, pairs, images and
 views, the frozen encoder, files, checkpoints, networks."""
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from quality_loss import pair_quality
 from support.augment import CLIP_MEAN, CLIP_STD, CROP_TRIES, Augmentation, Draws, normalise
 from support.checkpoints import load_checkpoint
 from support.data import Images, find_views, to_tensor, views_into_memory
-from support.files import read_component, write_json, write_whole
+from support.files import read_component, write_json
 from support.networks import make_backbone, sine_positions
 from support.world import UserError, step_generator
 
@@ -333,23 +332,6 @@ def test_views_are_found(strip, six, tmp_path):
     assert (pixels[1:, 0] > 250).all() and (pixels[1:, 1:] < 5).all()
 
 
-def test_folders_without_views_of_these_images_are_refused(six, tmp_path):
-    views = tmp_path / "views"
-    with pytest.raises(UserError, match="is no folder"):
-        find_views(six, views, "folder")
-    views.mkdir()
-    with pytest.raises(UserError, match="holds no views"):
-        find_views(six, views, "folder")
-    picture(views / "train/00000.png")             # CIFAR's names
-    with pytest.raises(UserError, match="holds no views of these images"):
-        find_views(six, views, "folder")
-    picture((views / six.names[0]).with_suffix(".png"))
-    assert sum(path is not None for path in find_views(six, views, "folder")) == 1
-    write_json(views / "settings.json", {"dataset": "cifar10"})
-    with pytest.raises(UserError, match="made for cifar10"):
-        find_views(six, views, "folder")
-
-
 def test_views_of_another_set_of_the_same_name_are_refused(six, tmp_path):
     """Two folders called data with the same number of classes and the same first names."""
     picture(tmp_path / "views/train/cat/0000.png")
@@ -444,20 +426,6 @@ def test_checkpoints_are_read_and_damaged_ones_refused(tmp_path):
     for name in ("short.pt", "empty.pt", "missing.pt"):
         with pytest.raises(UserError, match=name):
             load_checkpoint(tmp_path / name)
-
-
-def test_write_whole_leaves_the_old_file_if_the_writer_fails(tmp_path):
-    path = tmp_path / "new/file.txt"
-    write_whole(path, lambda temporary: temporary.write_text("old"))
-
-    def broken(temporary):
-        temporary.write_text("half")
-        raise RuntimeError("disk full")
-    with pytest.raises(RuntimeError):
-        write_whole(path, broken)
-    assert path.read_text() == "old" and os.listdir(path.parent) == ["file.txt"]
-    write_whole(path, lambda temporary: temporary.write_text("new"))
-    assert path.read_text() == "new" and os.listdir(path.parent) == ["file.txt"]
 
 
 def test_a_user_error_is_one_line_and_status_2(capsys):

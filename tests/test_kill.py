@@ -199,7 +199,7 @@ def test_a_failing_knn_costs_no_training(world, whole, tmp_path):
     flags = [*V2, "--data-dir", tmp_path / "images", "--views-dir", "none", "--quality", "off",
              "--knn-every", 1]
     work = training(world, tmp_path / "run", *flags)
-    assert end(start(before_call(1, fail, work, train_moco, "knn"))) == 2
+    assert end(start(before_call(1, fail, work, train_moco, "knn_of"))) == 2
     assert at(tmp_path / "run") == (0, 4)
     picture = next((tmp_path / "images/train").rglob("*.png"))
     picture.rename(tmp_path / "away.png")

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from running import CPU, json_lines
 
-import recipes
 import genview
+import recipes
 import train_byol
 import train_moco
 import train_swav
@@ -23,7 +23,7 @@ from support.checkpoints import load_backbone
 def settings(**changes):
     args = dict(arch="resnet10_narrow", image_size=32, dim=12, hidden=10, momentum=0.9,
                 temperature=0.1, prototypes=5, epsilon=0.05, freeze_epochs=1, epochs=4,
-                optimizer="sgd", weight_decay=0.0)
+                optimizer="sgd", weight_decay=0.0, queue=None)
     return types.SimpleNamespace(**args | changes)
 
 

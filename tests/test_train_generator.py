@@ -292,17 +292,16 @@ def test_tables_of_the_judge():
     assert rows[-1][:3] == ["0.8 to 1", "1", "0.0"]
 
 
-def test_foreground_table_of_a_judge_that_looks_at_one_place(monkeypatch):
+def test_foreground_table_of_a_judge_that_looks_at_one_place():
     """It answers 1 where the place at row 2, column 7 is white; maps have it first, or last."""
     pixels = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
     pixels[:, :, 8:12, 28:] = 255
 
-    def look(judge, x, world):
+    def judge(x):
         return None, (x[:, 0, 8:12, 28:] == 255).flatten(1).all(1).long()
-    monkeypatch.setattr(eval_generator, "look", look)
     a = torch.rand(3, 64)
     a[:2, 23], a[2, 23] = 4, -1                    # on average 2.3, the others less than 1
-    table = eval_generator.foreground_table(None, pixels, a, torch.ones(3), None)
+    table = eval_generator.foreground_table(judge, pixels, a, torch.ones(3))
     rows = table.splitlines()[2:]
     assert rows[0] == "| the map's foreground | 66.7 | 33.3 |"
     assert rows[1] == "| the mean map's | 100.0 | 0.0 |"

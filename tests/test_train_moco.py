@@ -31,7 +31,7 @@ def settings(method="mocov2", **changes):
     args = dict(method=method, arch="resnet10_narrow", image_size=32, dim=16, queue=16, hidden=32,
                 temperature=0.2, momentum=0.9, batch_size=8, optimizer="sgd", lr=0.05 * 32,
                 weight_decay=1e-4, warmup_epochs=0, epochs=1, prototypes=6, epsilon=0.05,
-                freeze_epochs=0)
+                freeze_epochs=0, queue_after=0, final_lr=None)
     return types.SimpleNamespace(**args | changes)
 
 
@@ -331,16 +331,19 @@ def wrong(views_folder, encoder_folder, tmp_path_factory):
     np.savez(folder / "seven.npz", component=np.ones(7, np.float32), threshold=0.0)
     shutil.copytree(views_folder, folder / "others")
     (folder / "others/settings.json").write_text('{"dataset": "imagenet"}')
-    return {"empty": folder, "seven": folder / "seven.npz", "others": folder / "others",
-            "nowhere": folder / "nowhere", "clip": encoder_folder,
-            "config": f"{encoder_folder}/config.json"}
+    (folder / "cifar/train").mkdir(parents=True)
+    shutil.copy(next(views_folder.rglob("*.png")), folder / "cifar/train/00000.png")
+    return {"empty": folder, "seven": folder / "seven.npz", "clip": encoder_folder,
+            "config": f"{encoder_folder}/config.json",
+            **{name: folder / name for name in ("others", "nowhere", "cifar")}}
 
 
 @pytest.mark.parametrize("flags, message", [
     ("--queue 20", "--queue 20 is no multiple of --batch-size 8"),
     ("--views-dir {nowhere}", "nowhere is no folder"),
     ("--views-dir {clip}", "holds no views of these images"),
-    ("--views-dir {others}", "imagenet"),
+    ("--views-dir {cifar}", "holds no views of these images"),
+    ("--views-dir {others}", "made for imagenet"),
     ("--views extra", "--views extra needs generated views"),
     ("--batch-size 64 --queue 64", "24 images do not fill one batch of 64"),
     ("--batch-size 1 --queue 1", "batch normalisation needs two images"),
