@@ -33,9 +33,9 @@ def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=False
     Args:
         data_dir: where it lies. CIFAR is downloaded there, unless it has a train/ folder: then it
             is read as a folder.
-        split: "train" or "test" (val/ is looked for as well).
+        split: "train" or "test" (of a folder, val/ or test/).
         image_size: S; folders of images are read into memory up to IN_MEMORY_SIZE.
-        limit: use so many images, evenly spaced over the set.
+        limit: use at most so many images, evenly spaced over the set.
     Returns:
         Images.
     Raises:
@@ -75,7 +75,7 @@ def augmentations(args):
         small = large._replace(scale=(args.small_min, args.crop_min), size=args.small_size)
         return [large] * 2 + [small] * args.small_crops
     usual = usual._replace(jitter=(0.4, 0.4, 0.2, 0.1))
-    return [usual._replace(blur=2 * args.blur),
+    return [usual._replace(blur=2 * args.blur),                # probabilities: 1.0 and 0.1
             usual._replace(blur=0.2 * args.blur, solarise=0.2)]
 
 
@@ -84,8 +84,8 @@ class PairLoader:
 
     Which of the two views is the generated one is drawn for each sample. With more augmentations
     than two (SwAV's small crops), further views come from image and generated view in turn. Every
-    random number depends on seed, epoch, step and place in the batch alone (crops of files: on the
-    image instead), not on processes or interruptions.
+    random number depends only on seed, epoch, step and place in the batch (crops of files: seed,
+    epoch and image), not on the number of processes or interruptions.
     """
 
     def __init__(self, images, views, augmentations, image_size, batch_size, seed, world, workers=4,
@@ -118,12 +118,12 @@ class PairLoader:
         in_memory = self.images.pixels is not None
         crops = self._crops_in_memory if in_memory else self._crops_of_files
         for views, draw, orders in crops(zip(batches, swaps, strict=True), draws, epoch):
-            yield [recolour(x, draw.of_view(v), orders[v], self.augmentations[v])
+            yield [recolour(x, draw.of_view(v), orders[v], self.augmentations[v])     # normalises
                    .contiguous(memory_format=torch.channels_last) for v, x in enumerate(views)]
 
     def _swap(self, epoch, step, share):
         """For each pair of a step: is view 1 the generated one? (n,) bool. Else view 2 is."""
-        generator = step_generator(self.seed, epoch, step, 1)
+        generator = step_generator(self.seed, epoch, step, 1)       # 1: a stream of its own
         return torch.rand(self.batch_size, generator=generator)[share] < 0.5
 
     def _draw(self, epoch, step, share):
@@ -159,7 +159,7 @@ class PairLoader:
 
 
 class CropPairs(Dataset):
-    """Crops of large images: workers decode and crop the files, the colours follow in batches."""
+    """Crops of large images: workers decode and crop; colours and normalisation follow."""
 
     def __init__(self, images, views, augmentations, image_size, seed, epoch, skip_bad):
         self.images, self.views, self.augmentations = images, views, augmentations
@@ -167,7 +167,7 @@ class CropPairs(Dataset):
 
     def __getitem__(self, key):
         index, swap = key
-        generator = step_generator(self.seed, self.epoch, index, 2)
+        generator = step_generator(self.seed, self.epoch, index, 2)     # 2: a stream of its own
         draws = Draws.split(torch.rand(len(self.augmentations), Draws.COLUMNS, generator=generator))
         try:
             image = other = self.images.pil(index)
@@ -246,7 +246,7 @@ class FrozenEncoder(torch.nn.Module):
     Views of another size than the model's are resized to it.
     """
 
-    NAMES = {"clip": "openai/clip-vit-base-patch32"}
+    NAMES = {"clip": "openai/clip-vit-base-patch32"}      # the release: CLIP's ConvNeXt-Base
 
     def __init__(self, name):
         """name: mini, clip, a hub id or a folder. Raises UserError where it cannot be loaded."""
@@ -261,7 +261,7 @@ class FrozenEncoder(torch.nn.Module):
             kind = CLIPVisionModel if self.is_clip else AutoModel
             self.model = kind.from_pretrained(name, trust_remote_code=False).float()
             vision = getattr(config, "vision_config", config)
-            self.size = vision.image_size if self.is_clip else 224
+            self.size = vision.image_size if self.is_clip else 224       # most others' size
             self(torch.zeros(1, 3, self.size, self.size))                # does it take images?
         except Exception as error:                 # of several libraries
             raise UserError(f"the encoder {name} could not be loaded ({type(error).__name__}): "
@@ -300,8 +300,8 @@ def find_foreground(batches, count, size, path=None, flip=False):
     """The foreground component of a data set and its threshold, from a file or fitted.
 
     Args:
-        batches: yields tokens (n, T, K) of up to count images of the data set; it is not touched
-            where the file at path says everything.
+        batches: yields tokens (n, T, K) of up to count images of the data set; not read where the
+            file at path says v1 and alpha.
         size: K.
         path: foreground.npz or the release's pca_vectors.npy without sign and threshold; None: fit.
         flip: take the other side as foreground.
@@ -328,7 +328,7 @@ def find_foreground(batches, count, size, path=None, flip=False):
     a = torch.cat([part.float() @ v1 for part in tokens.split(256)])                # (n, T)
     if len(a) > 1 and a.mean(0).var(correction=0) > 0.9 * a.var(correction=0):
         say("*** the foreground maps of all images are nearly the same: the tokens of this encoder "
-            "depend on the place, not on what the image shows: adaptive noise levels mean nothing")
+            "depend on the place, not on the image: noise levels and quality mean little")
     return (-v1, foreground_threshold(-a, FRACTION)) if flip else (v1, alpha)
 
 
@@ -343,7 +343,7 @@ def find_component(encoder, images, args, world):
             pictures = data.readable(images, part.tolist(), side, args.skip_bad)
             if pictures:
                 with world.autocast():
-                    x = torch.stack(pictures).to(world.device)
-                    yield encoder(normalise(x / 255)).half().cpu()
+                    x = encoder(normalise(torch.stack(pictures).to(world.device) / 255))
+                yield x.half().cpu()
     component, _ = find_foreground(tokens(), len(chosen), size, args.component)
     return world.gather_objects(component)[0]

@@ -6,14 +6,14 @@ This file needs nothing but PyTorch: copy it. Three lines turn a contrastive los
         quality, _, _ = pair_quality(E(view1), E(view2), component)   # feature maps (N, T, K)
     loss = info_nce(q, k, queue, temperature=0.2, weights=quality_weights(quality))
 
-`component` comes from fit_foreground, once, on E's feature maps of some thousand images. Everything
-is computed in float32 on any device, whatever the dtype or autocast around it; shapes that do not
-fit raise a ValueError that names them; finite input gives no NaN. Sec. 3.2 is the paper's "adaptive
-view generation", Sec. 3.3 its "quality-driven contrastive loss", whose weights all losses take.
+`component` comes from fit_foreground, once, on E's feature maps of some thousand images. Weights
+and losses are computed in float32 on any device, whatever the dtype or autocast around them; shapes
+that do not fit raise a ValueError that names them; finite input gives no NaN. GenView is cited by
+its sections' names: "adaptive view generation", "quality-driven loss" (its weights: all losses).
 
-A third of the lines are examples, shapes and sources: they are for those who copy the file.
 Shapes: N pairs, T positions of a feature map, K features at a position, D size of an embedding, M
-keys, V views, P prototypes. v1, F, M^f, z^f, s^f, q, w, l, L are the paper's symbols.
+keys, V views, P prototypes. v1, F, M^f, z^f, s^f, q, w, l, L are the paper's symbols; in the losses
+q is the query.
 """
 import functools
 
@@ -23,8 +23,8 @@ import torch.nn.functional as F
 
 
 def in_float32(function):
-    """Decorator: tensors arrive as float32, cut at +-1e15 (a product of two does not overflow), and
-    autocast is off."""
+    """Decorator: casts tensors to float32, clamped to +-1e15 (a product of two does not overflow),
+    and turns autocast off."""
     def cast(x):
         return x.float().clamp(-1e15, 1e15) if torch.is_tensor(x) else x
 
@@ -51,7 +51,7 @@ def foreground_attention(features, component):
         features: F, (N, T, K), a frozen encoder's feature map of each view.
         component: v1, (K,), their first principal component, pointing to the foreground.
     Returns M^f, M^b, (N, T): no entry negative, rows sum to 1; uniform for a constant map.
-    Source: Sec. 3.3; the min-max normalisation: the authors' release.
+    Source: quality-driven loss; the min-max normalisation: the authors' release.
     >>> fg, bg = foreground_attention(torch.tensor([[[0.], [1.], [3.]]]), torch.ones(1))
     >>> fg.tolist()[0][:2], bg.tolist()[0][2]
     ([0.0, 0.25], 0.0)
@@ -75,7 +75,7 @@ def pair_quality(features1, features2, component):
     Args:
         features1, features2: F_i1 (N, T, K), F_i2 (N, T', K), of the two *augmented* views.
         component: v1, (K,), see foreground_attention.
-    Returns q in [-2, 2], s^f and s^b in [-1, 1], (N,). Source: Sec. 3.3.
+    Returns q in [-2, 2], s^f and s^b in [-1, 1], (N,). Source: quality-driven loss.
     >>> subject, sky, sea = torch.eye(3)
     >>> view1, view2 = torch.stack([subject, sky])[None], torch.stack([subject, sea])[None]
     >>> [round(x.item(), 3) for x in pair_quality(view1, view2, subject)]    # new surroundings
@@ -106,7 +106,7 @@ def quality_weights(quality, gamma=1.0, group=None):
         gamma: how strongly quality counts; 0 gives weights of 1 (the release uses 1).
         group: a torch.distributed process group: normalises over the pairs of all its ranks, so
             that many processes weight like one. None: over this batch alone, as in the release.
-    Returns w (N,), detached. Source: Sec. 3.3; n and gamma: the authors' release.
+    Returns w (N,), detached. Source: quality-driven loss; n and gamma: the authors' release.
     >>> quality_weights(torch.tensor([0.0, 0.6931472]))                      # exp(q) = 1, 2
     tensor([0.6667, 1.3333])
     """
@@ -207,10 +207,10 @@ def swapped_prediction(scores, codes, *, temperature, weights=None):
            f"codes (A, N, P), A <= V > 1, got {tuple(scores.shape)}, {tuple(codes.shape)}")
     _check(temperature > 0, f"temperature must be positive, got {temperature}")
     log_p = (scores / temperature).log_softmax(2)                               # (V, N, P)
-    entropy = -torch.einsum("anp,vnp->avn", codes.detach(), log_p)     # of each code and prediction
+    losses = -torch.einsum("anp,vnp->avn", codes.detach(), log_p)     # cross-entropies (A, V, N)
     own = torch.eye(len(codes), len(scores), device=scores.device)[:, :, None]           # (A, V, 1)
     pairs = len(codes) * (len(scores) - 1)
-    return _weighted_mean((entropy * (1 - own)).sum((0, 1)) / pairs, weights)
+    return _weighted_mean((losses * (1 - own)).sum((0, 1)) / pairs, weights)
 
 
 @torch.no_grad()
@@ -218,7 +218,7 @@ def swapped_prediction(scores, codes, *, temperature, weights=None):
 def sinkhorn(scores, epsilon=0.05, iterations=3, group=None):
     r"""SwAV's codes: soft assignments of images to prototypes, each prototype used equally.
 
-    Q = exp(scores / epsilon), columns and rows alternately normalised to sums of 1/P and 1/N.
+    Q = exp(scores / epsilon), columns and rows alternately normalised to a sum of 1.
 
     Args:
         scores: (N, P), cosines of N embeddings with P prototypes.
@@ -267,11 +267,11 @@ def fit_foreground(tokens, grid, fraction=0.4):
         tokens: (N, T, K) of images drawn from the data set, laid out row by row on grid.
         grid: (rows, columns), rows * columns = T.
         fraction: alpha is the quantile that makes this share of all tokens foreground.
-    Returns v1 (K,) of unit length; alpha, a float. Source: Sec. 3.2, Eq. 7 for alpha.
+    Returns v1 (K,) of unit length; alpha, a float. Source: adaptive view generation, Eq. 7.
     """
     _check(tokens.ndim == 3 and grid[0] * grid[1] == tokens.shape[1], f"tokens must be "
            f"(N, {grid[0] * grid[1]}, K) on {tuple(grid)}, got {tuple(tokens.shape)}")
-    # v1 = first eigenvector of Cov(tokens), summed in float64 and in parts: tokens may be large
+    # v1 = first eigenvector of Cov(tokens), parts are summed in float64: tokens may be large
     # and of half precision. The shift is near the mean and keeps the sums precise.
     shift, first, second = tokens[:256].float().mean((0, 1)), 0.0, 0.0
     for part in tokens.split(256):
@@ -302,7 +302,7 @@ def orient_foreground(component, tokens, grid, fraction=0.4):
 
 def foreground_threshold(a, fraction=0.4):
     """alpha (Eq. 7): the quantile of a (N, T) above which this share of all tokens lies."""
-    some = a[::1 + a.numel() // 16_000_000]    # torch.quantile takes 16 million: of whole images
+    some = a[::1 + a.numel() // 16_000_000]    # torch.quantile's limit: skips whole images
     return torch.quantile(some.flatten(), 1 - fraction).item()
 
 

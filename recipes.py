@@ -12,8 +12,8 @@ SOURCES = {
     "v3 longest": "MoCo v3's code, for 1000 epochs",
     "byol": "BYOL (Grill et al. 2020), the 300-epoch recipe",
     "simsiam": "SimSiam (Chen and He 2021)",
-    "swav": "SwAV (Caron et al. 2020), Sec. 4 and its script for small batches, 200 epochs",
-    "swav large": "SwAV (Caron et al. 2020), 200 epochs with large batches",
+    "swav": "SwAV (Caron et al. 2020), Sec. 4 and its script for 200 epochs, batch 256",
+    "swav large": "SwAV's recipe for large batches, but no warm-up and an end at 0",
     "release": "the code released by GenView's authors",
     "ours": "this project",
 }
@@ -35,7 +35,7 @@ FLAGS = {
     "hidden": (whole(1), "width of the hidden layers of projector and predictor"),
     "queue": (whole(1), "MoCo v2: keys of past batches that serve as negatives; SwAV: embeddings "
                         "of past batches that get codes together with a small batch"),
-    "queue_after": (whole(0), "SwAV: epochs before the queue is filled; it counts once it is full"),
+    "queue_after": (whole(0), "SwAV: epochs before the queue fills; it is used once it is full"),
     "prototypes": (whole(1), "SwAV: number of prototypes"),
     "temperature": (real(1e-4, 1e4), "temperature of the loss"),
     "epsilon": (real(1e-4, 1e4), "SwAV: smoothness of the codes; smaller is harder"),
@@ -93,7 +93,7 @@ TRAINING = {
                      epsilon=0.05, freeze_epochs=1, crop_min=0.14, small_crops=6, small_size=96,
                      small_min=0.05, blur=0.5),
         # 4.8 at 4096. The paper warms up for 10 epochs and ends at 0.0048.
-        "swav large": dict(lr=0.3, final_lr=0.0, queue=None, queue_after=None),
+        "swav large": dict(lr=0.3, final_lr=0.0, warmup_epochs=0, queue=None),
         "ours": dict(knn_every=20)},
     ("cifar10", "mocov2"): {
         "v2": CIFAR | dict(lr=0.03, dim=128, queue=4096, temperature=0.1, momentum=0.99),

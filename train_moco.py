@@ -5,10 +5,10 @@
     torchrun --nproc_per_node=8 train_moco.py --dataset imagenet --data-dir /data/imagenet \\
         --views-dir /data/imagenet-views
 
-Read train_step first: it is the method. It needs two other files, quality_loss.py and genview.py.
+Read train_step first: it is the method. To follow it, read also quality_loss.py and genview.py.
 
-Legend of the shapes: N pairs of this process, S side of a view, T positions and K features of the
-frozen encoder's map, D size of an embedding, M keys in the queue.
+Legend of the shapes: N pairs of this process (n: of all), S side of a view, T positions and K
+features of the frozen encoder's map, D size of an embedding, M keys in the queue.
 """
 import copy
 import itertools
@@ -38,8 +38,8 @@ from support.world import UserError, fast_dtype, say, script, setup, step_genera
 # ------------------------------------------------------------------------------------------- models
 
 def mlp(sizes, norm=False, last_norm=False):
-    """Linear layers from sizes[0] to sizes[-1] numbers with ReLUs between them; norm: batch norm
-    before these; last_norm: one without scale and shift at the end."""
+    """Linear layers from sizes[0] to sizes[-1] features with ReLUs between them; norm: batch norm
+    before each ReLU; last_norm: batch norm without scale and shift at the end."""
     layers = []
     for a, b in itertools.pairwise(sizes):
         layers.append(nn.Linear(a, b, bias=not norm))
@@ -92,7 +92,7 @@ class Momentum(nn.Module):
         """Sets batch norm's running statistics to their mean over a few batches. Otherwise the keys
         of the first 1 / (1 - m) steps are computed with wrong statistics: long enough to drive all
         embeddings to one side."""
-        update_bn(batches, self.query)
+        update_bn(batches, self.query)             # of the first view of each batch
         self.key.load_state_dict(self.query.state_dict())
 
 
@@ -100,7 +100,7 @@ class MoCoV2(Momentum):
     """MoCo v2 (Chen et al. 2020): negatives from a queue of the keys of the last batches.
 
     Batch norm leaks: within a batch, statistics shared by query and key give the positive away.
-    MoCo shuffles keys between GPUs, which one device cannot. Here keys are computed with running
+    MoCo shuffles keys between GPUs, which one device cannot do. Here keys are computed with running
     statistics, averaged by the same momentum as the weights (EMAN, Cai et al. 2021): nothing of the
     batch enters a key, on one device or on many, and it is faster.
     """
@@ -156,7 +156,7 @@ class MoCoV3(Momentum):
         with torch.no_grad():                                                         # (all N, D)
             k1, k2 = (world.gather(F.normalize(self.key(v).float())) for v in views)
         t, offset = self.temperature, world.rank * len(q1)      # where this process's keys begin
-        # Both directions carry the same w. 2t keeps the size of the gradient when t changes.
+        # Both directions carry the same w. t keeps the gradient's size when t changes; 2: MoCo v3.
         loss = 2 * t * (
             info_nce_in_batch(q1, k2, temperature=t, weights=weights, offset=offset)
             + info_nce_in_batch(q2, k1, temperature=t, weights=weights, offset=offset))
@@ -169,8 +169,8 @@ NAMES = dict(mocov2="MoCo v2", mocov3="MoCo v3", byol="BYOL", simsiam="SimSiam",
 
 @torch.no_grad()
 def similarities(q, k, negatives, positives=0):
-    """Health read-outs: the mean cosine of positive pairs (should rise) and of other pairs (should
-    stay near 0). positives: how many of the negatives of a query are its own positive."""
+    """Health read-outs: spread, and the mean cosine of positive pairs (should rise) and of others
+    (should stay near 0). positives: how many of the negatives of a query are its own positive."""
     pos, all_pairs = (q * k).sum(1).mean(), (q.mean(0) * negatives.mean(0)).sum()
     neg = (len(negatives) * all_pairs - positives * pos) / (len(negatives) - positives)
     return {"pos": pos, "neg": neg, "std": spread(q)}
@@ -188,24 +188,24 @@ def train_step(method, optimizer, views, quality_of, gamma, fraction, world):
     """One step of GenView.
 
     Args:
-        method: MoCoV2 or another, wrapped for several processes or not.
+        method: MoCoV2 or another, or its DistributedDataParallel wrapper.
         views: P_1, P_2 (SwAV: more), each (N, 3, S, S).
         quality_of: P_1, P_2 -> q, s^f, s^b of each pair, or None: equal weights.
-        fraction: of the training done.
+        fraction: share of the training that is done, 0 to 1.
     Returns:
         The loss and the read-outs, {name: scalar on the device}.
     """
     with world.autocast():
         weights = None
         if quality_of is not None:
-            q, s_f, s_b = quality_of(*views[:2])              # q_i = s_i^f - s_i^b          (N,)
-            weights = quality_weights(q, gamma, world.group)  # w_i = n exp(gamma q_i) / sum (N,)
+            quality, s_f, s_b = quality_of(*views[:2])        # q_i = s_i^f - s_i^b          (N,)
+            weights = quality_weights(quality, gamma, world.group)  # w_i = n exp(gamma q_i) / sum
         getattr(method, "module", method).update(fraction)    # theta_k <- m theta_k + (1-m) theta_q
         loss, readouts = method(views, weights, world)        # L = (1/n) sum_i w_i l_i
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    if weights is not None:    # ess: effective sample size, share of pairs that would count as much
+    if weights is not None:    # ess: effective sample size over N: 1 if all weights are equal
         readouts |= {"ess": weights.sum() ** 2 / weights.square().sum() / len(weights),
                      "s_f": s_f.mean(), "s_b": s_b.mean()}
     return {"loss": loss.detach(), **readouts}
@@ -216,7 +216,7 @@ OPTIMIZERS = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.opti
 
 
 def make_optimizer(args, method):
-    """method.constant_lr, where there is one: modules whose learning rate stays at its peak."""
+    """The recipe's. method.constant_lr: modules kept at the peak rate (SimSiam's predictor)."""
     constant = {p for module in getattr(method, "constant_lr", []) for p in module.parameters()}
     learning = [p for p in method.parameters() if p.requires_grad]
     groups = [{"params": [p for p in learning if p not in constant]},
@@ -226,8 +226,7 @@ def make_optimizer(args, method):
 
 
 def learning_rate(args, epoch):
-    """Linear warm-up, then cosine to --final-lr or 0; epoch may be fractional. Peak and end grow
-    with the batch."""
+    """Linear warm-up, then cosine; epoch may be fractional. Peak and end grow with the batch."""
     peak, end = (lr * args.batch_size / 256 for lr in (args.lr, args.final_lr or 0))
     if epoch < args.warmup_epochs:
         return peak * epoch / args.warmup_epochs
@@ -244,8 +243,8 @@ def set_learning_rate(optimizer, args, epoch):
 # ----------------------------------------------------------------------------------------- the loop
 
 def train(args, world, methods=METHODS):
-    """Trains, evaluates, writes the run's folder. methods: {name: class}, args -> module with
-    .query, .chance, update(fraction) and forward(views, weights, world)."""
+    """Trains, evaluates, writes the run's folder. methods: {name: class}; class(args) is a module
+    with .query, .chance, update(fraction) and forward(views, weights, world)."""
     run = runs.Run(args, world, label(args), defaults(args, methods))
     images, test = (genview.load_images(args.dataset, args.data_dir, split, args.image_size,
                                         args.limit, args.skip_bad) for split in ("train", "test"))
@@ -284,8 +283,8 @@ def train_epoch(epoch, loader, method, optimizer, quality_of, run):
 
 
 def distribute(method, loader, args, world, fresh):
-    """Batch norm's first statistics, torch.compile, and the wrapper for several processes."""
-    if world.size > 1 and world.device.type == "cuda":                # PyTorch's is for GPUs only
+    """Batch norm's initial statistics, torch.compile, and the wrapper for several processes."""
+    if world.size > 1 and world.device.type == "cuda":                # SyncBatchNorm needs GPUs
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     if fresh and args.start_batches:
         with world.autocast():
@@ -328,7 +327,7 @@ def prepare(args, images, world):
                         f"lower --batch-size")
     loader = genview.PairLoader(pool, views, genview.augmentations(args), args.image_size,
                                 args.batch_size, args.seed, world, args.workers, args.skip_bad)
-    loader.steps = len(images.names) // args.batch_size      # with extra samples the same work
+    loader.steps = len(images.names) // args.batch_size      # extra samples add no steps
     return loader, quality_of
 
 
@@ -357,8 +356,7 @@ def parse_args(methods=METHODS, description=None, argv=None):
         rows = recipes.table(args.dataset, args.method, args.arch, args.epochs, args.batch_size)
         say("\n".join(f"{flag:16}{value!s:18}{source}" for flag, value, source in rows))
         sys.exit()
-    recipe = recipes.training(args.dataset, args.method, args.arch, args.epochs,
-                              args.batch_size)
+    recipe = recipes.training(args.dataset, args.method, args.arch, args.epochs, args.batch_size)
     runs.apply_recipe(args, recipe, recipes.FLAGS)
     args.data_dir = args.data_dir or datasets[args.dataset]
     if args.data_dir is None:
@@ -373,15 +371,15 @@ def parse_args(methods=METHODS, description=None, argv=None):
                 f"--dataset {args.dataset} --data-dir {args.data_dir}")
             args.views_dir = "none"
     if args.views == "extra" and args.views_dir == "none":
-        raise UserError("--views extra needs generated views: make them with generate_views.py, "
-                        "or name their --views-dir")
+        raise UserError("--views extra needs images: name any folder of them by --views-dir, or "
+                        "make views with generate_views.py")
     with_views = args.views_dir != "none" and args.views == "pair"
-    args.quality = args.quality or ("exact" if with_views else "off")
+    args.quality = args.quality or ("exact" if with_views else "off")     # exact: of these views
     args.encoder = args.encoder or ("mini" if args.image_size <= 32 else "clip")
     level = args.noise.isdecimal() and int(args.noise) < 1000
     if args.noise != "adaptive" and not (args.dataset == "shapes" and level):
-        raise UserError(f"--noise is adaptive or a level from 0 to 999, and for --dataset shapes "
-                        f"alone, not {args.noise}: elsewhere generate_views.py decides on it")
+        raise UserError(f"--noise is adaptive or, for --dataset shapes only, a level from 0 to 999,"
+                        f" not {args.noise}: for other data set it in generate_views.py")
     runs.resolve_batch(args)
     kind = "plain" if args.views_dir == "none" else "genview"
     runs.resolve_folder(args, f"{args.dataset}-{args.method}-{kind}")
@@ -391,8 +389,7 @@ def parse_args(methods=METHODS, description=None, argv=None):
 def defaults(args, methods):
     """The flags of a run of this data set, method and architecture if nothing else is given."""
     parser = runs.parser_of("", recipes.DATA_DIRS, methods, recipes.FLAGS)
-    recipe = recipes.training(args.dataset, args.method, args.arch, args.epochs,
-                              args.batch_size)
+    recipe = recipes.training(args.dataset, args.method, args.arch, args.epochs, args.batch_size)
     return vars(parser.parse_args([])) | recipe
 
 
@@ -402,7 +399,7 @@ def label(args):
     if args.views_dir == "none":
         name = f"plain {name}, no generated views"
     else:
-        name += " + GenView's views" if pair else ", generated images as extra samples"
+        name += " + GenView's views" if pair else ", extra images as samples"
     return name + (" + quality weights" if args.quality != "off" else "")
 
 

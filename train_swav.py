@@ -24,8 +24,8 @@ from train_moco import Encoder, mlp, parse_args, similarities, train
 class SwAV(nn.Module):
     """SwAV (Caron et al. 2020): an encoder and prototypes of unit length.
 
-    A small batch cannot use thousands of prototypes equally. There a queue of older embeddings, one
-    for each large view, gets codes together with the batch (Sec. 4)."""
+    A batch smaller than the number of prototypes cannot be spread over them equally. With --queue
+    older embeddings of each large view get codes together with the batch (Sec. 3.1)."""
 
     def __init__(self, args):
         super().__init__()
@@ -44,7 +44,7 @@ class SwAV(nn.Module):
     @torch.no_grad()
     def update(self, fraction):
         """Before each step: prototypes to unit length; they do not learn in the first epochs. The
-        queue counts once its last row is filled, and from then on without a look at the device."""
+        queue is used once its last row is filled; this is read from the device until then only."""
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
         self.frozen = fraction < self.frozen_until
         self.filling = fraction >= self.filled_from

@@ -27,13 +27,13 @@ from support.world import Parser, progress, real, say, script, setup, whole
 
 
 def train_judge(args, world):
-    """A small network trained with all labels. Returns a function: pixels (n, 3, 32, 32) uint8 ->
-    unit features (n, D), labels (n,)."""
+    """A small network trained with all labels: a function, pixels (n, 3, 32, 32) uint8 -> unit
+    features (n, D), labels (n,)."""
     backbone, dim = networks.make_backbone("resnet10_narrow", 32)
     backbone.to(world.device, memory_format=torch.channels_last)
-    settings = SimpleNamespace(labels=1.0, labels_file=None, lr=0.2, backbone_lr=0.2,
-                               drops=(), batch_size=128, image_size=32, workers=0, skip_bad=False,
-                               **vars(args))
+    settings = SimpleNamespace(
+        labels=1.0, labels_file=None, lr=0.2, backbone_lr=0.2, drops=(), batch_size=128,
+        image_size=32, workers=0, skip_bad=False, **vars(args))
     images = load_images("cifar10", args.data_dir, "train", 32)
     head = finetune(backbone, dim, images, settings, world)
 
@@ -55,7 +55,7 @@ def views_of(pipe, c, seeds, steps, guidance):
 
 @torch.inference_mode()
 def reconstruct(pipe, pixels):
-    """pixels (n, 3, 32, 32) uint8 through the autoencoder, likewise."""
+    """What the autoencoder keeps of pixels (n, 3, 32, 32) uint8, in the same form."""
     parts = (pixels.float() / 127.5 - 1).split(100)
     kept = [pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample for x in parts]
     return ((torch.cat(kept).clamp(-1, 1) + 1) * 127.5).round().byte()
@@ -82,14 +82,13 @@ def markdown(header, *rows):
 def tables(truth, original, kept, error, by_level, proportion):
     """How often the judge's label is the original's, by noise level and by foreground proportion.
 
-    truth (n,); original, kept: the judge's labels of images and reconstructions (n,); error: mean
-    square of the latter; by_level: {level: (features, labels, pixels) of a view of each image, then
-    of another (2 n, ...)}; proportion (n,). Returns Markdown.
+    truth (n,); original, kept: the judge's labels of images and of reconstructions (n,), whose mean
+    squared error is error; by_level: {level: (features, labels, pixels)}, each (2 n, ...): a view
+    of every image, then another of each; proportion (n,). Returns Markdown.
     """
-    same, rows = {}, [
-        ("originals", 100, percent(original == truth), "", ""),
-        (f"the autoencoder's (mean squared error {error:.4f} on [-1, 1])",
-         percent(kept == original), percent(kept == truth), "", "")]
+    same, rows = {}, [("originals", 100, percent(original == truth), "", ""), (
+        f"the autoencoder's (mean squared error {error:.4f} on [-1, 1])",
+        percent(kept == original), percent(kept == truth), "", "")]
     for level, (features, labels, pixels) in by_level.items():
         labels, (f1, f2), (x1, x2) = labels.view(2, -1), features.chunk(2), pixels.float().chunk(2)
         same[level] = labels == original                                                # (2, n)
@@ -115,16 +114,16 @@ def foreground_table(judge, pixels, a, label):
     and with random ones. The other places get the image's mean colour. Returns Markdown.
     """
     count, x, mean = round(FRACTION * 64), pixels.float(), pixels.float().mean((2, 3), keepdim=True)
-    rows, random = [], torch.rand(a.shape, generator=torch.Generator().manual_seed(0))
-    for name, score in (("the map's foreground", a), ("the mean map's", a.mean(0).expand_as(a)),
-                        ("random", random)):
+    scores = {"the map's foreground": a, "the mean map's": a.mean(0).expand_as(a),
+              "random": torch.rand(a.shape, generator=torch.Generator().manual_seed(0))}
+    rows = [(f"{count} of the 64 places of each picture",
+             "judge's label as on the original: only these left", "only the others left")]
+    for name, score in scores.items():
         rank = score.argsort(1, descending=True).argsort(1)
         keep = F.interpolate((rank < count).view(-1, 1, 8, 8).float(), size=32)
         parts = [torch.lerp(mean, x, part).round().byte() for part in (keep, 1 - keep)]
         rows.append((name, *(percent(judge(part)[1] == label) for part in parts)))
-    return markdown((f"{count} of the 64 places of each picture",
-                     "judge's label as on the original: only these left",
-                     "only the others left"), *rows)
+    return markdown(*rows)
 
 
 def main():

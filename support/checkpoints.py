@@ -1,5 +1,6 @@
-"""Checkpoints of any origin, as tensors under dotted names ("state_dict.module.encoder_q.bn1.bias").
-A backbone is where one of ANCHORS is; what stands before that is its prefix.
+"""Checkpoints of any origin, read as tensors under dotted names, such as
+"state_dict.module.encoder_q.bn1.bias". A backbone is where one of ANCHORS is; what stands before
+that is its prefix.
 """
 import re
 import zipfile

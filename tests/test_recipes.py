@@ -9,6 +9,7 @@ TRAINING = {
     ("mocov2", None, None): (0.03, 256, "sgd", 1e-4, 0, 0.999, 0.2, 200),
     ("simsiam", None, None): (0.05, 256, "sgd", 1e-4, 0, None, 0.2, 200),
     ("byol", None, None): (4.8, 4096, "lars", 1e-6, 10, 0.99, 0.08, 200),
+    ("swav", None, None): (0.6, 256, "lars", 1e-6, 0, None, 0.14, 200),
     ("mocov3", None, None): (9.6, 4096, "lars", 1e-6, 10, 0.99, 0.2, 100),
     ("mocov3", "resnet50", 100): (9.6, 4096, "lars", 1e-6, 10, 0.99, 0.2, 100),
     ("mocov3", "resnet50", 300): (4.8, 4096, "lars", 1e-6, 10, 0.99, 0.2, 100),
@@ -48,11 +49,17 @@ def test_heads_and_losses_of_imagenet():
         "simsiam": dict(dim=2048, hidden=512),
         "swav": dict(dim=128, hidden=2048, prototypes=3000, temperature=0.1, epsilon=0.05,
                      weight_decay=1e-6, crop_min=0.14, small_crops=6, small_size=96,
-                     small_min=0.05)}
+                     small_min=0.05, queue=3840, queue_after=15, freeze_epochs=1,
+                     final_lr=0.0006)}
     for method, values in wanted.items():
         recipe = recipes.training("imagenet", method)
         assert recipe | values == recipe, method
     assert recipes.training("imagenet", "mocov3", "vit_base")["temperature"] == 0.2
+    for batch, queue, lr, final_lr in ((512, 3840, 0.6, 0.0006), (1024, None, 0.3, 0),
+                                       (4096, None, 0.3, 0)):        # 4.8 at 4096
+        recipe = recipes.training("imagenet", "swav", None, None, batch)
+        assert (recipe["queue"], recipe["lr"], recipe["final_lr"]) == (queue, lr, final_lr)
+    assert not {"queue", "final_lr"} & recipes.training("cifar10", "swav").keys()
 
 
 @pytest.mark.parametrize("key", PROBE, ids=str)

@@ -43,11 +43,12 @@ def two_steps(name, world):
     In float64, against rounding; batch norm by running statistics: PyTorch synchronises those of a
     batch on GPUs only."""
     torch.manual_seed(0)
-    method = METHODS[name](settings(name)).double().train()
+    queue = 8 if name == "swav" else 16                     # SwAV's is used once it is full
+    method = METHODS[name](settings(name, queue=queue)).double().train()
     for module in method.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
-    if name == "mocov2":
+    if name in ("mocov2", "swav"):
         method.queue = method.queue.float()                  # the loss takes float32
     features = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 8, 8), torch.nn.Flatten(2)).double()
     views = list(torch.randn(2, 2, 8, 3, 32, 32).double())   # each (steps, N, 3, S, S)
@@ -246,6 +247,9 @@ def test_learning_rate_and_lars():
     args = settings(lr=0.3, batch_size=512, warmup_epochs=2, epochs=10)
     rates = [round(train_moco.learning_rate(args, e), 6) for e in (0, 1, 2, 6, 10)]
     assert rates == [0, 0.3, 0.6, 0.3, 0]
+    args.final_lr = 0.1
+    assert [train_moco.learning_rate(args, e) for e in (2, 6, 10)] == pytest.approx([0.6, 0.4, 0.2])
+    args.final_lr = None
     args.warmup_epochs = args.epochs = 1
     assert train_moco.learning_rate(args, 1) == 0.6          # SimSiam's predictor
     w, b = (torch.nn.Parameter(torch.tensor(x)) for x in ([[3.0, 4.0]], [1.0]))
