@@ -3,8 +3,8 @@
     python eval_detection.py --backbone runs/<name>/backbone.pt --batch-size 2 --lr 0.0025
     torchrun --nproc_per_node=8 eval_detection.py --backbone runs/<name>/backbone.pt   # 1x schedule
 
-The network is torchvision's and all of it is trained. Pictures are normalised with CLIP's numbers,
-as in pretraining. pycocotools reads the annotations and computes COCO's average precision.
+The network is torchvision's and all of it is trained. Pictures are normalised as in
+pretraining. pycocotools reads the annotations and computes COCO's average precision.
 """
 import contextlib
 import hashlib
@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from support.augment import CLIP_MEAN, CLIP_STD
 from support.checkpoints import load_backbone, load_checkpoint
 from support.data import IN_MEMORY_SIZE, open_image, to_tensor
 from support.files import append, write_whole
@@ -87,7 +86,7 @@ def mask_rcnn(path, arch, num_classes, world):
     backbone.forward = world.autocast()(backbone.forward)
     backbone.register_forward_hook(lambda _, inputs, maps: {k: x.float() for k, x in maps.items()})
     model = MaskRCNN(backbone, num_classes, min_size=SHORT_SIDES, max_size=LONG_SIDE,
-                     image_mean=CLIP_MEAN, image_std=CLIP_STD)
+                     image_mean=args["mean"], image_std=args["std"])
     if world.size > 1 and world.device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.to(world.device)

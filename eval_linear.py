@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 import genview
 import recipes
 from support import world as flags
-from support.augment import CROP_TRIES, crop, crop_boxes, normalise
-from support.checkpoints import load_backbone
+from support.augment import CROP_TRIES, crop, crop_boxes, normalise, renormalise
+from support.checkpoints import MEAN_STD, load_backbone
 from support.data import to_tensor
 from support.evaluations import Evaluation, folder_of
 from support.networks import LARS
@@ -327,6 +327,10 @@ def parse(argv=None):
     add = parser.add_argument_group("model and data (default: the checkpoint's)").add_argument
     add("--checkpoint", required=True, help="last.pt, backbone.pt, or another file of weights")
     add("--arch", help="torchvision's name of the network, e.g. resnet50")
+    add("--heads", type=flags.whole(1), help="of a vision transformer; default: its layout's")
+    add("--branch", help="which backbone of several, a part of its prefix, such as student")
+    add("--mean-std", choices=list(MEAN_STD), help="of the pictures it was trained on; default: "
+        "its layout's")
     add("--dataset", choices=list(recipes.DATA_DIRS), help="data set to evaluate on")
     add("--data-dir", help="CIFAR's files, or a folder with train/ and val/ or test/ below it")
     add("--image-size", type=flags.whole(1), help="side of the pictures in pixels")
@@ -424,7 +428,11 @@ def evaluate(settings, backbone, dim, world):
 def main():
     settings = parse()
     world = setup(settings.device)
-    backbone, dim, trained_with = load_backbone(settings.checkpoint, settings.arch)
+    backbone, dim, trained_with = load_backbone(settings.checkpoint, settings.arch, settings.heads,
+                                                settings.branch, settings.mean_std)
+    settings.mean_std, mean, std = (trained_with[key] for key in ("mean_std", "mean", "std"))
+    if settings.mean_std != "clip":                # pictures come with CLIP's numbers
+        backbone.register_forward_pre_hook(lambda _, x: (renormalise(x[0], mean, std),))
     made_for = getattr(backbone, "image_size", None)         # of a vision transformer's positions
     settings.image_size = settings.image_size or made_for
     resolve(settings, trained_with)

@@ -149,10 +149,11 @@ def normalise(x):
     return (x - mean) / std
 
 
-def denormalise(x):
-    """The inverse of normalise, cut to [0, 1]."""
-    mean, std = (constant(v, x.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-    return (x.float() * std + mean).clamp(0, 1)
+def renormalise(x, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)):
+    """From CLIP's mean and standard deviation to others; without these back to [0, 1]."""
+    clip_mean, clip_std, mean, std = (constant(tuple(v), x.device).view(3, 1, 1)
+                                      for v in (CLIP_MEAN, CLIP_STD, mean, std))
+    return (x * clip_std + clip_mean - mean) / std
 
 
 @functools.lru_cache

@@ -1,6 +1,5 @@
-"""Checkpoints of any origin, read as tensors under dotted names, such as
-"state_dict.module.encoder_q.bn1.bias". A backbone is where one of ANCHORS is; what stands before
-that is its prefix.
+"""Checkpoints of any origin: ours, the release's, and the layouts in ANCHORS. A backbone is where an
+anchor is among the tensors' dotted names; its prefix, "state_dict.module.encoder_q.", stands before.
 """
 import re
 import zipfile
@@ -129,12 +128,13 @@ def load_backbone(path, arch=None, heads=None, branch=None, mean_std=None):
     mean, std = (MEAN_STD[mean_std] if mean_std else own_mean_std(path, meta)
                  or MEAN_STD["clip" if ours or release else "imagenet"])
     name = next((name for name in MEAN_STD if MEAN_STD[name] == (mean, std)), "its own")
-    notes += [f"{heads or 'no'} heads (--heads)", f"mean and std: {name} (--mean-std)"]
+    notes.append(f"mean and std: {name} (--mean-std)")
     stem = state.get("conv1.weight", torch.empty(0)).shape[2:]
     if lightning and "state_dict.classifier.weight" in tensors and stem == (3, 3):
         backbone.conv1.padding = (2, 2)
         notes.append("first convolution padded by 2, as solo-learn's for CIFAR")
-    say(f"{path}: {arch} under '{prefix}'; {'; '.join(notes)}")
+    with_heads = f" with {heads} heads (--heads)" if heads else ""
+    say(f"{path}: {arch}{with_heads} under '{prefix}'; {'; '.join(notes)}")
     settings = {"arch": arch, "heads": heads, "mean": mean, "std": std, "mean_std": name}
     return backbone, dim, args | settings
 

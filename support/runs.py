@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from support.augment import denormalise
+from support.augment import renormalise
 from support.checkpoints import load_checkpoint
 from support.data import spaced
 from support.files import append, sweep, write_json, write_whole
@@ -287,8 +287,8 @@ class Run:
             order = scores[:, 0].argsort(descending=True)
             captions = ["q = {:.2f} =\n{:.2f} - {:.2f}".format(*row) for row in scores.tolist()]
         chosen = order[spaced(len(order), count)].tolist()
-        pixels = [(denormalise(view) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-                  for view in views]
+        pixels = [(renormalise(view.float()) * 255).round().clamp(0, 255).byte() for view in views]
+        pixels = [x.permute(0, 2, 3, 1).cpu().numpy() for x in pixels]
         columns = [[Image.fromarray(view[i]) for view in pixels] for i in chosen]
         last = len(chosen) - 1
         frames = {(0, row): "green" for row in (0, 1)} | {(last, row): "red" for row in (0, 1)}

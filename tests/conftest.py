@@ -39,13 +39,6 @@ def views_folder(image_folder, tmp_path_factory):
     return tiny.save_views(image_folder, tmp_path_factory.mktemp("views"), leave_out=4)
 
 
-@pytest.fixture(scope="session")
-def quick_encoder():
-    """The encoder of the world of shapes, trained for less long than in runs."""
-    import shapes
-    return shapes.train_encoder(steps=60, batch=128)
-
-
 def pytest_addoption(parser):
     parser.addoption("--instants", type=int, default=2,
                      help="test_kill.py: random instants of each case")

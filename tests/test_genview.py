@@ -482,3 +482,11 @@ def test_colour_scales_all_colours():
         changed = support.augment.recolour(x.clone(), draws, [0, 1, 2, 3], augmentation)
         return (changed - normalise(x)).abs().mean().item()
     assert change(0.0) < 1e-6 < change(0.3) < change(1.0)
+
+
+def test_pictures_for_a_network_trained_elsewhere():
+    """From CLIP's mean and std to ImageNet's, and back to [0, 1]."""
+    x = torch.rand(2, 3, 4, 4)
+    numbers = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    assert_close(support.augment.renormalise(normalise(x), *numbers), tv.normalize(x, *numbers))
+    assert_close(support.augment.renormalise(normalise(x)), x)

@@ -73,12 +73,12 @@ def test_views_are_drawn_apart_from_the_pictures():
     assert torch.equal(views(1, 512), everything[spaced(4096, 512)])
 
 
-def test_the_encoder_sees_the_foreground(scenes, quick_encoder):
+def test_the_encoder_sees_the_foreground(scenes):
     """Its first principal component is the figure; the proportion found follows the true one."""
+    encoder = shapes.train_encoder(steps=60, batch=128)
     with torch.no_grad():
-        tokens = quick_encoder(normalise(shapes.render(scenes) / 255))
-    assert tokens.shape == (600, 64, 64)
-    assert not any(p.requires_grad for p in quick_encoder.parameters())
+        tokens = encoder(normalise(shapes.render(scenes) / 255))
+    assert tokens.shape == (600, 64, 64) and not any(p.requires_grad for p in encoder.parameters())
     component, threshold = fit_foreground(tokens, (8, 8))
     mask = shapes.foreground(scenes)
     cells = mask.view(600, 8, 4, 8, 4).mean((2, 4)).flatten()

@@ -10,25 +10,16 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from PIL import Image
+from running import CPU, call, json_lines, refusal
 
 import eval_linear
 import generate_views
 import genview
 import recipes
-import support.world
 import train_moco
 from studies import ablation, bench
 from support.data import Images, find_views, open_image, to_tensor
-from support.world import UserError, World
-
-ONE = World(0, 1, torch.device("cpu"), torch.float32)
-
-
-def call(module, *flags):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [module.__name__, *map(str, flags)])
-        module.main()
+from support.world import UserError
 
 
 @pytest.mark.parametrize("name", ["ablation", "bench", "eval_generator", "train_generator"])
@@ -46,11 +37,7 @@ def test_a_study_called_as_a_file_says_how_to_call_it(name):
     (ablation, ["--limit=100"], "--limit: 100 must be from 256"),
     (ablation, ["--methods", "dino"], "--methods: invalid choice: 'dino'")])
 def test_refusals_are_one_line(module, flags, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        support.world.script(lambda: call(module, *flags))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
-    assert re.match(f"error: .*{message}", error)
+    assert re.search(message, refusal(capsys, call, module, *flags))
 
 
 # ------------------------------------------------------------------------------------------- bench
@@ -72,7 +59,7 @@ def test_the_loops_train_the_same_network(monkeypatch):
             super().__init__(args)
             made.append(self)
     monkeypatch.setattr(bench, "MoCoV2", Recorded)
-    bench.training(ONE, batch=8, n=64)[-1]()
+    bench.training(CPU, batch=8, n=64)[-1]()
     assert 0 < bench.plain_step(torch.device("cpu"), batch=8, n=64) < 20
     ours, plain = made
     assert [p.shape for p in ours.parameters()] == [p.shape for p in plain.parameters()]
@@ -82,7 +69,7 @@ def test_the_loops_train_the_same_network(monkeypatch):
 
 
 def test_generation_is_timed_both_ways():
-    rows = list(bench.generation(ONE, n=2))
+    rows = list(bench.generation(CPU, n=2))
     assert [name.split(",")[0] for name, *_ in rows] == ["generation", "... one image at a time"]
     for _, function, n in rows:
         function()
@@ -234,23 +221,11 @@ def test_originals_and_further_samples_are_one_pool(image_folder, tmp_path):
         genview.load_extra(args, images)
 
 
-def test_extra_samples_keep_the_number_of_steps(image_folder, tmp_path, monkeypatch):
+def test_extra_samples_keep_the_number_of_steps(image_folder, views_folder, tmp_path):
     """As many steps as without, whatever the size of the pool; plain pairs, equal weights."""
-    images = genview.load_images("folder", image_folder, "train", 32)
-    for name, view in zip(images.names, 255 - images.pixels, strict=True):
-        path = tmp_path / "views" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(view.permute(1, 2, 0).numpy()).save(path)
-    seen, step = [], train_moco.train_step
-
-    def counted(*args):
-        seen.append(1)
-        return step(*args)
-    monkeypatch.setattr(train_moco, "train_step", counted)
-    train_moco.train(train_moco.parse_args(argv=[
-        "--dataset=folder", f"--data-dir={image_folder}", f"--views-dir={tmp_path / 'views'}",
-        "--views=extra", "--image-size=32", "--arch=resnet10_narrow", "--batch-size=8",
-        "--queue=16", "--epochs=2", f"--output-dir={tmp_path / 'run'}", "--device=cpu"]), ONE)
-    assert len(seen) == 6                          # 24 images in batches of 8, twice
-    assert json.loads((tmp_path / "run/args.json").read_text())["quality"] == "off"
-    assert "extra samples" in (tmp_path / "run/log.jsonl").read_text()
+    call(train_moco, "--dataset=folder", "--data-dir", image_folder, "--views-dir", views_folder,
+         "--views=extra", "--image-size=32", "--arch=resnet10_narrow", "--batch-size=8",
+         "--queue=16", "--epochs=2", "--output-dir", tmp_path, "--device=cpu")
+    *_, last, knn = json_lines(tmp_path / "log.jsonl")
+    assert last["step"] == 6 and "extra images" in knn["label"]      # 24 in batches of 8, twice
+    assert json.loads((tmp_path / "args.json").read_text())["quality"] == "off"

@@ -57,6 +57,7 @@ def test_noised_is_what_the_pipeline_tells_the_unet(pipe):
         torch.testing.assert_close(ours[i:i + 1], theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("steps, size", [(6, 16), (200, 32)])
 def test_pictures_seen_often_are_also_mirrored(image_folder, tmp_path, monkeypatch, steps, size):
     def look(part, net, pixels, **options):
         assert len(pixels) == size

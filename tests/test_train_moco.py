@@ -1,4 +1,5 @@
 """MoCo v2 and v3: the step against one process and by hand, runs as a user makes them, refusals."""
+import functools
 import json
 import math
 import re
@@ -283,8 +284,10 @@ def small(image_folder, output, *more):
             "--output-dir", output, *more]
 
 
-def test_shapes_without_a_download(quick_encoder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shapes, "train_encoder", lambda **_: quick_encoder)
+def test_shapes_without_a_download(tmp_path, monkeypatch, capsys):
+    """With a frozen encoder that is trained for 10 steps; see test_shapes.py."""
+    few = functools.partial(shapes.train_encoder, steps=10, batch=64)
+    monkeypatch.setattr(shapes, "train_encoder", few)
     run("--dataset", "shapes", "--limit", 512, "--epochs", 1, "--output-dir", tmp_path)
     last = r"kNN top-1 \d+\.\d% \(MoCo v2 \+ GenView's views \+ quality weights\)"
     assert re.fullmatch(last, capsys.readouterr().out.splitlines()[-1])
@@ -348,12 +351,12 @@ def wrong(views_folder, encoder_folder, tmp_path_factory):
     ("--views-dir {clip}", "holds no views of these images"),
     ("--views-dir {cifar}", "holds no views of these images"),
     ("--views-dir {others}", "made for imagenet"),
-    ("--views extra", "--views extra needs generated views"),
+    ("--views extra", "--views extra needs images"),
     ("--batch-size 64 --queue 64", "24 images do not fill one batch of 64"),
     ("--batch-size 1 --queue 1", "batch normalisation needs two images"),
     ("--data-dir {empty}", "needs train/"),
     ("--arch resnet99", "--arch resnet99 is not supported"),
-    ("--noise 100", "generate_views.py decides on it"),
+    ("--noise 100", "for other data set it in generate_views.py"),
     ("--temperature 0", "--temperature: 0 must be from 0.0001"),
     ("--quality cached", "invalid choice: 'cached'"),
     ("--hidden 32", "--hidden is not a setting of mocov2"),
