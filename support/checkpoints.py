@@ -1,5 +1,5 @@
-"""Checkpoints of any origin: ours, the release's, and the layouts in ANCHORS. A backbone is where an
-anchor is among the tensors' dotted names; its prefix, "state_dict.module.encoder_q.", stands before.
+"""Checkpoints of any origin: ours, the release's, and the layouts in ANCHORS. A backbone is where
+an anchor is among the tensors' dotted names, under a prefix such as state_dict.module.encoder_q.
 """
 import re
 import zipfile

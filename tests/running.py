@@ -26,7 +26,7 @@ def call(module, *flags):
 
 
 def refusal(capsys, work, *arguments):
-    """The work is refused with exit status 2 and one line on stderr: that line, without error."""
+    """The work ends with exit status 2 and one line on stderr; returns it without "error: "."""
     with pytest.raises(SystemExit) as stop:
         world.script(lambda: work(*arguments))
     said = re.fullmatch("error: (.{10,})\n", capsys.readouterr().err)

@@ -275,12 +275,13 @@ def test_no_nan_for_extreme_input(value, other):
     check(*ql.pair_quality(half, -half, half[0, 0]))
 
 
-V, N, B, S = ql.foreground_attention, ql.info_nce, ql.info_nce_in_batch, ql.swapped_prediction
+# Short names: a case of the table fits on a line.
+A, N, B, S = ql.foreground_attention, ql.info_nce, ql.info_nce_in_batch, ql.swapped_prediction
 
 
 @pytest.mark.parametrize("function, shapes, options, named", [
-    (V, [(2, 3), (3,)], {}, "(2, 3)"), (V, [(2, 0, 3), (3,)], {}, "(2, 0, 3)"),
-    (V, [(2, 4, 3), (5,)], {}, "(5,)"), (V, [(2, 4, 3), (3, 1)], {}, "(3, 1)"),
+    (A, [(2, 3), (3,)], {}, "(2, 3)"), (A, [(2, 0, 3), (3,)], {}, "(2, 0, 3)"),
+    (A, [(2, 4, 3), (5,)], {}, "(5,)"), (A, [(2, 4, 3), (3, 1)], {}, "(3, 1)"),
     (ql.pair_quality, [(2, 4, 3), (1, 4, 3), (3,)], {}, "(1, 4, 3)"),
     (ql.pair_quality, [(2, 4, 3), (2, 3), (3,)], {}, "(2, 3)"),
     (ql.quality_weights, [(2, 1)], {}, "(2, 1)"), (ql.quality_weights, [(0,)], {}, "(0,)"),
