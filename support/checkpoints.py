@@ -40,7 +40,7 @@ OTHER_PARTS = r"((pro|pred|queue|decoder|mask|head_)\w*|fc|heads?|classifier|poo
 ROLES = {"teacher": 1, "student": 2, "k": 3, "key": 3, "momentum": 3, "target": 3, "ema": 3}
 HARMLESS = (                  # objects that mmengine, Lightning, DINO and timm save beside weights
     r"(mmengine|mmcv|numpy|omegaconf|pytorch_lightning|lightning\w*|pathlib)\..+|typing\.Any|"
-    r"(argparse\.Name|collections\.default)\w+|builtins\.(getattr|dict|list|tuple|int|float|str)")
+    r"(argparse\.Name|collections\.default)\w+|builtins\.(getattr|dict|list|bool|int|float|str)")
 
 
 class StandIn:
