@@ -284,7 +284,7 @@ def parse_args():
 def main():
     args = parse_args()
     if args.table:
-        return say(table(read_results(args.results)))
+        return say(table(read_results(args.results)) or f"no runs in {args.results}")
     if args.generator_data:
         args.model = args.output_dir / "generator"
         call(1, "-m", "studies.train_generator", data_dir=args.generator_data,

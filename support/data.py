@@ -14,10 +14,10 @@ import torchvision
 from PIL import Image, ImageOps
 
 from support.files import append, read_settings, sweep, write_json, write_whole
-from support.world import UserError, progress
+from support.world import UserError, progress, say
 
 IN_MEMORY_SIZE = 64   # images up to this side are kept in memory, as one uint8 tensor
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 
 
 class Images(NamedTuple):
@@ -98,21 +98,34 @@ def read_cifar(dataset, data_dir, split):
 
 
 def find_files(root, split):
-    """The image files of a split, a folder a class: train/, or val/ or test/ below root."""
+    """The image files of a split, a folder a class: train/, or val/ or test/ below root. Classes
+    are numbered by the folders of train/: a split that lacks some has the same labels."""
     wanted = [split] if split == "train" else ["val", "test"]
     folder = next((root / s for s in wanted if (root / s).is_dir()), None)
     if folder is None:
         raise UserError(f"no images for the {split} split: {root} needs train/ and val/ or test/ "
                         f"below it, a folder a class (--data-dir)")
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    names, labels = [], []
+    here, train = class_folders(folder), root / "train"
+    classes = class_folders(train) if train.is_dir() else here
+    if unknown := sorted(set(here) - set(classes)):
+        raise UserError(f"{folder} holds classes that {train} does not: {', '.join(unknown[:5])}")
+    names, labels, others = [], [], []
     for label, name in enumerate(classes):
-        files = sorted(Path(base, f) for base, _, found in os.walk(folder / name) for f in found)
+        walk = os.walk(folder / name, followlinks=True)
+        files = sorted(Path(base, file) for base, _, found in walk for file in found)
         names += [str(f.relative_to(root)) for f in files if f.suffix.lower() in SUFFIXES]
         labels += [label] * (len(names) - len(labels))
+        others += [f for f in files if f.suffix.lower() not in SUFFIXES]
     if not names:
         raise UserError(f"{folder} holds no images in class folders")
+    say(f"{folder}: {len(names)} images, {len(here)} of {len(classes)} classes" + (
+        f"; {len(others)} other files are left out, such as {others[0].name}" if others else ""))
     return Images(names, torch.tensor(labels), len(classes), root=root)
+
+
+def class_folders(folder):
+    """The names of the folders in a folder, but hidden ones such as .ipynb_checkpoints."""
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
 
 
 def into_memory(images, image_size, skip_bad):

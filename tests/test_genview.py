@@ -18,7 +18,7 @@ from genview import FrozenEncoder, PairLoader, PairQuality, load_images
 from quality_loss import pair_quality
 from support.augment import CLIP_MEAN, CLIP_STD, CROP_TRIES, Augmentation, Draws, normalise
 from support.checkpoints import load_checkpoint
-from support.data import Images, find_views, to_tensor, views_into_memory
+from support.data import Images, find_files, find_views, to_tensor, views_into_memory
 from support.files import read_component, write_json
 from support.networks import make_backbone, sine_positions
 from support.world import UserError, step_generator
@@ -470,6 +470,27 @@ def test_positions_are_sines_of_row_and_column():
 def test_other_architectures_are_refused(arch):
     with pytest.raises(UserError, match="resnet50"):
         make_backbone(arch, 224)
+
+
+def test_classes_are_numbered_by_the_training_folders(tmp_path, capsys):
+    """A split that lacks a class has the same labels; hidden folders are no classes; links are
+    followed; what is left out is counted and named; an unknown class is refused."""
+    for name in ("train/a", "train/b", "train/c", "val/b", "val/c", "train/.ipynb_checkpoints"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    (tmp_path / "far").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "far/1.png")
+    (tmp_path / "train/c/linked").symlink_to(tmp_path / "far")
+    (tmp_path / "train/a/x.gif").touch()
+    train, test = (find_files(tmp_path, split) for split in ("train", "test"))
+    assert train.labels.tolist() == [0, 1, 2, 2] and test.labels.tolist() == [1, 2]
+    assert train.num_classes == test.num_classes == 3
+    said = capsys.readouterr().out
+    assert "4 images, 3 of 3 classes; 1 other files are left out, such as x.gif" in said
+    assert "2 images, 2 of 3 classes\n" in said
+    (tmp_path / "val/dog").mkdir()
+    with pytest.raises(UserError, match="classes that .*train does not: dog"):
+        find_files(tmp_path, "test")
 
 
 def test_colour_scales_all_colours():
