@@ -7,7 +7,7 @@ generation").
 
 A frozen CLIP encoder tells how much of an image is foreground; the more, the stronger the noise on
 the image's embedding, from which a frozen diffusion model (Stable unCLIP) draws a variation of it.
-Read make_view_set first.
+Read make_view_set first. The file is longer than others because it holds the preview, too.
 
 Legend of the shapes: N images, n of a batch, T patch tokens of an image, K features of a token, D
 size of an image embedding.
@@ -339,7 +339,7 @@ def preview(args, pipe, images):
     labels = ["original", "foreground"] + [f"level {level}" for level in LEVELS]
     picture, path = sheet(columns, captions, frames, cell, labels), args.views_dir / "preview.png"
     write_whole(path, lambda temporary: picture.save(temporary, format="PNG"))
-    print(f"{path}: {len(columns)} images. If the coloured part is not the foreground, add "
+    print(f"{path}: {len(columns)} images. If the bright part is not the foreground, add "
           f"--flip-foreground; the same command without --preview {args.preview} makes the views")
 
 

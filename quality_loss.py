@@ -11,6 +11,7 @@ and losses are computed in float32 on any device, whatever the dtype or autocast
 that do not fit raise a ValueError that names them; finite input gives no NaN. GenView is cited by
 its sections' names: "adaptive view generation", "quality-driven loss" (its weights: all losses).
 
+The file is long because it must stand alone: losses of five methods, documented for copying.
 Shapes: N pairs, T positions of a feature map, K features at a position, D size of an embedding, M
 keys, V views, P prototypes. v1, F, M^f, z^f, s^f, q, w, l, L are the paper's symbols; in the losses
 q is the query.

@@ -2,6 +2,7 @@
 
 A recipe groups its values by source: {source: {flag: value}}. Each value is also a flag, which
 overrides it. Learning rates are for 256 images and grow linearly with the batch in all the papers.
+The file is long because each value stands beside its source.
 """
 from support.world import real, whole
 

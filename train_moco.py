@@ -5,7 +5,8 @@
     torchrun --nproc_per_node=8 train_moco.py --dataset imagenet --data-dir /data/imagenet \\
         --views-dir /data/imagenet-views
 
-Read train_step first: it is the method. To follow it, read also quality_loss.py and genview.py.
+Read train_step first: it is the method. To follow it, read also quality_loss.py and genview.py. The
+file is longer than others because BYOL, SimSiam and SwAV use its step, loop and command line.
 
 Legend of the shapes: N pairs of this process (n: of all), S side of a view, T positions and K
 features of the frozen encoder's map, D size of an embedding, M keys in the queue.
