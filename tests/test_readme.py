@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -40,3 +41,13 @@ def test_every_flag_exists(capsys):
         known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
         used = re.findall(r"--[a-z-]+", " ".join(flags for name, flags in calls if name == script))
         assert set(used) <= known, (script, set(used) - known)
+
+
+def test_the_code_for_copying_the_loss_runs():
+    """README's Python, with made feature maps for E and made embeddings."""
+    code, = re.findall(r"```python\n(.*?)```", README, re.S)
+    names = {"E": lambda view: torch.randn(8, 49, 16), "view1": None, "view2": None,
+             "maps_of_some_thousand_images": torch.randn(20, 49, 16),
+             "q": torch.randn(8, 4), "k": torch.randn(8, 4), "queue": torch.randn(32, 4)}
+    exec(code, names)
+    assert names["loss"].isfinite() and names["weights"].mean().item() == pytest.approx(1)
