@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from support.checkpoints import load_backbone, load_checkpoint
+from support.checkpoints import MEAN_STD, load_backbone, load_checkpoint
 from support.data import IN_MEMORY_SIZE, open_image, to_tensor
 from support.files import append, write_whole
 from support.world import Parser, UserError, progress, real, script, setup, step_generator, whole
@@ -71,10 +71,10 @@ class Coco(Dataset):
                          "masks": torch.stack(masks) if masks else none, "image_id": image_id}
 
 
-def mask_rcnn(path, arch, num_classes, world):
+def mask_rcnn(path, arch, num_classes, world, branch=None, mean_std=None):
     """Mask R-CNN on a checkpoint's backbone (see load_backbone); batch norm is trained, on GPUs
     over all processes. Raises UserError where the backbone is no ResNet for large pictures."""
-    network, _, args = load_backbone(path, arch)
+    network, _, args = load_backbone(path, arch, branch=branch, mean_std=mean_std)
     state = network.state_dict()
     if "layer4.0.conv1.weight" not in state or state["conv1.weight"].shape[-1] != 7:
         raise UserError(f"{path} is no ResNet for large pictures, which detection needs: "
@@ -229,6 +229,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--backbone", required=True, help="a checkpoint, as for eval_linear.py --checkpoint")
     add("--arch", help="torchvision's name of the network, where the checkpoint does not tell")
+    add("--branch", help="which backbone of several, a part of its prefix, such as student")
+    add("--mean-std", choices=list(MEAN_STD), help="of the pictures it was trained on")
     add("--data-dir", default="data/coco", help="has train2017/, val2017/ and annotations/")
     add("--limit", type=whole(1), help="use so many pictures of each split")
     add("--steps", type=whole(1), default=90_000, help="1x: 90000; 2x: 180000")
@@ -250,7 +252,8 @@ def main():
         raise UserError(f"--batch-size {args.batch_size} is no multiple of {world.size} processes")
     data, test = (Coco(args.data_dir, split, args.limit) for split in ("train", "val"))
     torch.manual_seed(args.seed)
-    model = mask_rcnn(args.backbone, args.arch, data.num_classes, world)
+    model = mask_rcnn(args.backbone, args.arch, data.num_classes, world, args.branch,
+                      args.mean_std)
     train(model, data, args, world)
     found = detect(model, test, args, world)
     if world.rank == 0:

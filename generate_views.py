@@ -18,7 +18,6 @@ import math
 import os
 import sys
 import time
-from argparse import ArgumentTypeError
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +31,7 @@ from genview import FRACTION
 from support.data import IN_MEMORY_SIZE, ViewFolder, spaced, square
 from support.files import read_component, write_component, write_whole
 from support.pictures import sheet
-from support.world import Parser, UserError, progress, real, say, script, setup, whole
+from support.world import Parser, UserError, either, progress, real, say, script, setup, whole
 
 LEVELS = (0, 100, 200, 300, 400)  # of the 1,000 noising steps (release)
 STABLE = "sd2-community/stable-diffusion-2-1-unclip"
@@ -353,12 +352,6 @@ def foreground_map(original, a, alpha):
 
 # ------------------------------------------------------------------------------------- command line
 
-def noise_argument(text):
-    if text != "adaptive" and not (text.isdecimal() and int(text) < 1000):
-        raise ArgumentTypeError(f"{text} is neither adaptive nor a whole number from 0 to 999")
-    return text if text == "adaptive" else int(text)
-
-
 def parse_args(argv=None):
     parser = Parser("Makes one generated view of every training image, for train_moco.py.")
     add = parser.add_argument_group("data").add_argument
@@ -372,7 +365,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("GenView").add_argument
     add("--model", help=f"hub id or folder of a StableUnCLIPImg2ImgPipeline, or mini (weights/); "
                         f"default: mini for CIFAR, else {STABLE}")
-    add("--noise", type=noise_argument, default="adaptive", help="adaptive, or one level, 0 to 999")
+    add("--noise", type=either("adaptive", whole(0, 999)), default="adaptive",
+        help="adaptive, or one level, 0 to 999")
     add("--solver", choices=["own", "dpm"], default="own",
         help="the model's own, or DPM-Solver++ for fewer steps")
     add("--steps", type=whole(1), help="denoising steps; default: 20 as the release, mini: 2")
@@ -394,7 +388,11 @@ def parse_args(argv=None):
     add("--device", help="cuda, mps or cpu; default: the first that is available")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="auto: bfloat16 or float16 on a GPU, else float32")
-    args = parser.parse_args(argv)
+    return resolve(parser.parse_args(argv))
+
+
+def resolve(args):
+    """Fills in what no flag says."""
     args.data_dir = args.data_dir or recipes.DATA_DIRS[args.dataset]
     if args.data_dir is None:
         raise UserError("--dataset folder needs --data-dir, a folder with train/ in it")

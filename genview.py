@@ -192,7 +192,8 @@ def load_views(args, images):
         return None
     paths = data.find_views(images, args.views_dir, args.dataset)
     missing = sum(path is None for path in paths)
-    say(f"generated views of {len(paths) - missing} of {len(paths)} images from {args.views_dir}"
+    say(("*** " if missing else "") +
+        f"generated views of {len(paths) - missing} of {len(paths)} images from {args.views_dir}"
         + (f"; the other {missing} use themselves" if missing else ""))
     return paths if images.pixels is None else data.views_into_memory(images, paths, args.skip_bad)
 

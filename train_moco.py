@@ -157,7 +157,7 @@ class MoCoV3(Momentum):
         with torch.no_grad():                                                         # (all N, D)
             k1, k2 = (world.gather(F.normalize(self.key(v).float())) for v in views)
         t, offset = self.temperature, world.rank * len(q1)      # where this process's keys begin
-        # Both directions carry the same w. t keeps the gradient's size when t changes; 2: MoCo v3.
+        # Both directions carry the same w. 2t, as in MoCo v3, keeps the gradient's size for any t.
         loss = 2 * t * (
             info_nce_in_batch(q1, k2, temperature=t, weights=weights, offset=offset)
             + info_nce_in_batch(q2, k1, temperature=t, weights=weights, offset=offset))
@@ -341,7 +341,7 @@ def shapes_views(encoder, args, count):
         tokens = torch.cat([encoder(normalise(x / 255)) for x in pictures])             # (N, 64, K)
     component, threshold = fit_foreground(tokens, (8, 8))
     adaptive = noise_level(foreground_proportion(tokens, component, threshold))           # (N,)
-    level = adaptive if args.noise == "adaptive" else int(args.noise)
+    level = adaptive if args.noise == "adaptive" else args.noise
     views = shapes.render(shapes.perturb(scenes, level, step_generator(args.seed)))
     return views[spaced(len(views), count)], component
 
@@ -353,7 +353,7 @@ def parse_args(methods=METHODS, description=None, argv=None):
     contradict each other."""
     datasets, text = recipes.DATA_DIRS, description or __doc__.split("\n")[0]
     args = runs.parser_of(text, datasets, methods, recipes.FLAGS).parse_args(argv)
-    if args.print_recipe:
+    if vars(args).pop("print_recipe"):
         rows = recipes.table(args.dataset, args.method, args.arch, args.epochs, args.batch_size)
         say("\n".join(f"{flag:16}{value!s:18}{source}" for flag, value, source in rows))
         sys.exit()
@@ -377,10 +377,8 @@ def parse_args(methods=METHODS, description=None, argv=None):
     with_views = args.views_dir != "none" and args.views == "pair"
     args.quality = args.quality or ("exact" if with_views else "off")     # exact: of these views
     args.encoder = args.encoder or ("mini" if args.image_size <= 32 else "clip")
-    level = args.noise.isdecimal() and int(args.noise) < 1000
-    if args.noise != "adaptive" and not (args.dataset == "shapes" and level):
-        raise UserError(f"--noise is adaptive or, for --dataset shapes only, a level from 0 to 999,"
-                        f" not {args.noise}: for other data set it in generate_views.py")
+    if args.noise != "adaptive" and args.dataset != "shapes":
+        raise UserError("--noise is for --dataset shapes; for other data generate_views.py sets it")
     runs.resolve_batch(args)
     kind = "plain" if args.views_dir == "none" else "genview"
     runs.resolve_folder(args, f"{args.dataset}-{args.method}-{kind}")

@@ -11,7 +11,7 @@ if not __package__:
 import torch
 
 import generate_views as gv
-from genview import FRACTION, load_images
+from genview import FRACTION, FrozenEncoder, load_images
 from quality_loss import fit_foreground, pair_quality
 from recipes import GENERATION
 from studies.eval_generator import markdown, views_of
@@ -48,20 +48,17 @@ def main():
     pipe = gv.load_pipeline("mini", torch.float32, world.device)
     images = load_images("cifar10", args.data_dir, "train", 32, args.images)
     n = len(images.names)
-    _, tokens, c = zip(*gv.encode_all(pipe, images, range(n)), strict=True)
-    tokens, c = torch.cat(tokens).cpu(), torch.cat(c)
-    v1, alpha = fit_foreground(tokens, (8, 8), FRACTION)
-    level = gv.noise_level(gv.foreground_proportion(tokens, v1, alpha))
-    seeds = [gv.image_seed(args.seed, name) for name in images.names]
-    views = views_of(pipe, c, seeds, **GENERATION["mini"])
+    encoder = FrozenEncoder("mini").to(world.device)                            # E
 
-    @torch.inference_mode()
     def features(pixels):
-        x = normalise(pixels.float() / 255).to(world.device)
-        model = pipe.image_encoder
-        return torch.cat([gv.genview.clip_tokens(
-            model.vision_model, model(part).last_hidden_state).cpu() for part in x.split(250)])
-    image = features(images.pixels)
+        parts = pixels.to(world.device).split(250)
+        return torch.cat([encoder(normalise(part / 255)).cpu() for part in parts])
+    image = features(images.pixels)                                             # (N, 64, K)
+    v1, alpha = fit_foreground(image, (8, 8), FRACTION)
+    level = gv.noise_level(gv.foreground_proportion(image, v1, alpha))
+    seeds = [gv.image_seed(args.seed, name) for name in images.names]
+    c = torch.cat([c for _, _, c in gv.encode_all(pipe, images, range(n))])
+    views = views_of(pipe, c, seeds, **GENERATION["mini"])
     view = {key: features(pixels) for key, pixels in views.items()}
     rows = [("views", "mean q", "spread of q", "another class: q", "s_f", "s_b",
              "the same class: q", "s_f", "s_b")]

@@ -19,11 +19,11 @@ from support.checkpoints import load_checkpoint
 from support.data import spaced
 from support.files import append, sweep, write_json, write_whole
 from support.pictures import sheet
-from support.world import Parser, Terminated, UserError, progress, real, say, whole
+from support.world import Parser, Terminated, UserError, either, progress, real, say, whole
 
 # Flags that may differ when a run is resumed: they do not change its result.
 FREE = {"output_dir", "resume", "device", "compile", "workers", "skip_bad", "knn_every",
-        "log_every", "save_minutes", "print_recipe"}
+        "log_every", "save_minutes"}
 
 
 # -------------------------------------------------------------------------------------------- flags
@@ -49,7 +49,8 @@ def parser_of(description, datasets, methods, recipe_flags):
                           "mini for images of 32 pixels, else clip")
     add("--component", help="its component, foreground.npz or pca_vectors.npy; default: fit one")
     add("--flip-foreground", action="store_true", help="turn the component to the other side")
-    add("--noise", default="adaptive", help="shapes only (views made here): adaptive or 0..999")
+    add("--noise", type=either("adaptive", whole(0, 999)), default="adaptive",
+        help="shapes only (views made here): adaptive or 0..999")
     add = parser.add_argument_group("runtime").add_argument
     add("--print-recipe", action="store_true", help="print flags, values, sources; nothing else")
     add("--output-dir", help="default: runs/<dataset>-<method>-<time>")

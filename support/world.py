@@ -131,6 +131,14 @@ def real(least, most):
     return _number(float, "number", least, most)
 
 
+def either(word, kind):
+    """A type for argparse: this word, or what kind reads."""
+    def parse(text):
+        return text if text == word else kind(text)
+    parse.__name__ = f"{word} or {kind.__name__}"
+    return parse
+
+
 def _number(kind, name, least, most):
     def parse(text):
         value = kind(text)

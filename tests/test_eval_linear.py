@@ -13,7 +13,7 @@ from running import CPU, call, end, json_lines, refusal, start_two
 import eval_linear as ev
 import genview
 from support.augment import normalise
-from support.checkpoints import load_backbone
+from support.checkpoints import MEAN_STD, load_backbone
 from support.data import Images, to_tensor
 from support.networks import make_backbone
 from support.world import UserError, setup, step_generator
@@ -114,6 +114,19 @@ def test_a_vision_transformer_is_recognised(tmp_path):
                                                      image_size=96), CPU)
     same = [name for name, x in backbone.state_dict().items() if torch.equal(x, before[name])]
     assert same == ["encoder.pos_embedding"]
+
+
+def test_a_foreign_checkpoint_sees_the_pictures_it_was_trained_on(folder, monkeypatch):
+    """Pictures are fed with ImageNet's mean and std; --mean-std changes that."""
+    seen = []
+    monkeypatch.setattr(ev, "evaluate", lambda settings, backbone, *_: seen.append(backbone.eval()))
+    for more in ([], ["--mean-std", "half"]):
+        script("--checkpoint", folder / "plain.pt", "--dataset", "folder", "--data-dir",
+               folder / "data", "--output-dir", folder / "foreign", *more)
+    x, own = torch.rand(2, 3, 32, 32), load_backbone(folder / "plain.pt")[0].eval()
+    for backbone, mean_std in zip(seen, ("imagenet", "half"), strict=True):
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in MEAN_STD[mean_std])
+        torch.testing.assert_close(backbone(normalise(x)), own((x - mean) / std))
 
 
 # ---------------------------------------------------------------------------------------- features

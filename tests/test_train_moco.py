@@ -356,7 +356,7 @@ def wrong(views_folder, encoder_folder, tmp_path_factory):
     ("--batch-size 1 --queue 1", "batch normalisation needs two images"),
     ("--data-dir {empty}", "needs train/"),
     ("--arch resnet99", "--arch resnet99 is not supported"),
-    ("--noise 100", "for other data set it in generate_views.py"),
+    ("--noise 100", "for other data generate_views.py sets it"),
     ("--temperature 0", "--temperature: 0 must be from 0.0001"),
     ("--quality cached", "invalid choice: 'cached'"),
     ("--hidden 32", "--hidden is not a setting of mocov2"),
