@@ -65,8 +65,8 @@ ROWS = {
 TRANSFORMATIONS = {"flips": {"crop_min": 1, "colour": 0}, "flips+crops": {"colour": 0}, "all": {}}
 CONTROLLED = ("plain", "copies", "smooth", "noise0", "adaptive")
 PRESETS = {                                        # [(transformations, epochs, rows, seeds)]
-    "gain": [("flips", 60, CONTROLLED, 5), ("flips+crops", 60, CONTROLLED, 5),
-             ("all", 60, ("plain", "adaptive"), 5), ("flips+crops", 150, ("plain", "adaptive"), 5),
+    "gain": [(("flips", "flips+crops"), 60, CONTROLLED, 5), ("all", 60, ("plain", "adaptive"), 5),
+             ("flips+crops", 150, ("plain", "adaptive"), 5),
              ("flips+crops", 60, ("extra", "noise200"), 5), ("flips+crops", 60, ("quality",), 3)],
     "gpu": [(name, 200, (*CONTROLLED, "quality"), 3) for name in TRANSFORMATIONS],
 }
@@ -82,6 +82,7 @@ class Run(NamedTuple):
     epochs: int
     images: int
     arch: str
+    model: str                                     # mini, or the name of the generator's folder
     seed: int
 
 
@@ -144,7 +145,8 @@ def plan(args):
         seeds = range(seeds) if isinstance(seeds, int) else seeds
         names = [names] if isinstance(names, str) else names
         runs += [Run(args.dataset, method, name, row, args.epochs or epochs, args.limit, args.arch,
-                     seed) for seed, name, method, row in product(seeds, names, args.methods, rows)]
+                     Path(args.model).name, seed)
+                 for seed, name, method, row in product(seeds, names, args.methods, rows)]
     return runs
 
 
@@ -200,11 +202,10 @@ def read_results(path):
 
 
 def gains(lines, row, score):
-    """Differences of a row to plain, paired by seed, within one machine."""
-    plain = {(line["seed"], line["hardware"]): line[score] for line in lines
-             if line["row"] == "plain"}
-    return [line[score] - plain[key] for line in lines if line["row"] == row
-            and (key := (line["seed"], line["hardware"])) in plain]
+    """Differences of a row to plain, paired by seed. lines: of one group."""
+    plain = {line["seed"]: line[score] for line in lines if line["row"] == "plain"}
+    return [line[score] - plain[line["seed"]] for line in lines
+            if line["row"] == row and line["seed"] in plain]
 
 
 def interval(values):
@@ -213,10 +214,10 @@ def interval(values):
 
 
 def groups(lines):
-    """{(dataset, method, transformations, epochs, images, arch): lines}."""
-    found = defaultdict(list)
+    """{(dataset, method, transformations, epochs, images, arch, model, hardware): lines}."""
+    found, names = defaultdict(list), [name for name in Run._fields if name not in ("row", "seed")]
     for line in lines:
-        found[tuple(line[name] for name in Run._fields if name not in ("row", "seed"))] += [line]
+        found[tuple(line[name] for name in (*names, "hardware"))] += [line]
     return found
 
 
@@ -232,10 +233,11 @@ def table(lines):
         text = f" ± {interval(values):.1f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):+.1f}{text}"
     text = ""
-    for (dataset, method, transformations, epochs, images, arch), group in groups(lines).items():
+    for (dataset, method, transformations, epochs, images, arch, model, hardware), group in groups(
+            lines).items():
         text += (f"\n{dataset}, {METHODS[method][0]}, {transformations}, {epochs} epochs, "
-                 f"{images or 'all'} images, {arch}:\n\n| pairs | seeds | kNN | gain | linear | "
-                 f"gain | neg |\n" + "| --- " * 7 + "|\n")
+                 f"{images or 'all'} images, {arch}, generator {model}; {hardware}:\n\n"
+                 "| pairs | seeds | kNN | gain | linear | gain | neg |\n" + "| --- " * 7 + "|\n")
         for row in (row for row in ROWS if any(line["row"] == row for line in group)):
             mine = [line for line in group if line["row"] == row]
             neg = [line["neg"] for line in mine if line["neg"] is not None]

@@ -42,8 +42,8 @@ def main():
     add("--output", type=Path, default=Path("docs/gain.png"), help="the picture")
     args = parser.parse_args()
     columns = {f"{transformations}, {epochs} epochs": lines
-               for (_, _, transformations, epochs, *_), lines in
-               groups(read_results(args.results)).items()
+               for (_, _, transformations, epochs, *_), lines
+               in groups(read_results(args.results)).items()
                if any(line["row"] != "plain" for line in lines)}
     if not columns:
         raise UserError(f"{args.results} holds no runs to compare: python -m studies.ablation "

@@ -122,7 +122,7 @@ def test_ablation_runs_each_row_once_and_prints_the_gains(tmp_path, runs, capsys
     for _ in range(2):                             # the second time nothing is left to do
         call(ablation, *flags, "--jobs", 2)
     assert len(runs) == len({args.output_dir for args in runs}) == 24
-    rows = {args.output_dir.split("-")[-5]: (
+    rows = {args.output_dir.split("-")[-6]: (
         args.views_dir.rpartition("views-")[2], args.views, args.quality) for args in runs}
     assert rows == {
         "plain": ("none", "pair", "off"), "adaptive": ("adaptive", "pair", "off"),
@@ -140,12 +140,16 @@ def test_ablation_runs_each_row_once_and_prints_the_gains(tmp_path, runs, capsys
     assert said.count(row + "+0.0 ± 0.0 | 0.05 |\n") == 2
 
 
-def test_gains_are_paired_by_seed_and_machine():
-    """A run without a plain one of its seed and machine does not count; 95%: t 4.30 of 3 values."""
-    lines = [dict(row=row, seed=seed, hardware=machine, knn=knn) for row, seed, machine, knn in [
-        ("plain", 0, "a", 40), ("plain", 1, "b", 41), ("copies", 0, "a", 43), ("copies", 1, "a", 9),
-        ("copies", 1, "b", 43)]]
-    assert ablation.gains(lines, "copies", "knn") == [3, 2]
+def test_gains_are_paired_by_seed_within_one_machine_and_generator():
+    """A run without a plain one of its seed does not count; 95%: t 4.30 of 3 values."""
+    setting = dict.fromkeys(ablation.Run._fields, "") | {"method": "mocov2"}
+    lines = [setting | dict(row=row, seed=seed, hardware=machine, model=model, knn=knn)
+             for row, seed, machine, model, knn in [
+                 ("plain", 0, "a", "m", 40), ("plain", 1, "b", "m", 41),
+                 ("copies", 0, "a", "m", 43), ("copies", 1, "a", "m", 9),
+                 ("copies", 1, "b", "m", 43), ("copies", 1, "b", "n", 9)]]
+    found = [ablation.gains(group, "copies", "knn") for group in ablation.groups(lines).values()]
+    assert found == [[3], [2], []]
     assert ablation.interval([1, 2, 3]) == pytest.approx(4.30 / 3 ** 0.5)
 
 
