@@ -1,6 +1,6 @@
 """Transfer to detection and segmentation: Mask R-CNN with FPN on COCO (section "experiments").
 
-    python eval_detection.py --backbone runs/<name>/backbone.pt --batch-size 2 --lr 0.0025
+    python eval_detection.py --backbone runs/<name>/backbone.pt --batch-size 8
     torchrun --nproc_per_node=8 eval_detection.py --backbone runs/<name>/backbone.pt   # 1x schedule
 
 The network is torchvision's and all of it is trained. Pictures are normalised as in
@@ -16,15 +16,20 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
 
+from support import world as flags
 from support.checkpoints import MEAN_STD, load_backbone, load_checkpoint
 from support.data import IN_MEMORY_SIZE, open_image, to_tensor
 from support.files import append, write_whole
-from support.world import Parser, UserError, progress, real, script, setup, step_generator, whole
+from support.world import UserError, progress, say, script, setup, step_generator
 
 # The customary 1x schedule: 90,000 steps of 16 pictures, lr drops to a tenth after 2/3 and 8/9.
+# Other batches have as many pictures in all and in the warm-up, and a rate that grows linearly.
+STEPS, BATCH, WARMUP_STEPS, DROPS = 90_000, 16, 500, (2 / 3, 8 / 9)
+LEAST_FOR_NORM = 8       # pictures that batch norm needs; where it sees fewer it is frozen
 SHORT_SIDES = (640, 672, 704, 736, 768, 800)       # training draws one, evaluation uses the last
-LONG_SIDE, WARMUP_STEPS, DROPS = 1333, 500, (2 / 3, 8 / 9)
+LONG_SIDE = 1333
 
 
 class Coco(Dataset):
@@ -45,9 +50,28 @@ class Coco(Dataset):
                 self.coco = COCO(path)
             ids = sorted(self.coco.getImgIds())
             self.ids = [i for i in ids if self.objects(i) or split == "val"][:limit]
-            self.num_classes = 1 + max(self.coco.getCatIds())      # 0 is the background
+            categories = self.coco.loadCats(sorted(self.coco.getCatIds()))
+            self.categories = {c["id"]: c.get("name", str(c["id"])) for c in categories}
+            if not categories:
+                raise ValueError("no categories")
+            self._check(path)
         except (ValueError, LookupError, TypeError, AssertionError) as error:  # COCO checks nothing
             raise UserError(f"{path} is damaged or not in COCO's format ({error!r})") from None
+        self.labels = {key: label for label, key in enumerate(self.categories, 1)}
+        self.num_classes = 1 + len(self.categories)                # 0 is the background
+        names = ", ".join(list(self.categories.values())[:10])
+        say(f"{path}: {len(self.ids)} pictures, {len(self.categories)} categories: {names}"
+            + (", ..." if len(self.categories) > 10 else ""))
+
+    def _check(self, path):
+        """UserError for the first object without a known category or without a mask."""
+        for a in (a for i in self.ids for a in self.objects(i)):
+            if a["category_id"] not in self.categories:
+                raise UserError(f"{path}: annotation {a['id']} is of category {a['category_id']}, "
+                                f"which the file's categories do not name")
+            if not a.get("segmentation"):
+                raise UserError(f"{path}: annotation {a['id']} has a box but no segmentation, from "
+                                f"which Mask R-CNN learns: add masks, or the box as a polygon")
 
     def objects(self, image_id):
         """Annotations of single objects (no crowds) that have an area."""
@@ -64,23 +88,25 @@ class Coco(Dataset):
         picture = to_tensor(open_image(path)) / 255
         boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]               # x1, y1, x2, y2 in pixels
-        labels = torch.tensor([a["category_id"] for a in objects], dtype=torch.long)
+        labels = torch.tensor([self.labels[a["category_id"]] for a in objects], dtype=torch.long)
         masks = [torch.from_numpy(self.coco.annToMask(a)) for a in objects]
         none = torch.zeros(0, *picture.shape[1:], dtype=torch.uint8)
         return picture, {"boxes": boxes, "labels": labels,
                          "masks": torch.stack(masks) if masks else none, "image_id": image_id}
 
 
-def mask_rcnn(path, arch, num_classes, world, branch=None, mean_std=None):
+def mask_rcnn(path, arch, num_classes, world, branch=None, mean_std=None, frozen=False):
     """Mask R-CNN on a checkpoint's backbone (see load_backbone); batch norm is trained, on GPUs
-    over all processes. Raises UserError where the backbone is no ResNet for large pictures."""
+    over all processes, or frozen. Raises UserError where the backbone is no ResNet for large
+    pictures."""
     network, _, args = load_backbone(path, arch, branch=branch, mean_std=mean_std)
     state = network.state_dict()
     if "layer4.0.conv1.weight" not in state or state["conv1.weight"].shape[-1] != 7:
         raise UserError(f"{path} is no ResNet for large pictures, which detection needs: "
                         f"train it at more than {IN_MEMORY_SIZE} pixels")
     backbone = resnet_fpn_backbone(backbone_name=args["arch"], weights=None,
-                                   norm_layer=torch.nn.BatchNorm2d, trainable_layers=5)
+                                   norm_layer=FrozenBatchNorm2d if frozen else torch.nn.BatchNorm2d,
+                                   trainable_layers=5)
     backbone.body.load_state_dict(state)
     # In bfloat16 where that is fast. The rest is float32: torchvision would round the boxes too.
     backbone.forward = world.autocast()(backbone.forward)
@@ -100,8 +126,9 @@ def mirrored(picture, target):
 
 def learning_rate(args, step):
     """Linear warm-up, then two drops to a tenth."""
-    warmup = min(1, (step + 1) / min(WARMUP_STEPS, args.steps))
-    return args.lr * warmup * 0.1 ** sum(step >= d * args.steps for d in DROPS)
+    share = args.batch_size / BATCH
+    warmup = min(1, (step + 1) / min(WARMUP_STEPS / share, args.steps))
+    return args.lr * share * warmup * 0.1 ** sum(step >= d * args.steps for d in DROPS)
 
 
 def batches(count, args, world, start):
@@ -203,9 +230,10 @@ def detect(model, data, args, world):
         result = {key: x.cpu() for key, x in model([picture.to(world.device)])[0].items()}
         result["boxes"][:, 2:] -= result["boxes"][:, :2]
         columns = (result[key] for key in ("boxes", "labels", "scores", "masks"))
+        keys = list(data.categories)               # of the labels 1, 2, ...
         for box, label, score, mask in zip(*columns, strict=True):
             code = coder.encode((mask[0] > 0.5).numpy().astype("uint8", order="F"))
-            found.append({"image_id": target["image_id"], "category_id": label.item(),
+            found.append({"image_id": target["image_id"], "category_id": keys[label - 1],
                           "bbox": box.tolist(), "score": score.item(), "segmentation": code})
     return sum(world.gather_objects(found), [])
 
@@ -225,24 +253,27 @@ def average_precision(data, found):
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--backbone", required=True, help="a checkpoint, as for eval_linear.py --checkpoint")
     add("--arch", help="torchvision's name of the network, where the checkpoint does not tell")
     add("--branch", help="which backbone of several, a part of its prefix, such as student")
     add("--mean-std", choices=list(MEAN_STD), help="of the pictures it was trained on")
     add("--data-dir", default="data/coco", help="has train2017/, val2017/ and annotations/")
-    add("--limit", type=whole(1), help="use so many pictures of each split")
-    add("--steps", type=whole(1), default=90_000, help="1x: 90000; 2x: 180000")
-    add("--batch-size", type=whole(1), default=16, help="of all processes together")
-    add("--lr", type=real(0, 1e4), default=0.02, help="for 16 pictures; scale it with the batch")
+    add("--limit", type=flags.whole(1), help="use so many pictures of each split")
+    add("--steps", type=flags.whole(1), help="default: the 1x schedule, 90000 steps of 16 pictures")
+    add("--batch-size", type=flags.whole(1), default=BATCH, help="of all processes together")
+    add("--lr", type=flags.real(0, 1e4), default=0.02,
+        help="for 16 pictures; it grows linearly with the batch")
     add("--output-dir", default="runs/detection", help="a last.pt there is continued")
-    add("--save-minutes", type=real(0, 1e6), default=30, help="minutes between checkpoints")
-    add("--log-every", type=whole(1), default=20, help="steps between lines of log.jsonl")
-    add("--seed", type=whole(0), default=0, help="of all random draws")
+    add("--save-minutes", type=flags.real(0, 1e6), default=30, help="minutes between checkpoints")
+    add("--log-every", type=flags.whole(1), default=20, help="steps between lines of log.jsonl")
+    add("--seed", type=flags.whole(0), default=0, help="of all random draws")
     add("--device", help="cuda or cpu (default: cuda where available)")
-    add("--workers", type=whole(0), default=4, help="processes that read pictures")
-    return parser.parse_args(argv)
+    add("--workers", type=flags.whole(0), default=4, help="processes that read pictures")
+    args = parser.parse_args(argv)
+    args.steps = args.steps or round(STEPS * BATCH / args.batch_size)
+    return args
 
 
 def main():
@@ -251,16 +282,25 @@ def main():
     if args.batch_size % world.size:
         raise UserError(f"--batch-size {args.batch_size} is no multiple of {world.size} processes")
     data, test = (Coco(args.data_dir, split, args.limit) for split in ("train", "val"))
+    if data.categories != test.categories:
+        raise UserError(f"the splits have other categories: train {data.categories}, "
+                        f"val {test.categories}")
     torch.manual_seed(args.seed)
+    seen = args.batch_size if world.device.type == "cuda" else args.batch_size // world.size
+    frozen = seen < LEAST_FOR_NORM
     model = mask_rcnn(args.backbone, args.arch, data.num_classes, world, args.branch,
-                      args.mean_std)
+                      args.mean_std, frozen)
+    note = (f"; batch norm frozen, as it would see {seen} pictures: not comparable with the "
+            f"customary {BATCH}" if frozen else "")
+    say(f"{args.steps} steps of {args.batch_size} pictures, rate "
+        f"{args.lr * args.batch_size / BATCH:g}{note}")
     train(model, data, args, world)
     found = detect(model, test, args, world)
     if world.rank == 0:
         scores = average_precision(test, found)
         log(args, world, step=args.steps, **scores)
         print("; ".join(f"{name} AP {ap:.1f}%, AP50 {ap50:.1f}%, AP75 {ap75:.1f}%"
-                        for name, (ap, ap50, ap75) in scores.items()))
+                        for name, (ap, ap50, ap75) in scores.items()) + note)
 
 
 if __name__ == "__main__":

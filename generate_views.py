@@ -178,8 +178,8 @@ def generate(pipe, args, level, embeddings, seeds):
         negative_prompt_embeds=prompt, num_inference_steps=args.steps, guidance_scale=args.guidance,
         height=args.size, width=args.size, output_type="pt").images                   # (n, 3, H, W)
     if not views.isfinite().all():
-        raise UserError(f"the generator returned numbers that are not finite in {args.dtype}; "
-                        f"--dtype float32 helps")
+        raise UserError(f"the generator returned numbers that are not finite in {args.precision}; "
+                        f"--precision float32 helps")
     pixels = (views.float() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     size = (args.save_size, args.save_size)
     return [Image.fromarray(x).resize(size, Image.Resampling.BICUBIC) for x in pixels]
@@ -281,8 +281,8 @@ class Views:
 
 def settings_of(args, images):
     """What must not change within a folder of views."""
-    names = ("dataset model noise solver steps guidance size save_size seed dtype flip_foreground "
-             "component fit_images").split()
+    names = ("dataset model noise solver steps guidance size save_size seed precision "
+             "flip_foreground component fit_images").split()
     settings = {name: getattr(args, name) for name in names}
     return settings | {"classes": images.num_classes, "source": images.source}
 
@@ -386,7 +386,7 @@ def parse_args(argv=None):
         help="images at once; halved where a GPU's memory runs out; default: on a GPU what fits, "
              "from 64 on; on a CPU 64, or 1 for images above 64 pixels")
     add("--device", help="cuda, mps or cpu; default: the first that is available")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+    add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="auto: bfloat16 or float16 on a GPU, else float32")
     return resolve(parser.parse_args(argv))
 
@@ -410,13 +410,12 @@ def resolve(args):
 def main():
     args = parse_args()
     world = setup(args.device, datetime.timedelta(days=7))         # processes may end days apart
-    if args.dtype == "auto":
-        bfloat16 = world.dtype == torch.bfloat16
-        half = "bfloat16" if bfloat16 else "float16"
-        args.dtype = half if world.device.type == "cuda" else "float32"
+    if args.precision == "auto":
+        half = "bfloat16" if world.dtype == torch.bfloat16 else "float16"
+        args.precision = half if world.device.type == "cuda" else "float32"
     # A larger size than IN_MEMORY_SIZE: files are opened one by one, when they are needed.
     images = genview.load_images(args.dataset, args.data_dir, "train", IN_MEMORY_SIZE + 1)
-    pipe = load_pipeline(args.model, getattr(torch, args.dtype), world.device, args.solver)
+    pipe = load_pipeline(args.model, getattr(torch, args.precision), world.device, args.solver)
     if args.component:                             # an error in it comes before anything is written
         read_component(args.component, pipe.image_encoder.config.hidden_size)
     args.size = args.size or pipe.unet.config.sample_size * pipe.vae_scale_factor

@@ -204,8 +204,9 @@ def train_step(method, optimizer, views, quality_of, gamma, fraction, world):
         getattr(method, "module", method).update(fraction)    # theta_k <- m theta_k + (1-m) theta_q
         loss, readouts = method(views, weights, world)        # L = (1/n) sum_i w_i l_i
     optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    world.scaler.scale(loss).backward()    # float16 alone: gradients of a larger loss do not vanish
+    world.scaler.step(optimizer)           # divides them again; no step where one is not finite
+    world.scaler.update()
     if weights is not None:    # ess: effective sample size over N: 1 if all weights are equal
         readouts |= {"ess": weights.sum() ** 2 / weights.square().sum() / len(weights),
                      "s_f": s_f.mean(), "s_b": s_b.mean()}
@@ -404,7 +405,7 @@ def label(args):
 
 def main():
     args = parse_args()
-    train(args, setup(args.device))
+    train(args, setup(args.device, precision=args.precision))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from recipes import GENERATION
 from studies.eval_generator import reconstruct
 from support.data import find_views, views_into_memory
 from support.files import append, write_whole
-from support.world import Parser, UserError, fast_dtype, say, script, step_generator, whole
+from support.world import Parser, UserError, fast_dtype, say, script, setup, step_generator, whole
 
 # method: (name in the table, training script, its flags)
 METHODS = {
@@ -108,8 +108,8 @@ def make_views(args, kind):
         say(f"views, noise {kind}: {text.strip().splitlines()[-1]}")
     elif len(list(folder.rglob("*.png"))) < args.limit:
         images = load_images("cifar10", args.data_dir, "train", 32, args.limit)
-        views = reconstruct(load_pipeline(args.model, torch.float32, torch.device("cpu")),
-                            images.pixels)
+        pipe = load_pipeline(args.model, torch.float32, setup().device)
+        views = reconstruct(pipe, images.pixels)
         if kind == "smooth":
             paths = find_views(images, make_views(args, "adaptive"), "cifar10")
             views = smooth(images.pixels, views, views_into_memory(images, paths))

@@ -116,7 +116,7 @@ def size(world):
 
 def generation(world, n=32):
     pipe, images = load_pipeline("mini", torch.float32, world.device), pictures(n)
-    args = SimpleNamespace(steps=20, guidance=2.0, size=32, save_size=32, dtype="float32")
+    args = SimpleNamespace(steps=20, guidance=2.0, size=32, save_size=32, precision="float32")
 
     def batched():
         c = torch.cat([c for *_, c in encode_all(pipe, images, range(n))])

@@ -47,8 +47,8 @@ def train_judge(args, world):
 
 def views_of(pipe, c, seeds, steps, guidance):
     """{level: (n, 3, 32, 32) uint8}, a view for each embedding of c (n, D), at each noise level."""
-    args = SimpleNamespace(steps=steps, guidance=guidance, size=32, save_size=32, dtype="float32",
-                           batch_size=100, largest=100)
+    args = SimpleNamespace(steps=steps, guidance=guidance, size=32, save_size=32,
+                           precision="float32", batch_size=100, largest=100)
     return {level: torch.stack([*map(data.to_tensor, gv.generate_all(pipe, args, level, c, seeds))])
             for level in progress(gv.LEVELS, "views", "level")}
 
@@ -56,9 +56,9 @@ def views_of(pipe, c, seeds, steps, guidance):
 @torch.inference_mode()
 def reconstruct(pipe, pixels):
     """What the autoencoder keeps of pixels (n, 3, 32, 32) uint8, in the same form."""
-    parts = (pixels.float() / 127.5 - 1).split(100)
-    kept = [pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample for x in parts]
-    return ((torch.cat(kept).clamp(-1, 1) + 1) * 127.5).round().byte()
+    parts = (part.to(pipe.device) / 127.5 - 1 for part in pixels.split(100))
+    kept = torch.cat([pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample for x in parts])
+    return ((kept.clamp(-1, 1) + 1) * 127.5).round().byte().to(pixels.device)
 
 
 @torch.inference_mode()

@@ -44,7 +44,7 @@ def main():
     columns = {f"{transformations}, {epochs} epochs": lines
                for (_, _, transformations, epochs, *_), lines
                in groups(read_results(args.results)).items()
-               if any(line["row"] != "plain" for line in lines)}
+               if any(gains(lines, row, "knn") for row in CONTROLLED[1:])}
     if not columns:
         raise UserError(f"{args.results} holds no runs to compare: python -m studies.ablation "
                         f"--preset gain makes them")

@@ -58,6 +58,8 @@ def parser_of(description, datasets, methods, recipe_flags):
         help="go on from a last.pt; without PATH from the newest of such a run")
     add("--seed", type=whole(), default=0, help="of all random numbers")
     add("--device", help="cuda, mps or cpu; default: the first that is available")
+    add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+        help="auto: bfloat16 where it is fast, float16 on other GPUs, else float32")
     add("--compile", action="store_true", help="torch.compile: a slow start, faster steps on GPUs")
     add("--workers", type=whole(), default=4, help="processes that read large images")
     add("--save-minutes", type=real(0, 1e6), default=15, help="between checkpoints in an epoch")
@@ -160,6 +162,8 @@ class Run:
                 f"{self.world.size}: the same batches, but not the same result to the last bit")
         method.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        if state.get("scaler"):
+            self.world.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
 
     def _check_flags(self, then):
@@ -253,7 +257,7 @@ class Run:
             backbone = {key: x.cpu() for key, x in self.method.query.backbone.state_dict().items()}
             state = {"model": state, "optimizer": self.optimizer.state_dict(), "epoch": epoch,
                      "step": step, "statistics": statistics, "images": self.images,
-                     "args": vars(self.args)}
+                     "scaler": self.world.scaler.state_dict(), "args": vars(self.args)}
             parts = (state["model"], *state["optimizer"]["state"].values())
             needed = sum(x.nbytes for part in parts for x in part.values() if torch.is_tensor(x))
             write_whole(self.folder / "backbone.pt", lambda p: torch.save(backbone, p), needed)

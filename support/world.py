@@ -157,6 +157,7 @@ class World(NamedTuple):
     size: int
     device: torch.device
     dtype: torch.dtype                             # of autocast; float32: no autocast
+    scaler: torch.amp.GradScaler = torch.amp.GradScaler("cpu", enabled=False)   # for float16
 
     @property
     def group(self):
@@ -200,10 +201,12 @@ class World(NamedTuple):
             dist.barrier()
 
 
-def setup(device=None, patience=datetime.timedelta(minutes=30)):
+def setup(device=None, patience=datetime.timedelta(minutes=30), precision=None):
     """Picks the device (cuda, else mps, else cpu) and starts the process group under torchrun.
 
-    patience: how long processes wait for each other before they give up. Returns World.
+    patience: how long processes wait for each other before they give up. precision: name of the
+    dtype, or auto: float16 on GPUs without bfloat16, for code that scales its loss; None: float32
+    there. Returns World.
     """
     chosen = _choose_device(device)
     if chosen.type == "cuda":
@@ -217,7 +220,13 @@ def setup(device=None, patience=datetime.timedelta(minutes=30)):
         _store[:] = next(dist.rendezvous("env://", timeout=patience))[:1]
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=_store[0],
                                 rank=rank, world_size=size, timeout=patience)
-    return World(rank, size, chosen, fast_dtype(chosen))
+    dtype = fast_dtype(chosen)
+    if precision == "auto" and chosen.type == "cuda" and dtype == torch.float32:
+        dtype = torch.float16
+    elif precision not in (None, "auto"):
+        dtype = getattr(torch, precision)
+    scaler = torch.amp.GradScaler(chosen.type, enabled=dtype == torch.float16)
+    return World(rank, size, chosen, dtype, scaler)
 
 
 def _choose_device(device):

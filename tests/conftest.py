@@ -40,8 +40,15 @@ def views_folder(image_folder, tmp_path_factory):
 
 
 def pytest_addoption(parser):
+    parser.addoption("--cuda", action="store_true",
+                     help="use the GPU, too; without the tests that fork, which need it unused")
     parser.addoption("--instants", type=int, default=2,
                      help="test_kill.py: random instants of each case")
+
+
+def pytest_configure(config):
+    if not config.getoption("--cuda"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture

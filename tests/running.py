@@ -43,6 +43,8 @@ def json_lines(path):
 def start(work, said=os.devnull):
     """Forks a process that does the work, its stderr in the file said; returns its id. Exit status:
     0, that of support.world.script, or 99 after a traceback."""
+    if torch.cuda.is_available():
+        pytest.skip("a process that uses a GPU cannot be forked")
     pid = os.fork()
     if pid:
         return pid

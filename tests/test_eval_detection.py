@@ -4,6 +4,7 @@ import functools
 import json
 import os
 from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ FEW = dict(rpn_pre_nms_top_n_train=60, rpn_post_nms_top_n_train=60, rpn_pre_nms_
 
 def flags_of(coco, backbone, folder, steps, *more):
     return ["--backbone", backbone, "--data-dir", coco, "--steps", steps, "--batch-size", 2, "--lr",
-            0.002, "--output-dir", folder, "--workers", 0, "--device", "cpu", *more]
+            0.016, "--output-dir", folder, "--workers", 0, "--device", "cpu", *more]
 
 
 def detect(monkeypatch, *flags):
@@ -128,7 +129,7 @@ def test_two_processes_share_the_work(coco, backbone, tmp_path, monkeypatch):
             detect(monkeypatch, *flags_of(coco, backbone, tmp_path / "run", 2))
     assert end(*start_two([work] * 2, tmp_path)) == [0, 0]
     said = [(tmp_path / f"out-{rank}").read_text() for rank in range(2)]
-    assert "box AP" in said[0] and not said[1]
+    assert "box AP" in said[0] and "batch norm frozen" in said[0] and not said[1]
     assert load_checkpoint(tmp_path / "run/last.pt")["step"] == 2
 
 
@@ -138,16 +139,16 @@ def test_the_truth_scores_100(coco):
     from pycocotools import mask as coder
     data = eval_detection.Coco(coco, "val")
     assert len(eval_detection.Coco(coco, "train")) == 6 and len(data) == 3
-    assert data.num_classes == 4
-    found = []
+    assert data.num_classes == 3 and data.categories == {1: "a", 3: "b"}
+    found, keys = [], list(data.categories)
     for picture, target in (data[i] for i in range(3)):
         assert picture.shape == (3, 96, 120) and target["masks"].shape[1:] == (96, 120)
         objects = (target["boxes"], target["labels"], target["masks"])
         for box, label, mask in zip(*objects, strict=True):
             x1, y1, x2, y2 = map(int, box.tolist())
             assert mask[y1:y2, x1:x2].all() and mask.sum() == (x2 - x1) * (y2 - y1)
-            found.append({"image_id": target["image_id"], "category_id": label.item(), "score": 1.0,
-                          "bbox": [x1, y1, x2 - x1, y2 - y1],
+            found.append({"image_id": target["image_id"], "category_id": keys[label - 1],
+                          "score": 1.0, "bbox": [x1, y1, x2 - x1, y2 - y1],
                           "segmentation": coder.encode(np.asfortranarray(mask.numpy()))})
     assert len(found) == 2
     scores = eval_detection.average_precision(data, found)
@@ -171,6 +172,10 @@ def test_the_schedule_and_the_shares():
     steps = (0, 499, 59_999, 60_000, 79_999, 80_000)
     rates = [eval_detection.learning_rate(args, step) for step in steps]
     assert rates == pytest.approx([0.02 / 500, 0.02, 0.02, 0.002, 0.002, 0.0002])
+    small = eval_detection.parse_args(["--backbone", "x", "--batch-size", "2"])
+    assert small.steps == 720_000 and args.steps == 90_000      # as many pictures
+    assert eval_detection.learning_rate(small, 3999) == pytest.approx(0.0025)
+    assert eval_detection.learning_rate(small, 1999) == pytest.approx(0.00125)
     args.steps, args.batch_size = 7, 4
 
     def shares(count, rank=0, size=1, start=0):
@@ -183,6 +188,47 @@ def test_the_schedule_and_the_shares():
     assert len(set(whole[0] + whole[1])) == 8
     with pytest.raises(UserError, match="do not fill one batch of 4"):
         shares(3)
+
+
+def made_coco(folder, **changes):
+    """A split of one picture with one object of category 7, of 7 and 9."""
+    for name in ("train2017", "annotations"):
+        (folder / name).mkdir()
+    Image.new("RGB", (120, 96)).save(folder / "train2017/0.png")
+    thing = dict(id=1, image_id=1, category_id=7, iscrowd=0, area=900, bbox=[20, 20, 30, 30],
+                 segmentation=[[20, 20, 50, 20, 50, 50, 20, 50]]) | changes
+    categories = [dict(id=9, name="late"), dict(id=0, name="first"), dict(id=7, name="second")]
+    (folder / "annotations/instances_train2017.json").write_text(json.dumps(dict(
+        images=[dict(id=1, file_name="0.png", height=96, width=120)], annotations=[thing],
+        categories=categories)))
+    return folder
+
+
+def test_any_category_ids_are_numbered_from_one_and_back(tmp_path, capsys):
+    """0 is the background, whatever the file's ids; they return in the detections."""
+    pytest.importorskip("pycocotools", reason="pycocotools is optional")
+    data = eval_detection.Coco(made_coco(tmp_path), "train")
+    picture, target = data[0]
+    assert target["labels"].tolist() == [2] and data.num_classes == 4
+    assert "3 categories: first, second, late" in capsys.readouterr().out
+    mask = target["masks"][:, None].float()
+
+    class Model(torch.nn.Module):
+        def forward(self, pictures):
+            return [{key: target[key] for key in ("boxes", "labels")} | {
+                "scores": torch.ones(1), "masks": mask}]
+    found = eval_detection.detect(Model(), data, SimpleNamespace(workers=0), CPU)
+    assert [f["category_id"] for f in found] == [7]
+    assert eval_detection.average_precision(data, found)["mask"][1] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(category_id=5), "annotation 1 is of category 5, which"),
+    (dict(segmentation=[]), "annotation 1 has a box but no segmentation")])
+def test_objects_without_category_or_mask_are_named(tmp_path, changes, message):
+    pytest.importorskip("pycocotools", reason="pycocotools is optional")
+    with pytest.raises(UserError, match=message):
+        eval_detection.Coco(made_coco(tmp_path, **changes), "train")
 
 
 @pytest.mark.parametrize("text", [
@@ -229,8 +275,11 @@ def test_the_backbone_must_be_for_large_pictures(tmp_path, arch, size):
         eval_detection.mask_rcnn(tmp_path / "small.pt", None, 4, CPU)
 
 
-def test_the_whole_backbone_is_loaded_and_trained(backbone):
-    body = eval_detection.mask_rcnn(backbone, None, 4, CPU).backbone.body
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_whole_backbone_is_loaded_and_trained(backbone, frozen):
+    """With batch norm, or without it where it would see too few pictures."""
+    body = eval_detection.mask_rcnn(backbone, None, 4, CPU, frozen=frozen).backbone.body
+    assert ("bn1.weight" in dict(body.named_parameters())) != frozen
     state = torch.load(backbone, weights_only=True)
     assert all(torch.equal(value, state[key]) for key, value in body.state_dict().items())
     assert all(parameter.requires_grad for parameter in body.parameters())

@@ -99,7 +99,7 @@ def good(name, world, output):
         "generate_views": data | {
             "--model": world / "pipeline", "--views-dir": output, "--steps": 1, "--guidance": 1,
             "--size": 32, "--save-size": 32, "--noise": 100, "--fit-images": 4, "--limit": 2,
-            "--batch-size": 2, "--dtype": "float32", "--solver": "own",
+            "--batch-size": 2, "--precision": "float32", "--solver": "own",
             "--component": world / "component.npy"}}
     return more[name]
 

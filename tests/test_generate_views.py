@@ -121,7 +121,7 @@ def test_noise_level_names_what_is_wrong(wrong, text):
 
 def test_embedding_noise_follows_the_equation_for_each_image_alone(world, monkeypatch):
     pipe = gv.load_pipeline(str(world / "model"), torch.float32, "cpu")          # to be changed
-    args = Namespace(steps=1, guidance=2.0, size=32, save_size=32, dtype="float32")
+    args = Namespace(steps=1, guidance=2.0, size=32, save_size=32, precision="float32")
     mean, std = torch.randn(1, 16), torch.rand(1, 16) + 0.5
     pipe.image_normalizer.mean.data, pipe.image_normalizer.std.data = mean, std
     noisy, original = [], pipe.noise_image_embeddings
@@ -138,7 +138,7 @@ def test_embedding_noise_follows_the_equation_for_each_image_alone(world, monkey
     z = abar ** 0.5 * (c - mean) / std + (1 - abar) ** 0.5 * e
     assert torch.allclose(noisy[0][:3, :16], (z * std + mean).float(), atol=1e-4)
     pipe.vae.post_quant_conv.weight.data.fill_(float("nan"))         # as half precision can do
-    with pytest.raises(UserError, match="--dtype float32"):
+    with pytest.raises(UserError, match="--precision float32"):
         gv.generate(pipe, args, level, c, seeds)
 
 

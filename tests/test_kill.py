@@ -49,8 +49,9 @@ def training(world, output, *flags):
              "--encoder", world / "clip", "--image-size", 32, "--arch", "resnet10_narrow",
              "--batch-size", 8, "--epochs", 2, "--output-dir", output, "--save-minutes", 0,
              "--log-every", 1, "--device", "cpu", *flags]
+    half = "float16" in flags
     return lambda: train_moco.train(train_moco.parse_args(argv=[str(flag) for flag in flags]),
-                                    setup("cpu"))
+                                    setup("cpu", precision="float16" if half else None))
 
 
 def at_step(number, act, work):
@@ -73,7 +74,8 @@ def whole(world):
 def same_run(a, b):
     """Parameters, statistics, queue and optimizer bit for bit; the same numbers in the log."""
     states = [load_checkpoint(folder / "last.pt") for folder in (a, b)]
-    leaves = [torch.utils._pytree.tree_leaves([s["model"], s["optimizer"]]) for s in states]
+    leaves = [torch.utils._pytree.tree_leaves([s["model"], s["optimizer"], s["scaler"]])
+              for s in states]
     for one, other in zip(*leaves, strict=True):
         assert torch.equal(one, other) if torch.is_tensor(one) else one == other
     keys = ("epoch", "step", "loss", "knn")
@@ -119,7 +121,8 @@ def kill_at_random(work, folder, draw, duration):
         duration *= 0.8
 
 
-@pytest.mark.parametrize("flags", [V2, V3], ids=["v2", "v3"])
+@pytest.mark.parametrize("flags", [V2, V3, [*V2, "--precision", "float16"]],
+                         ids=["v2", "v3", "float16"])
 def test_training_killed_at_random(flags, world, whole, tmp_path, instants):
     began = time.time()
     whole(*flags)

@@ -1,11 +1,13 @@
 """The README's map of the paper: every name in it exists; every script it calls takes the flags it
-gives."""
+gives; its figures are those of the runs."""
 import importlib
 import re
 from pathlib import Path
 
 import pytest
 import torch
+
+from studies.ablation import read_results, table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -51,3 +53,11 @@ def test_the_code_for_copying_the_loss_runs():
              "q": torch.randn(8, 4), "k": torch.randn(8, 4), "queue": torch.randn(32, 4)}
     exec(code, names)
     assert names["loss"].isfinite() and names["weights"].mean().item() == pytest.approx(1)
+
+
+def test_the_gains_are_those_of_the_runs():
+    """docs/RESULTS.md holds the whole table of docs/results.jsonl, README some of its rows."""
+    measured = table(read_results(ROOT / "docs/results.jsonl")).strip()
+    assert measured in (ROOT / "docs/RESULTS.md").read_text()
+    rows = re.findall(r"^\| (?:plain|the auto|copies|generated).*", README, re.M)
+    assert len(rows) == 5 and set(rows) <= set(measured.splitlines())

@@ -104,6 +104,36 @@ def test_two_processes_equal_one(name, of_two_processes):
             torch.testing.assert_close(got[name][key], expected[key], atol=1e-5, rtol=1e-4)
 
 
+def float16_world(scale):
+    return CPU._replace(dtype=torch.float16, scaler=torch.amp.GradScaler("cpu", init_scale=scale))
+
+
+def test_float16_learns_what_float32_learns():
+    """20 steps: each loss within 2%, although gradients are scaled; the optimizer's are not."""
+    losses, views = {}, torch.randn(20, 2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for world in (CPU, float16_world(2.0 ** 10)):
+        torch.manual_seed(0)
+        method = train_moco.MoCoV2(settings()).train()
+        optimizer = train_moco.make_optimizer(settings(), method)
+        optimizer.param_groups[0]["lr"] = 0.01
+        losses[world.dtype] = torch.stack([train_moco.train_step(
+            method, optimizer, pair, None, 1.0, 0.0, world)["loss"] for pair in views])
+    torch.testing.assert_close(losses[torch.float16], losses[torch.float32], rtol=0.02, atol=0)
+    assert losses[torch.float32].std() > 0.02
+
+
+def test_an_infinite_gradient_skips_the_step():
+    """The weights stay, and the next loss is scaled by half."""
+    method, world = train_moco.MoCoV2(settings()).train(), float16_world(2.0 ** 126)
+    optimizer = train_moco.make_optimizer(settings(), method)
+    optimizer.param_groups[0]["lr"] = 0.01
+    before = [p.clone() for p in method.query.parameters()]
+    views = list(torch.randn(2, 8, 3, 32, 32))
+    train_moco.train_step(method, optimizer, views, None, 1.0, 0.0, world)
+    assert all(map(torch.equal, before, method.query.parameters()))
+    assert world.scaler.get_scale() == 2.0 ** 125
+
+
 def test_v2_step_by_hand():
     """InfoNCE of normalised embeddings against the queue as it was; the keys then replace the
     oldest ones."""
