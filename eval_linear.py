@@ -405,6 +405,8 @@ def evaluate(settings, backbone, dim, world):
     train, test = (genview.load_images(settings.dataset, settings.data_dir, split,
                                        settings.image_size, settings.limit, settings.skip_bad)
                    for split in ("train", "test"))
+    if not train.num_classes:
+        raise UserError(f"{settings.data_dir} has no class folders in train/: no labels to fit on")
     run, n = Evaluation(settings, world, backbone, train), len(train.names)
     if settings.protocol == "finetune":
         train = labelled(train, settings)

@@ -116,15 +116,22 @@ def load_pipeline(model, dtype, device, solver="own"):
     model = genview.mini() if model == "mini" else model
     new = tuple(int(part) for part in diffusers.__version__.split(".")[:2]) >= (0, 42)
     kind = {"dtype" if new else "torch_dtype": dtype, "use_safetensors": True}
+    there, half = Path(model).is_dir(), "unet/diffusion_pytorch_model"
+    if Path(model, half + ".fp16.safetensors").exists() and not Path(
+            model, half + ".safetensors").exists():
+        kind["variant"] = "fp16"
     try:                                           # safetensors: no pickled code
         pipe = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(model, **kind)
     except Exception as error:                     # of three libraries
         download = (f"where there is a network run `hf download {model} --exclude '*.ckpt'` and "
                     f"name the folder it prints by --model")
         folder = "the folder must hold that pipeline as save_pretrained writes it, in safetensors"
+        if Path(model).is_file() or str(model).startswith((".", "/", "~")) and not there:
+            download = f"it is no folder; {folder}"
+        first = " ".join(str(error).split())[:150]
         raise UserError(f"--model {model} could not be loaded as a StableUnCLIPImg2ImgPipeline "
-                        f"({type(error).__name__}): {folder if Path(model).is_dir() else download}"
-                        f"; train_moco.py --dataset shapes needs no download") from None
+                        f"({type(error).__name__}: {first}): {folder if there else download}; "
+                        f"train_moco.py --dataset shapes needs no download") from None
     pipe.set_progress_bar_config(disable=True)
     if solver == "dpm":
         pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
@@ -133,6 +140,27 @@ def load_pipeline(model, dtype, device, solver="own"):
     with torch.inference_mode():                   # the condition is the image: the prompt is empty
         pipe.empty_prompt = pipe.encode_prompt("", pipe.device, 1, False)[0]  # (1, words, features)
     return pipe
+
+
+def check(pipe, steps):
+    """UserError where the parts of the pipeline do not fit together, or its schedule is shorter."""
+    c, side = pipe.image_encoder.config.projection_dim, pipe.image_encoder.config.image_size
+    crop = getattr(pipe.feature_extractor, "crop_size", None) or {"height": side}
+    condition = pipe.unet.config.projection_class_embeddings_input_dim
+    for what, here, there in [("the normalizer's size", pipe.image_normalizer.mean.shape[-1], c),
+                              ("the U-Net's condition", condition, 2 * c),
+                              ("the pictures' size", crop["height"], side)]:
+        if here != there:
+            raise UserError(f"the model's parts do not fit: {what} is {here}, its image encoder "
+                            f"needs {there}")
+    length = pipe.scheduler.config.num_train_timesteps
+    try:
+        pipe.scheduler.set_timesteps(steps)
+        fits = pipe.scheduler.timesteps.max() < length
+    except (ValueError, IndexError):
+        fits = False
+    if not fits:
+        raise UserError(f"--steps {steps} is too many for the model's schedule of {length} steps")
 
 
 @torch.inference_mode()
@@ -416,6 +444,7 @@ def main():
     # A larger size than IN_MEMORY_SIZE: files are opened one by one, when they are needed.
     images = genview.load_images(args.dataset, args.data_dir, "train", IN_MEMORY_SIZE + 1)
     pipe = load_pipeline(args.model, getattr(torch, args.precision), world.device, args.solver)
+    check(pipe, args.steps)
     if args.component:                             # an error in it comes before anything is written
         read_component(args.component, pipe.image_encoder.config.hidden_size)
     args.size = args.size or pipe.unet.config.sample_size * pipe.vae_scale_factor

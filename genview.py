@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 import shapes
 from quality_loss import fit_foreground, foreground_threshold, orient_foreground, pair_quality
 from support import data
-from support.augment import Augmentation, Draws, crop, crop_boxes, normalise, recolour
+from support.augment import Augmentation, Draws, crop, crop_boxes, normalise, recolour, renormalise
 from support.data import IN_MEMORY_SIZE, Images, spaced, to_tensor
 from support.files import read_component
 from support.world import UserError, ignore_sigterm, progress, say, step_generator
@@ -241,6 +241,17 @@ def clip_tokens(vision_model, hidden):
     return vision_model.post_layernorm(hidden[:, 1:])
 
 
+def preprocessing(name):
+    """The model's preprocessor_config.json, {} where it has none: mean, std and size it expects."""
+    from transformers import ImageProcessingMixin
+    try:
+        own, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    except OSError:
+        return {}
+    crop = own.get("crop_size")
+    return own | {"crop_size": {"height": crop} if isinstance(crop, int) else crop or {}}
+
+
 class FrozenEncoder(torch.nn.Module):
     """E: a frozen vision model of transformers, views (N, 3, S, S) -> features (N, T, K).
 
@@ -260,19 +271,26 @@ class FrozenEncoder(torch.nn.Module):
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
             self.is_clip = config.model_type in ("clip", "clip_vision_model")
             kind = CLIPVisionModel if self.is_clip else AutoModel
-            self.model = kind.from_pretrained(name, trust_remote_code=False).float()
+            model = kind.from_pretrained(name, trust_remote_code=False).float()
+            self.model = model if self.is_clip else getattr(model, "vision_model", model)
+            own = preprocessing(name)
             vision = getattr(config, "vision_config", config)
-            self.size = vision.image_size if self.is_clip else 224       # most others' size
+            self.size = own.get("crop_size", {}).get("height")
+            self.size = self.size or getattr(vision, "image_size", 224)
+            self.mean, self.std = own.get("image_mean"), own.get("image_std")
             self(torch.zeros(1, 3, self.size, self.size))                # does it take images?
         except Exception as error:                 # of several libraries
-            raise UserError(f"the encoder {name} could not be loaded ({type(error).__name__}): "
-                            f"download it where there is a network and name its folder by "
-                            f"--encoder (timm's models need timm), or train with --quality off; "
+            first = " ".join(str(error).split())[:150]
+            raise UserError(f"the encoder {name} could not be loaded ({type(error).__name__}: "
+                            f"{first}): download it where there is a network and name its folder "
+                            f"by --encoder (timm's models need timm), or train with --quality off; "
                             f"--dataset shapes needs no download") from None
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, views):
+        if self.mean:                              # views are normalised with CLIP's numbers
+            views = renormalise(views, self.mean, self.std)
         if views.shape[-1] != self.size:
             size = (self.size, self.size)
             views = F.interpolate(views, size=size, mode="bilinear", antialias=True)

@@ -249,12 +249,16 @@ def train(args, world, methods=METHODS):
     with .query, .chance, update(fraction) and forward(views, weights, world)."""
     run = runs.Run(args, world, label(args), defaults(args, methods))
     images, test = (genview.load_images(args.dataset, args.data_dir, split, args.image_size,
-                                        args.limit, args.skip_bad) for split in ("train", "test"))
+                                        args.limit, args.skip_bad)
+                    if split == "train" or args.knn_every else None for split in ("train", "test"))
+    if test and not images.num_classes:
+        raise UserError(f"{args.data_dir} has no class folders in train/, which kNN needs: add "
+                        f"--knn-every 0")
     runs.limit_queue(args, len(images.names), run.defaults)
     torch.manual_seed(args.seed)
     method = methods[args.method](args).to(world.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args, method)
-    run.resume(method, optimizer, len(images.names))
+    run.resume(method, optimizer, len(images.names), images.source)
     loader, quality_of = prepare(args, images, world)
     trained = distribute(method, loader, args, world, fresh=run.epoch == run.step == 0)
     run.begin(loader.steps, method.chance)

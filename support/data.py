@@ -14,7 +14,7 @@ import torchvision
 from PIL import Image, ImageOps
 
 from support.files import append, read_settings, sweep, write_json, write_whole
-from support.world import UserError, progress, say
+from support.world import Parser, UserError, progress, say
 
 IN_MEMORY_SIZE = 64   # images up to this side are kept in memory, as one uint8 tensor
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -54,8 +54,9 @@ def open_image(path):
                     image = Image.fromarray(scaled.astype(np.uint8))
                 return image.convert("RGB")
     except Exception as error:                     # PIL raises many kinds
+        way = ", or leave such images out with --skip-bad" if Parser.offers("--skip-bad") else ""
         raise UserError(f"{path} cannot be read as an image ({' '.join(str(error).split())}); "
-                        f"repair or remove it, or leave such images out with --skip-bad") from None
+                        f"repair or remove it{way}") from None
 
 
 def square(image, size):
@@ -86,6 +87,8 @@ def read_cifar(dataset, data_dir, split):
     try:
         data = reader(data_dir, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
+        if (archive := Path(data_dir, reader.filename)).exists():
+            raise UserError(f"{archive} is damaged: remove it to have it downloaded") from None
         raise UserError(f"{dataset} is not in {data_dir} and could not be downloaded "
                         f"({type(error).__name__}): put its {reader.filename} there, or name an "
                         f"image folder with train/ and test/ by --data-dir; --dataset shapes "
@@ -104,7 +107,7 @@ def find_files(root, split):
     folder = next((root / s for s in wanted if (root / s).is_dir()), None)
     if folder is None:
         raise UserError(f"no images for the {split} split: {root} needs train/ and val/ or test/ "
-                        f"below it, a folder a class (--data-dir)")
+                        f"below it, a folder a class (--data-dir; --knn-every 0 needs no test)")
     here, train = class_folders(folder), root / "train"
     classes = class_folders(train) if train.is_dir() else here
     if unknown := sorted(set(here) - set(classes)):
@@ -116,8 +119,17 @@ def find_files(root, split):
         names += [str(f.relative_to(root)) for f in files if f.suffix.lower() in SUFFIXES]
         labels += [label] * (len(names) - len(labels))
         others += [f for f in files if f.suffix.lower() not in SUFFIXES]
+    loose = sorted(e.name for e in os.scandir(folder) if Path(e.name).suffix.lower() in SUFFIXES)
+    if not names and loose and split == "train":
+        say(f"{folder}: {len(loose)} images without class folders, hence without labels")
+        return Images([f"{split}/{name}" for name in loose], torch.full((len(loose),), -1), 0,
+                      root=root)
     if not names:
-        raise UserError(f"{folder} holds no images in class folders")
+        found = f"; {len(others)} files such as {others[0].name} are not read" if others else ""
+        if loose:
+            found = f"; the {len(loose)} in it need a folder for each class, named as in train/"
+        raise UserError(f"{folder} holds no images in class folders{found} "
+                        f"(--knn-every 0 trains without labels)")
     say(f"{folder}: {len(names)} images, {len(here)} of {len(classes)} classes" + (
         f"; {len(others)} other files are left out, such as {others[0].name}" if others else ""))
     return Images(names, torch.tensor(labels), len(classes), root=root)
@@ -159,8 +171,9 @@ def find_views(images, views_dir, dataset):
     """The generated view of each image: a list of N paths, None where an image has none.
 
     A view lies in views_dir under the relative path of its source with a suffix of its own, with or
-    without "train/" (the authors' release mirrors ImageNet's train folder). Raises UserError where
-    the folder is missing, was made for another data set, or holds a view of none of the images.
+    without "train/" (the authors' release mirrors ImageNet's train folder), or all views lie there
+    side by side under the name alone. Raises UserError where the folder is missing, was made for
+    another data set, holds a view of none of the images, or a name alone fits several.
     """
     views_dir = Path(views_dir)
     if not views_dir.is_dir():
@@ -168,6 +181,14 @@ def find_views(images, views_dir, dataset):
                         f"makes them, --views-dir none trains without")
     files = {str(p.relative_to(views_dir).with_suffix("")): p for p in image_files(views_dir)}
     keys = [str(Path(name).with_suffix("")) for name in images.names]
+    if not any(os.sep in name for name in files):              # side by side
+        seen = {}
+        for i, key in enumerate(keys):
+            other = seen.setdefault(name := Path(key).name, images.names[i])
+            if name in files and other != images.names[i]:
+                raise UserError(f"{files[name]} could be the view of {other} and of "
+                                f"{images.names[i]}: put views in their sources' folders")
+        keys = [Path(key).name for key in keys]
     paths = [files.get(key) or files.get(key.removeprefix("train/")) for key in keys]
     settings = views_dir / "settings.json"         # a folder of the release has none
     made_for = read_settings(settings) if settings.exists() else {}

@@ -22,7 +22,7 @@ from support.pictures import sheet
 from support.world import Parser, Terminated, UserError, either, progress, real, say, whole
 
 # Flags that may differ when a run is resumed: they do not change its result.
-FREE = {"output_dir", "resume", "device", "compile", "workers", "skip_bad", "knn_every",
+FREE = {"data_dir", "output_dir", "resume", "device", "compile", "workers", "skip_bad", "knn_every",
         "log_every", "save_minutes"}
 
 
@@ -139,9 +139,10 @@ class Run:
         self.folder, self.checkpoint = Path(args.output_dir), Path(args.output_dir, "last.pt")
         self.epoch = self.step = 0                 # where the run goes on
 
-    def resume(self, method, optimizer, images):
-        """Loads --resume's checkpoint into method and optimizer. images: how many there are."""
-        self.method, self.optimizer, self.images = method, optimizer, images
+    def resume(self, method, optimizer, images, source=""):
+        """Loads --resume's checkpoint into method and optimizer. images: how many there are;
+        source: see Images."""
+        self.method, self.optimizer, self.images, self.source = method, optimizer, images, source
         if self.args.resume:
             self._load(method, optimizer)
         if len(set(self.world.gather_objects((self.epoch, self.step)))) > 1:
@@ -154,6 +155,9 @@ class Run:
         if state["images"] != self.images:
             raise UserError(f"{self.args.resume} is of a run on {state['images']} images, here are "
                             f"{self.images}: the order would be another")
+        if state.get("source", self.source) != self.source:     # names, not places: data may move
+            raise UserError(f"{self.args.resume} is of a run on images of other names: give the "
+                            f"--data-dir of that run")
         statistics = state["statistics"]
         if len(statistics) == self.world.size:
             state["model"] |= statistics[self.world.rank]
@@ -170,7 +174,8 @@ class Run:
         now = vars(self.args)
         for key in now.keys() - FREE:
             before = then.get(key, self.defaults.get(key))
-            if before != now[key]:
+            moved = key == "views_dir" and "none" not in (before, now[key])
+            if before != now[key] and not moved:
                 raise UserError(f"{self.args.resume} is of a run with another "
                                 f"--{key.replace('_', '-')} ({before}, now {now[key]}): "
                                 f"resume with the flags of that run")
@@ -257,7 +262,8 @@ class Run:
             backbone = {key: x.cpu() for key, x in self.method.query.backbone.state_dict().items()}
             state = {"model": state, "optimizer": self.optimizer.state_dict(), "epoch": epoch,
                      "step": step, "statistics": statistics, "images": self.images,
-                     "scaler": self.world.scaler.state_dict(), "args": vars(self.args)}
+                     "source": self.source, "scaler": self.world.scaler.state_dict(),
+                     "args": vars(self.args)}
             parts = (state["model"], *state["optimizer"]["state"].values())
             needed = sum(x.nbytes for part in parts for x in part.values() if torch.is_tensor(x))
             write_whole(self.folder / "backbone.pt", lambda p: torch.save(backbone, p), needed)

@@ -32,6 +32,9 @@ class Terminated(Exception):
 
 def script(main):
     """Runs a script's main function and turns errors that a user can cause into one line."""
+    for stream in (sys.stdout, sys.stderr):        # consoles that lack a letter show its number
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:                     # of a loader's worker: its traceback's last line
@@ -45,6 +48,12 @@ def script(main):
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             sys.exit(_report(OUT_OF_MEMORY, 2))
+        if "shared memory" in str(error):
+            sys.exit(_report("the shared memory of the processes that read images (/dev/shm) is "
+                             "too small: enlarge it (docker run --shm-size 8g), or --workers 0", 2))
+        if re.search(r"No working C\+\+ compiler|Failed to find C compiler", str(error)):
+            sys.exit(_report("torch.compile needs a C++ compiler: install one (g++), or train "
+                             "without --compile", 2))
         if "DataLoader worker (pid" in str(error):
             sys.exit(_report("a process that reads images was killed, perhaps because memory ran "
                              "out: lower --workers", 1))
@@ -107,11 +116,20 @@ def progress(items, text, unit, **options):
 
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in the help texts and errors as one line."""
+    last = argparse.ArgumentParser()
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=_Help)
+        Parser.last = self
+
+    @classmethod
+    def offers(cls, flag):
+        """Has the script that runs this flag?"""
+        return flag in cls.last._option_string_actions
 
     def error(self, message):
+        if "--local-rank" in message:
+            message = "torch.distributed.launch is the old launcher: call torchrun instead"
         self.exit(2, f"error: {message}\n")
 
 
@@ -216,6 +234,12 @@ def setup(device=None, patience=datetime.timedelta(minutes=30), precision=None):
         _keep_memory()
         torch.backends.cuda.enable_flash_sdp(False)   # also of CPUs: small ViTs train twice as fast
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+               if name not in os.environ]
+    if missing and (size > 1 or rank > 0):
+        raise UserError(f"the environment says process {rank} of {size}, but not "
+                        f"{', '.join(missing)}: start several processes with torchrun, or unset "
+                        f"RANK and WORLD_SIZE")
     if size > 1:
         _store[:] = next(dist.rendezvous("env://", timeout=patience))[:1]
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=_store[0],
