@@ -270,7 +270,8 @@ def parse_args(argv=None):
     add("--log-every", type=flags.whole(1), default=20, help="steps between lines of log.jsonl")
     add("--seed", type=flags.whole(0), default=0, help="of all random draws")
     add("--device", help="cuda or cpu (default: cuda where available)")
-    add("--workers", type=flags.whole(0), default=4, help="processes that read pictures")
+    add("--workers", type=flags.whole(0), default=flags.share_of_cores(),
+        help="processes that read pictures")
     args = parser.parse_args(argv)
     args.steps = args.steps or round(STEPS * BATCH / args.batch_size)
     return args

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 import genview
 import recipes
+from support import augment
 from support import world as flags
-from support.augment import CROP_TRIES, crop, crop_boxes, normalise, renormalise
+from support.augment import CROP_TRIES, normalise, renormalise
 from support.checkpoints import MEAN_STD, load_backbone
 from support.data import to_tensor
 from support.evaluations import Evaluation, folder_of
@@ -38,24 +38,22 @@ class Crops(Dataset):
     """Image files cut to S x S: a random crop where draw = (seed, epoch), else the central square,
     without the outer eighth (256 pixels to 224). skip_bad: an unreadable file is a grey picture."""
     def __init__(self, images, image_size, draw=None, skip_bad=False):
-        self.images, self.size = images, (image_size, image_size)
+        self.images, self.size = images, image_size
         self.draw, self.skip_bad = draw, skip_bad
 
     def __getitem__(self, index):
         try:
-            image = self.images.pil(index)
+            image = to_tensor(self.images.pil(index))
         except UserError:
             if not self.skip_bad:
                 raise
-            image = Image.new("RGB", self.size, (128, 128, 128))
+            image = torch.full((3, self.size, self.size), 128, dtype=torch.uint8)
+        height, width = image.shape[1:]
+        box = augment.central_box(round(min(height, width) * 224 / 256), height, width)
         if self.draw:
-            u = torch.rand(1, CROP_TRIES, 4, generator=step_generator(*self.draw, index))
-            box = crop_boxes(u, image.height, image.width, CROP_SCALE)[0].tolist()
-        else:
-            side = min(image.size) * 224 / 256
-            left, top = (image.width - side) / 2, (image.height - side) / 2
-            box = (left, top, left + side, top + side)
-        return to_tensor(image.resize(self.size, Image.Resampling.BILINEAR, box=tuple(box)))
+            u = torch.rand(CROP_TRIES, 4, generator=step_generator(*self.draw, index))
+            box = augment.crop_box(u.tolist(), height, width, CROP_SCALE)
+        return augment.crop_file(image, box, self.size)
 
 
 def pictures(images, order, image_size, world, batch_size, workers=4, draw=None, skip_bad=False):
@@ -75,7 +73,8 @@ def pictures(images, order, image_size, world, batch_size, workers=4, draw=None,
             tries, flip = u[:, :-1], u[:, -1, 0] < 0.5
             x = torch.where(flip.to(x.device)[:, None, None, None], x.flip(3), x)
         if draw and in_memory:
-            x = crop(x, crop_boxes(tries, *x.shape[2:], CROP_SCALE).to(x.device), image_size)
+            boxes = augment.crop_boxes(tries, *x.shape[2:], CROP_SCALE).to(x.device)
+            x = augment.crop(x, boxes, image_size)
         elif x.shape[-1] != image_size:
             x = F.interpolate(x, size=(image_size,) * 2, mode="bilinear", antialias=True)
         yield normalise(x / 255).contiguous(memory_format=torch.channels_last)
@@ -357,7 +356,8 @@ def parse(argv=None):
     add("--output-dir", help="default: <folder of the checkpoint>/<protocol>")
     add("--resume", action="store_true", help="go on from the output folder's last.pt")
     add("--device", help="cuda, mps or cpu (default: the first that is available)")
-    add("--workers", type=flags.whole(), default=4, help="processes that read image files")
+    add("--workers", type=flags.whole(), default=flags.share_of_cores(),
+        help="processes that read image files")
     add("--seed", type=flags.whole(), default=0, help="of the choice and order of images")
     return parser.parse_args(argv)
 

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import shapes
 from quality_loss import fit_foreground, foreground_threshold, orient_foreground, pair_quality
-from support import data
-from support.augment import Augmentation, Draws, crop, crop_boxes, normalise, recolour, renormalise
+from support import augment, data
+from support.augment import Augmentation, Draws, normalise, recolour, renormalise
 from support.data import IN_MEMORY_SIZE, Images, spaced, to_tensor
 from support.files import read_component
 from support.world import UserError, ignore_sigterm, progress, say, step_generator
@@ -142,8 +141,8 @@ class PairLoader:
             pair = torch.where(swap, other, image), torch.where(swap, image, other)
             views = []
             for v, t in enumerate(self.augmentations):
-                boxes = crop_boxes(draw.crop[:, v], *image.shape[2:], t.scale)
-                views.append(crop(pair[v % 2], boxes, t.size or self.image_size) / 255)
+                boxes = augment.crop_boxes(draw.crop[:, v], *image.shape[2:], t.scale)
+                views.append(augment.crop(pair[v % 2], boxes, t.size or self.image_size) / 255)
             yield views, draw, orders
 
     def _crops_of_files(self, batches, draws, epoch):
@@ -170,20 +169,20 @@ class CropPairs(Dataset):
         generator = step_generator(self.seed, self.epoch, index, 2)     # 2: a stream of its own
         draws = Draws.split(torch.rand(len(self.augmentations), Draws.COLUMNS, generator=generator))
         try:
-            image = other = self.images.pil(index)
+            image = other = to_tensor(self.images.pil(index))
             if self.views is not None and self.views[index] is not None:
-                other = data.open_image(self.views[index])
+                other = to_tensor(data.open_image(self.views[index]))
         except UserError:
             if not self.skip_bad:
                 raise
             return self[(index + 1) % len(self.images.names), swap]
         pair = (other, image) if swap else (image, other)
-        return [self._crop(pair[v % 2], draws.crop[v], t) for v, t in enumerate(self.augmentations)]
-
-    def _crop(self, image, u, t):
-        box = crop_boxes(u[None], image.height, image.width, t.scale)[0].tolist()
-        size = (t.size or self.image_size,) * 2
-        return to_tensor(image.resize(size, Image.Resampling.BILINEAR, box=tuple(box)))
+        tries = draws.crop.tolist()
+        views = []
+        for v, t in enumerate(self.augmentations):
+            box = augment.crop_box(tries[v], *pair[v % 2].shape[1:], t.scale)
+            views.append(augment.crop_file(pair[v % 2], box, t.size or self.image_size))
+        return views
 
 
 def load_views(args, images):
@@ -258,10 +257,12 @@ class FrozenEncoder(torch.nn.Module):
     Views of another size than the model's are resized to it.
     """
 
-    NAMES = {"clip": "openai/clip-vit-base-patch32"}      # the release: CLIP's ConvNeXt-Base
+    # release: the image tower of OpenCLIP's ConvNeXt-Base-wide at 224 pixels, maps of 7 x 7 x 1024
+    NAMES = {"clip": "openai/clip-vit-base-patch32",
+             "release": "timm/convnext_base.clip_laion2b_augreg"}
 
     def __init__(self, name):
-        """name: mini, clip, a hub id or a folder. Raises UserError where it cannot be loaded."""
+        """name: mini, clip, release, a hub id or a folder. UserError where it cannot be loaded."""
         super().__init__()
         from transformers import AutoConfig, AutoModel, CLIPVisionModel, logging
         logging.set_verbosity_error()              # it would report parts left out on purpose
@@ -283,8 +284,9 @@ class FrozenEncoder(torch.nn.Module):
             first = " ".join(str(error).split())[:150]
             raise UserError(f"the encoder {name} could not be loaded ({type(error).__name__}: "
                             f"{first}): download it where there is a network and name its folder "
-                            f"by --encoder (timm's models need timm), or train with --quality off; "
-                            f"--dataset shapes needs no download") from None
+                            f"by --encoder (timm's, such as release, need pip install timm), or "
+                            f"train with --quality off; --dataset shapes needs no download"
+                            ) from None
         self.eval().requires_grad_(False)
 
     @torch.no_grad()

@@ -245,7 +245,7 @@ def table(lines):
             for score in ("knn", "linear"):
                 other = "" if row == "plain" else gain(gains(group, row, score))
                 cells += [spread([line[score] for line in mine]), other]
-            cells.append(f"{statistics.mean(neg):.2f}" if neg else "")
+            cells.append(f"{round(statistics.mean(neg), 2) + 0.0:.2f}" if neg else "")    # no -0
             text += f"| {' | '.join(map(str, cells))} |\n"
     return text
 

@@ -9,8 +9,10 @@ import functools
 import itertools
 import statistics
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 if not __package__:
@@ -18,12 +20,14 @@ if not __package__:
     sys.exit(2)
 
 import torch
+import torch.nn.functional as F
 import transformers
+from PIL import Image
 from torchvision.transforms import v2
 
 from generate_views import encode_all, generate, load_pipeline
-from genview import FrozenEncoder, PairLoader, PairQuality, augmentations
-from support.augment import CLIP_MEAN, CLIP_STD
+from genview import CropPairs, FrozenEncoder, PairLoader, PairQuality, augmentations
+from support.augment import CLIP_MEAN, CLIP_STD, Augmentation
 from support.data import Images
 from support.world import Parser, UserError, World, say, script, setup, step_generator, whole
 from train_moco import MoCoV2, make_optimizer, parse_args, train_step
@@ -108,6 +112,36 @@ def augmentation(world):
     yield "augmentation, two views of an image each", lambda: next(batches), 256
 
 
+def files(world, n=64):
+    """Two crops of 224 pixels of each of n JPEG files of 500 x 375, in one thread."""
+    folder, draw = tempfile.TemporaryDirectory(), step_generator(0)
+    for i in range(n):
+        coarse = torch.rand(1, 3, 48, 64, generator=draw)
+        x = F.interpolate(coarse, size=(375, 500), mode="bicubic").clamp(0, 1)[0]
+        for kind, y in (("image", x), ("view", F.interpolate(x[None], size=(512, 512))[0])):
+            v2.functional.to_pil_image(y).save(f"{folder.name}/{kind}-{i}.jpg", quality=90)
+    usual = v2.Compose([v2.RandomResizedCrop(224, (0.2, 1)), v2.PILToTensor()])
+
+    def here(second):
+        images = Images([f"image-{i}.jpg" for i in range(n)], torch.zeros(n), 1, None,
+                        Path(folder.name))
+        views = [Path(folder.name, f"view-{i}.jpg") for i in range(n)] if second else None
+        pairs = CropPairs(images, views, [Augmentation()] * 2, 224, 0, 0, False)
+        return lambda: [pairs[i, False] for i in range(n)]
+
+    def pillow(*kinds):
+        for i in range(n):
+            both = [Image.open(f"{folder.name}/{kind}-{i}.jpg").convert("RGB") for kind in kinds]
+            [usual(picture) for picture in (both * 2)[:2]]
+    torch.set_num_threads(1)
+    yield "files: torchvision's transforms of Pillow, image twice", lambda: pillow("image"), n
+    yield "... here", here(False), n
+    yield "torchvision's, image and view of 512 x 512", lambda: pillow("image", "view"), n
+    yield "... here, image and view", here(True), n
+    yield "decoding one image alone", lambda: [
+        Image.open(f"{folder.name}/image-{i}.jpg").convert("RGB") for i in range(n)], n
+
+
 def size(world):
     sizes = [(256, n) for n in (1000, 2000, 4000, 8000)]      # the speed should not depend on these
     for batch, n in sizes + [(batch, 8000) for batch in (64, 128, 512, 1024)]:
@@ -131,7 +165,7 @@ def generation(world, n=32):
 
 
 def main():
-    parts = {part.__name__: part for part in (steps, augmentation, size, generation)}
+    parts = {part.__name__: part for part in (steps, augmentation, files, size, generation)}
     parser = Parser("Measures this machine.")
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)} (default: all)")
     parser.add_argument("--windows", type=whole(3), default=3, help="calls; their median counts")

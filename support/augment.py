@@ -7,6 +7,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
@@ -70,6 +71,33 @@ def crop_boxes(u, height, width, scale):
     left = (width - w) * torch.where(any_fits, u[..., 2][pick], 0.5)
     top = (height - h) * torch.where(any_fits, u[..., 3][pick], 0.5)
     return torch.stack([left, top, left + w, top + h], 1)
+
+
+def crop_box(u, height, width, scale):
+    """crop_boxes for one image, in whole pixels as torchvision's: x1, y1, x2, y2. u: CROP_TRIES
+    lists of four numbers. Plain numbers: tensor operations would take longer than the crop."""
+    for share, ratio, left, top in u:
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * share)
+        ratio = (4 / 3) ** (2 * ratio - 1)
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(left * (width - w + 1)), int(top * (height - h + 1))
+            return left, top, left + w, top + h
+    return central_box(min(height, width), height, width)
+
+
+def central_box(side, height, width):
+    """The central square, in whole pixels: x1, y1, x2, y2."""
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
+
+
+def crop_file(pixels, box, size):
+    """A box of an image (3, H, W) uint8, resized to (3, size, size) uint8: a slice of the tensor,
+    four times as fast as Pillow, from whose result it differs by at most 3."""
+    x1, y1, x2, y2 = box
+    part = pixels[None, :, y1:y2, x1:x2].contiguous(memory_format=torch.channels_last)   # faster
+    return F.interpolate(part, size=(size, size), mode="bilinear", antialias=True)[0]
 
 
 def crop(pixels, boxes, size):

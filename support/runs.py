@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from support import world as flags
 from support.augment import renormalise
 from support.checkpoints import load_checkpoint
 from support.data import spaced
@@ -45,8 +46,8 @@ def parser_of(description, datasets, methods, recipe_flags):
              "--views-dir (any folder) as further training samples")
     add("--quality", choices=["exact", "off"], help="weights by quality; default: exact with views")
     add("--gamma", type=real(-1e3, 1e3), default=1.0, help="how much quality counts (release: 1)")
-    add("--encoder", help="frozen encoder E: mini (weights/), clip, a hub id or a folder; default: "
-                          "mini for images of 32 pixels, else clip")
+    add("--encoder", help="frozen encoder E: mini (weights/), clip, release (the authors', by "
+                          "timm), a hub id or a folder; default: mini for 32 pixels, else clip")
     add("--component", help="its component, foreground.npz or pca_vectors.npy; default: fit one")
     add("--flip-foreground", action="store_true", help="turn the component to the other side")
     add("--noise", type=either("adaptive", whole(0, 999)), default="adaptive",
@@ -61,7 +62,8 @@ def parser_of(description, datasets, methods, recipe_flags):
     add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="auto: bfloat16 where it is fast, float16 on other GPUs, else float32")
     add("--compile", action="store_true", help="torch.compile: a slow start, faster steps on GPUs")
-    add("--workers", type=whole(), default=4, help="processes that read large images")
+    add("--workers", type=whole(), default=flags.share_of_cores(),
+        help="processes that read large images")
     add("--save-minutes", type=real(0, 1e6), default=15, help="between checkpoints in an epoch")
     add("--log-every", type=whole(1), default=10, help="steps between lines of log.jsonl")
     add = parser.add_argument_group("recipe; default: that of --dataset and --method").add_argument

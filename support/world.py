@@ -292,6 +292,13 @@ def fast_dtype(device):
     return torch.bfloat16 if fast else torch.float32
 
 
+def share_of_cores():
+    """The cores of this process, at most 16: as many processes read its images by default."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 def ignore_sigterm(_):
     """For a loader's processes: clusters send SIGTERM to all, but the main process saves first."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -188,3 +188,25 @@ def test_encoders_have_their_own_size_mean_and_std(tmp_path):
         expected = getattr(model, "vision_model", model)(pixel_values=2 * x - 1).last_hidden_state
         assert encoder.size == size and got.shape == (2, tokens, 32)
         torch.testing.assert_close(got, expected[:, -tokens:], atol=1e-5, rtol=1e-4)
+
+
+def test_the_encoder_of_the_release(tmp_path, monkeypatch):
+    """Its architecture by timm, with random weights and a block a stage: timm's own map, row by
+    row, of views of any size at 224 pixels. Without timm: how to install it."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = transformers.TimmWrapperModel(transformers.TimmWrapperConfig(
+        architecture="convnext_base", num_classes=0, model_args=dict(depths=[1, 1, 1, 1])))
+    model.save_pretrained(tmp_path)
+    assert genview.FrozenEncoder.NAMES["release"].endswith("/convnext_base.clip_laion2b_augreg")
+    monkeypatch.setitem(genview.FrozenEncoder.NAMES, "release", str(tmp_path))
+    encoder, x = genview.FrozenEncoder("release"), torch.randn(1, 3, 224, 224)
+    own = timm.create_model("convnext_base", num_classes=0, depths=[1, 1, 1, 1]).eval()
+    own.load_state_dict(model.timm_model.state_dict())
+    with torch.no_grad():
+        expected = own.forward_features(x)
+    assert expected.shape == (1, 1024, 7, 7) and encoder(x[..., :99, :99]).shape == (1, 49, 1024)
+    torch.testing.assert_close(encoder(x)[0, 8], expected[0, :, 1, 1], atol=1e-4, rtol=1e-3)
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match="pip install timm"):
+        genview.FrozenEncoder("release")
