@@ -355,7 +355,8 @@ def find_foreground(batches, count, size, path=None, flip=False):
 
 @torch.no_grad()
 def find_component(encoder, images, args, world):
-    """v1 of the frozen encoder's features, the same in all processes."""
+    """v1 of the frozen encoder's features: fitted by the first process, or of the resumed run."""
+    kept = Path(args.output_dir, "component.npy") if args.resume else None
     chosen, side = spaced(len(images.names), FIT_IMAGES), args.image_size
     size = encoder(torch.zeros(1, 3, side, side, device=world.device)).shape[2]
 
@@ -366,5 +367,9 @@ def find_component(encoder, images, args, world):
                 with world.autocast():
                     x = encoder(normalise(torch.stack(pictures).to(world.device) / 255))
                 yield x.half().cpu()
-    component, _ = find_foreground(tokens(), len(chosen), size, args.component)
+    component = None
+    if world.rank == 0 and kept and kept.exists():
+        component, _ = read_component(kept, size)
+    elif world.rank == 0:
+        component, _ = find_foreground(tokens(), len(chosen), size, args.component)
     return world.gather_objects(component)[0]

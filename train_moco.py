@@ -262,6 +262,8 @@ def train(args, world, methods=METHODS):
     loader, quality_of = prepare(args, images, world)
     trained = distribute(method, loader, args, world, fresh=run.epoch == run.step == 0)
     run.begin(loader.steps, method.chance)
+    if quality_of:
+        run.keep(component=quality_of.component * (-1 if args.flip_foreground else 1))
     for epoch in range(run.epoch, args.epochs):
         train_epoch(epoch, loader, trained, optimizer, quality_of, run)
         run.save(epoch, loader.steps)              # first: a crash in kNN must not lose the epoch

@@ -2,6 +2,7 @@
 
 The folder holds last.pt (everything to resume), backbone.pt, log.jsonl, args.json and pairs.png.
 """
+import io
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -197,6 +199,11 @@ class Run:
             f"{self.world.device.type}, {str(self.world.dtype).removeprefix('torch.')}")
         say(textwrap.fill("  ".join(f"{k}={v}" for k, v in vars(self.args).items()), 100))
 
+    def keep(self, **tensors):
+        """Writes tensors as name.npy into the folder, for a run that goes on with them."""
+        for name, x in tensors.items() if self.main else ():
+            write_whole(self.folder / f"{name}.npy", lambda path, x=x: path.write_bytes(npy(x)))
+
     def _prune_log(self):
         """Removes the lines after the checkpoint: they will be written again."""
         log = self.folder / "log.jsonl"
@@ -308,6 +315,12 @@ class Run:
         canvas = sheet(columns, [captions[i] for i in chosen], frames if quality_of else {}, 96,
                        ("view 1", "view 2"))
         write_whole(self.folder / "pairs.png", lambda path: canvas.save(path, format="PNG"))
+
+
+def npy(x):
+    """The content of a .npy file of a tensor."""
+    np.save(content := io.BytesIO(), x.cpu().numpy())
+    return content.getvalue()
 
 
 def _duration(seconds):

@@ -322,7 +322,7 @@ def test_shapes_without_a_download(tmp_path, monkeypatch, capsys):
     last = r"kNN top-1 \d+\.\d% \(MoCo v2 \+ GenView's views \+ quality weights\)"
     assert re.fullmatch(last, capsys.readouterr().out.splitlines()[-1])
     assert {f.name for f in tmp_path.iterdir()} == {
-        "last.pt", "backbone.pt", "log.jsonl", "args.json", "pairs.png"}
+        "last.pt", "backbone.pt", "log.jsonl", "args.json", "pairs.png", "component.npy"}
     line, *_ = json_lines(tmp_path / "log.jsonl")
     assert {"loss", "chance", "pos", "neg", "ess", "images_per_s"} <= line.keys()
     assert 0 < line["ess"] <= 1

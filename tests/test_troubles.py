@@ -4,7 +4,9 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -128,6 +130,24 @@ def test_views_side_by_side(tmp_path):
     images.names.append(f"train/other/{Path(names[1]).name}")
     with pytest.raises(UserError, match=f"could be the view of {names[1]} and of train/other"):
         data.find_views(images, tmp_path / "views", "folder")
+
+
+def test_the_component_is_fitted_once(image_folder, encoder_folder, tmp_path, monkeypatch):
+    """By the first process alone, and not again by a run that is resumed, turned or not."""
+    more = ["--quality=exact", f"--encoder={encoder_folder}", "--knn-every=0", "--flip-foreground"]
+    call(train_moco, *flags(tmp_path / "run", image_folder, *more))
+    first, fits = np.load(tmp_path / "run/component.npy"), []
+    monkeypatch.setattr(genview, "find_foreground", lambda *_: fits.append(1))
+    call(train_moco, *flags(tmp_path / "run", image_folder, *more, "--resume"))
+    assert not fits and np.array_equal(np.load(tmp_path / "run/component.npy"), first)
+    args = SimpleNamespace(resume=None, output_dir=tmp_path, image_size=32, component=None)
+    sent = []
+    second = SimpleNamespace(rank=1, device=torch.device("cpu"),
+                             gather_objects=lambda x: sent.append(x) or [first, x])
+    images = genview.load_images("folder", image_folder, "train", 32)
+    encoder = genview.FrozenEncoder(str(encoder_folder))
+    assert genview.find_component(encoder, images, args, second) is first
+    assert sent == [None] and not fits
 
 
 # ------------------------------------------------------------------------ pipelines and encoders
