@@ -260,6 +260,7 @@ def train(args, world, methods=METHODS):
     optimizer = make_optimizer(args, method)
     run.resume(method, optimizer, len(images.names), images.source)
     loader, quality_of = prepare(args, images, world)
+    known = runs.for_knn(args, images, test) if test else None
     trained = distribute(method, loader, args, world, fresh=run.epoch == run.step == 0)
     run.begin(loader.steps, method.chance)
     if quality_of:
@@ -268,9 +269,9 @@ def train(args, world, methods=METHODS):
         train_epoch(epoch, loader, trained, optimizer, quality_of, run)
         run.save(epoch, loader.steps)              # first: a crash in kNN must not lose the epoch
         if args.knn_every and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs):
-            accuracy = knn_of(method.query.backbone, images, test, args.image_size, world,
-                              args.workers, args.skip_bad)
-            run.log_knn(epoch + 1, accuracy)
+            accuracy = knn_of(method.query.backbone, *known, args.image_size, world, args.workers,
+                              args.skip_bad)
+            run.log_knn(epoch + 1, accuracy, len(known[0].names))
     say(f"{run.folder}: last.pt, backbone.pt, log.jsonl, args.json, pairs.png")
     score = f"kNN top-1 {accuracy:.1f}%" if args.knn_every else "no kNN"
     say(f"{score} ({run.label})")

@@ -26,7 +26,7 @@ from support.world import Parser, Terminated, UserError, either, progress, real,
 
 # Flags that may differ when a run is resumed: they do not change its result.
 FREE = {"data_dir", "output_dir", "resume", "device", "compile", "workers", "skip_bad", "knn_every",
-        "log_every", "save_minutes"}
+        "knn_images", "log_every", "save_minutes"}
 
 
 # -------------------------------------------------------------------------------------------- flags
@@ -66,6 +66,8 @@ def parser_of(description, datasets, methods, recipe_flags):
     add("--compile", action="store_true", help="torch.compile: a slow start, faster steps on GPUs")
     add("--workers", type=whole(), default=flags.share_of_cores(),
         help="processes that read large images")
+    add("--knn-images", type=whole(1), help="train images that kNN looks at while training; "
+        "default: a tenth of large images, but 10,000, or all small ones")
     add("--save-minutes", type=real(0, 1e6), default=15, help="between checkpoints in an epoch")
     add("--log-every", type=whole(1), default=10, help="steps between lines of log.jsonl")
     add = parser.add_argument_group("recipe; default: that of --dataset and --method").add_argument
@@ -108,6 +110,14 @@ def limit_queue(args, images, recipe):
         if most < args.queue:
             args.queue = most
             say(f"--queue {most}: at most a tenth of the {images} images")
+
+
+def for_knn(args, images, test):
+    """What kNN looks at while training: --knn-images, and at most 10,000 queries."""
+    count = args.knn_images or (max(len(images.names) // 10, 10_000) if images.pixels is None
+                                else len(images.names))
+    return [x if most >= len(x.names) else x.take(spaced(len(x.names), most))
+            for x, most in ((images, count), (test, 10_000))]
 
 
 def resolve_folder(args, name):
@@ -287,8 +297,9 @@ class Run:
         if self.main:
             append(self.folder / "log.jsonl", json.dumps(values) + "\n")
 
-    def log_knn(self, epoch, accuracy):
-        say(f"epoch {epoch}/{self.args.epochs}  kNN top-1 {accuracy:.1f}%")
+    def log_knn(self, epoch, accuracy, count):
+        part = f" by {count} of {self.images} images" if count < self.images else ""
+        say(f"epoch {epoch}/{self.args.epochs}  kNN top-1 {accuracy:.1f}%{part}")
         self.log(epoch=epoch, knn=accuracy, label=self.label)
 
     def _not_finite(self, what, step):

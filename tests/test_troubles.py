@@ -1,6 +1,7 @@
 """Troubles that users of comparable software reported: what happens here instead."""
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -85,6 +86,20 @@ def test_training_without_labels(tmp_path, capsys):
     assert "24 images without class folders" in capsys.readouterr().out
     with pytest.raises(UserError, match="--knn-every 0 needs no test"):
         call(train_moco, *flags(tmp_path / "other", images, "--knn-every=1"))
+
+
+def test_knn_while_training_looks_at_a_part(image_folder, tmp_path, capsys):
+    """A tenth of images in files, but 10,000; as many small ones as there are, or as told."""
+    def looked_at(count, pixels, asked=None):
+        names = [f"train/{i:06d}" for i in range(count)]
+        images = data.Images(names, torch.arange(count), 2, pixels and torch.zeros(count, 1))
+        args = SimpleNamespace(knn_images=asked)
+        return [len(x.names) for x in runs.for_knn(args, images, images)]
+    assert looked_at(200_000, None) == [20_000, 10_000] and looked_at(50_000, None)[0] == 10_000
+    assert looked_at(900, None) == [900, 900] and looked_at(50_000, True) == [50_000, 10_000]
+    assert looked_at(50_000, True, 100) == [100, 10_000]
+    call(train_moco, *flags(tmp_path / "run", image_folder, "--knn-images=10"))
+    assert re.search(r"kNN top-1 [\d.]+% by 10 of 24 images", capsys.readouterr().out)
 
 
 def test_a_test_split_without_class_folders_is_named(tmp_path):
