@@ -19,20 +19,19 @@ def draw(columns, path):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, len(columns), sharey=True, squeeze=False,
-                                   figsize=(3.2 * len(columns), 3.6), layout="constrained")
-    for axis, (title, lines) in zip(axes[0], columns.items(), strict=True):
-        for place, row in enumerate(CONTROLLED[1:]):
-            values = gains(lines, row, "knn")
-            axis.plot([place + 0.18] * len(values), values, ".", color="grey")
+    figure, axis = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
+    for shift, row in enumerate(CONTROLLED[1:]):
+        for column, lines in enumerate(columns.values()):
+            values, x = gains(lines, row, "knn"), column + 0.2 * shift - 0.3
+            axis.plot([x + 0.06] * len(values), values, ".", color="grey", markersize=4)
             if len(values) > 1:
-                axis.errorbar(place, statistics.mean(values), interval(values), fmt="o", capsize=4)
-        axis.axhline(0, color="black", linewidth=0.8)
-        names = [ROWS[row][0].replace(", ", ",\n").replace("with ", "with\n")
-                 for row in CONTROLLED[1:]]
-        axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
-        axis.set_title(title, fontsize=9)
-    axes[0, 0].set_ylabel("gain in kNN top-1 over plain pairs")
+                axis.errorbar(x, statistics.mean(values), interval(values), fmt="o", capsize=4,
+                              color=f"C{shift}")
+        axis.plot([], [], "o", color=f"C{shift}", label=ROWS[row][0])              # the legend's
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_ylabel("gain in kNN top-1 over plain pairs")
+    axis.legend(fontsize=8)
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
@@ -41,7 +40,7 @@ def main():
     add("--results", type=Path, default=Path("docs/results.jsonl"), help="of studies/ablation.py")
     add("--output", type=Path, default=Path("docs/gain.png"), help="the picture")
     args = parser.parse_args()
-    columns = {f"{transformations}, {epochs} epochs": lines
+    columns = {f"{transformations},\n{epochs} epochs": lines
                for (_, _, transformations, epochs, *_), lines
                in groups(read_results(args.results)).items()
                if any(gains(lines, row, "knn") for row in CONTROLLED[1:])}
