@@ -11,6 +11,7 @@ Legend of the shapes: N images, S side of a picture in pixels, D features of an 
 """
 import argparse
 import math
+import re
 from collections import OrderedDict
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,7 +27,7 @@ from support import augment
 from support import world as flags
 from support.augment import CROP_TRIES, normalise, renormalise
 from support.checkpoints import MEAN_STD, load_backbone
-from support.data import to_tensor
+from support.data import Files, open_image, to_tensor
 from support.evaluations import Evaluation, folder_of
 from support.networks import LARS
 from support.world import UserError, ignore_sigterm, progress, say, script, setup, step_generator
@@ -38,12 +39,12 @@ class Crops(Dataset):
     """Image files cut to S x S: a random crop where draw = (seed, epoch), else the central square,
     without the outer eighth (256 pixels to 224). skip_bad: an unreadable file is a grey picture."""
     def __init__(self, images, image_size, draw=None, skip_bad=False):
-        self.images, self.size = images, image_size
-        self.draw, self.skip_bad = draw, skip_bad
+        self.files = Files(images.root / name for name in images.names)
+        self.size, self.draw, self.skip_bad = image_size, draw, skip_bad
 
     def __getitem__(self, index):
         try:
-            image = to_tensor(self.images.pil(index))
+            image = to_tensor(open_image(self.files[index]))
         except UserError:
             if not self.skip_bad:
                 raise
@@ -81,55 +82,75 @@ def pictures(images, order, image_size, world, batch_size, workers=4, draw=None,
 
 
 @torch.no_grad()
-def extract_features(backbone, images, image_size, world, batch_size=256, workers=4,
-                     skip_bad=False, dtype=torch.float):
-    """The features of all images in evaluation mode: (N, D) of dtype on the device, not normalised.
-    All processes must call this: each computes its share, and all get the whole."""
-    n, was_training = len(images.names), backbone.training
-    share = math.ceil(n / world.size)              # the same in every process: some images repeat
-    order = torch.arange(world.rank * share, (world.rank + 1) * share) % n
-    features = []
+def features_of(backbone, images, order, image_size, world, batch_size, workers, skip_bad):
+    """Yields the features of the images in the given order, (n, D), in evaluation mode."""
+    was_training = backbone.training
     backbone.eval()
     batches = pictures(images, order, image_size, world, batch_size, workers, skip_bad=skip_bad)
-    for x in progress(batches, "features", "batch", total=math.ceil(share / batch_size)):
+    total = math.ceil(len(order) / batch_size)
+    for x in progress(batches, "features", "batch", total=total):
         with world.autocast():
-            features.append(backbone(x).to(dtype))
+            features = backbone(x).float()
+        yield features
     backbone.train(was_training)
-    return world.gather(torch.cat(features))[:n]
 
 
-@torch.no_grad()
-def knn_accuracy(train_features, train_labels, test_features, test_labels, num_classes, k=200,
-                 temperature=0.1):
+def extract_features(backbone, images, image_size, world, batch_size=256, workers=4,
+                     skip_bad=False):
+    """The features of all images: (N, D) on the device, not normalised. All processes must call
+    this: each computes its share, and all get the whole."""
+    n = len(images.names)
+    share = math.ceil(n / world.size)              # the same in every process: some images repeat
+    order = torch.arange(world.rank * share, (world.rank + 1) * share) % n
+    options = image_size, world, batch_size, workers, skip_bad
+    return world.gather(torch.cat(list(features_of(backbone, images, order, *options))))[:n]
+
+
+def knn_accuracy(chunks, queries, truth, num_classes, k=200, temperature=0.1, world=None):
     """Top-1 accuracy in percent of the weighted kNN classifier: the k training images of greatest
     cosine similarity s vote for their class with weight exp(s / t).
 
     Args:
-        features (N, D), (N', D), of any length, float32 or half precision; labels (N,), (N',).
-        k, temperature: k is cut to N; t. The defaults are usual for MoCo.
+        chunks: yields features (n, D) of any length and labels (n,) of training images. Nobody has
+            to hold all of them, 10 GB for ImageNet and ResNet-50.
+        queries, truth: features (N', D) and labels (N',) of the test images.
+        k, temperature: t. The defaults are usual for MoCo.
+        world: where each process sees other chunks.
     Source: Wu et al. 2018 (instance discrimination), section 3.4.
 
-    >>> test, labels = torch.tensor([[3., 1.], [2., 1.]]), torch.tensor([0, 1])
-    >>> knn_accuracy(torch.eye(2), labels, test, labels, num_classes=2)
+    >>> labels = torch.tensor([0, 1])
+    >>> knn_accuracy([(torch.eye(2), labels)], torch.tensor([[3., 1.], [2., 1.]]), labels, 2)
     50.0
     """
-    train, test = F.normalize(train_features, dim=1), F.normalize(test_features, dim=1)
-    train_labels, test_labels = train_labels.to(train.device), test_labels.to(train.device)
-    correct = 0
-    for part, truth in zip(test.split(512), test_labels.split(512), strict=True):
-        s, nearest = (part @ train.T).float().topk(min(k, len(train)))            # (n, k)
-        weights = ((s - s[:, :1]) / temperature).exp()    # relative to the greatest: no overflow
-        votes = s.new_zeros(len(part), num_classes).scatter_add_(1, train_labels[nearest], weights)
-        correct += (votes.argmax(1) == truth).sum().item()
-    return 100 * correct / len(test)
+    queries = F.normalize(queries, dim=1)
+    s = queries.new_full((len(queries), k), -math.inf)          # (N', k), the nearest so far
+    classes = torch.zeros_like(s, dtype=torch.long)             # (N', k), theirs
+    for features, labels in chunks:
+        train, labels = F.normalize(features, dim=1).T, labels.to(s.device)
+        for i in range(0, len(queries), 512):
+            rows = slice(i, i + 512)
+            found = torch.cat([s[rows], queries[rows] @ train], 1)                  # (512, k + n)
+            both = torch.cat([classes[rows], labels.expand(len(found), -1)], 1)
+            s[rows], place = found.topk(k)
+            classes[rows] = both.gather(1, place)
+    if world and world.size > 1:                   # the nearest of all processes' nearest
+        s, classes = (torch.cat(world.gather(x).chunk(world.size), 1) for x in (s, classes))
+        s, place = s.topk(k)
+        classes = classes.gather(1, place)
+    weights = ((s - s[:, :1]) / temperature).exp()              # of the greatest 1: no overflow
+    votes = s.new_zeros(len(s), num_classes).scatter_add_(1, classes, weights)
+    return 100 * (votes.argmax(1) == truth.to(s.device)).float().mean().item()
 
 
 def knn_of(backbone, train, test, image_size, world, workers, skip_bad, k=200):
-    """kNN accuracy in percent of a backbone's features of train and test, Images."""
-    dtype = torch.half if world.device.type == "cuda" else torch.float      # ImageNet: 5 GB in half
-    a, b = (extract_features(backbone, images, image_size, world, 512, workers, skip_bad, dtype)
-            for images in (train, test))
-    return knn_accuracy(a, train.labels, b, test.labels, train.num_classes, k)
+    """kNN accuracy in percent of a backbone's features of train and test, Images. All processes
+    must call this."""
+    options = image_size, world, 512, workers, skip_bad
+    order = torch.arange(world.rank, len(train.names), world.size)
+    labels = train.labels[order].split(512)
+    chunks = zip(features_of(backbone, train, order, *options), labels, strict=True)
+    return knn_accuracy(chunks, extract_features(backbone, test, *options), test.labels,
+                        train.num_classes, k, world=world)
 
 
 def decay(done, drops=()):
@@ -269,7 +290,7 @@ def finetune(backbone, dim, images, settings, world, run=None):
 def labelled(images, settings):
     """The images whose labels fine-tuning may use: those listed, or a share of each class."""
     n, generator = len(images.names), step_generator(settings.seed)
-    index = (listed_subset(images.names, settings.labels_file) if settings.labels_file else
+    index = (listed_subset(images, settings.labels_file) if settings.labels_file else
              balanced_subset(images.labels, settings.labels, generator))
     say(f"fine-tuning on {len(index)} labelled images")
     if settings.labels_file and (len(index) < 0.05 * n) != (settings.labels < 0.05):
@@ -286,20 +307,30 @@ def balanced_subset(labels, fraction, generator):
     return torch.cat(chosen).sort().values
 
 
-def listed_subset(names, path):
-    """The images that a text file lists, a name a line, with or without folders: sorted indices
-    into names (N,). Raises UserError where it lists none of them or a name fits several."""
+def listed_subset(images, path):
+    """The images that a text file lists: sorted indices. A line holds a name, with or without
+    folders, and perhaps the number of its class, as OpenSelfSup's and mmselfsup's lists do."""
     try:
-        wanted = {line.strip() for line in Path(path).read_text().splitlines()} - {""}
+        lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--labels-file {path} cannot be read as a list ({error})") from None
-    fits = [wanted & {name, name.removeprefix("train/"), Path(name).name} for name in names]
-    chosen, found = [i for i, fit in enumerate(fits) if fit], set().union(*fits)
+    parts = [re.fullmatch(r"\s*(.*?\S)(?:\s+(\d+))?\s*", line) for line in lines]
+    wanted = dict(part.groups() for part in parts if part)      # {name: number or None}
+    chosen, found = [], set()
+    for i, name in enumerate(images.names):
+        fits = wanted.keys() & {name, name.removeprefix("train/"), Path(name).name}
+        if fits:
+            chosen.append(i)
+        found |= fits
+        label = images.labels[i].item()
+        if any(wanted[fit] not in (None, str(label)) for fit in fits):
+            raise UserError(f"--labels-file {path}: {name} is of another class there than "
+                            f"{label}, its folder's place in train/")
     if not chosen or len(chosen) > len(found):
         raise UserError(f"--labels-file {path} lists {len(wanted)} names, of which {len(found)} "
                         f"fit {len(chosen)} images: it must name images of the data set, with "
                         f"their folders where the names alone are not unique")
-    if missing := len(wanted - found):
+    if missing := len(wanted) - len(found):
         say(f"*** {path}: {missing} of its {len(wanted)} names are not in the data set")
     return torch.tensor(chosen)
 
@@ -337,7 +368,7 @@ def parse(argv=None):
     add("--skip-bad", action="store_true", help="leave out unreadable images (large ones: grey)")
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", choices=["linear", "knn", "finetune"], default="linear",
-        help="linear: kNN and a linear probe; finetune: semi-supervised")
+        help="linear: a linear probe, of small pictures kNN, too; finetune: semi-supervised")
     add("--labels", type=flags.real(1e-6, 1), default=0.01, help="finetune: share of the labels")
     add("--labels-file", help="finetune: a text file that names the labelled images instead, e.g. "
         "the public lists of 1%% and 10%% of ImageNet; the recipe depends on --labels")
@@ -414,17 +445,17 @@ def evaluate(settings, backbone, dim, world):
         run.report("finetune", len(train.names), top(head(features(test)), test.labels), head)
     elif settings.protocol == "linear" and not settings.augment:
         x, test_x = features(train), features(test)
-        run.report("kNN", n, {"top1": knn_accuracy(x, train.labels, test_x, test.labels,
+        run.report("kNN", n, {"top1": knn_accuracy([(x, train.labels)], test_x, test.labels,
                                                    train.num_classes, settings.k)})
         head = linear_on_features(x, train.labels, train.num_classes, settings, run)
         run.report("linear", n, top(head(test_x), test.labels), head)
+    elif settings.protocol == "linear":
+        check = features(test), test.labels
+        head = linear_on_pictures(backbone, dim, train, settings, world, run, check)
+        run.report("linear", n, top(head(check[0]), check[1]), head)
     else:
         run.report("kNN", n, {"top1": knn_of(backbone, train, test, settings.image_size, world,
                                              settings.workers, settings.skip_bad, settings.k)})
-        if settings.protocol == "linear":
-            check = features(test), test.labels
-            head = linear_on_pictures(backbone, dim, train, settings, world, run, check)
-            run.report("linear", n, top(head(check[0]), check[1]), head)
 
 
 def main():

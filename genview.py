@@ -4,6 +4,7 @@ Legend of the shapes: N images, n of a batch, V views of each, S side of a view 
 T tokens (positions of a feature map), K features of a token.
 """
 import hashlib
+import itertools
 import math
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import shapes
 from quality_loss import fit_foreground, foreground_threshold, orient_foreground, pair_quality
 from support import augment, data
 from support.augment import Augmentation, Draws, normalise, recolour, renormalise
-from support.data import IN_MEMORY_SIZE, Images, spaced, to_tensor
+from support.data import IN_MEMORY_SIZE, Files, Images, spaced, to_tensor
 from support.files import read_component
 from support.world import UserError, ignore_sigterm, progress, say, step_generator
 
@@ -101,81 +102,92 @@ class PairLoader:
         self.image_size, self.batch_size, self.seed = image_size, batch_size, seed
         self.world, self.workers, self.skip_bad = world, workers, skip_bad
         self.steps = len(images.names) // batch_size
-        if images.pixels is not None:              # small enough for the device's own memory
+        n = batch_size // world.size
+        self.share = slice(world.rank * n, (world.rank + 1) * n)       # of this process
+        self.in_memory, self.place = images.pixels is not None, None
+        if self.in_memory:                         # small enough for the device's own memory
             self.pixels = images.pixels.to(world.device)
             self.others = self.pixels if views is None else views.to(world.device)
 
     def epoch(self, epoch, start=0):
         """Yields V views, each (n, 3, S, S): this process's share of each batch from step start."""
-        order = torch.randperm(len(self.images.names), generator=step_generator(self.seed, epoch))
-        n = self.batch_size // self.world.size
-        share = slice(self.world.rank * n, (self.world.rank + 1) * n)
-        batches = [order[i * self.batch_size:][:self.batch_size][share]
-                   for i in range(start, self.steps)]
-        swaps = (self._swap(epoch, step, share) for step in range(start, self.steps))
-        draws = (self._draw(epoch, step, share) for step in range(start, self.steps))
-        in_memory = self.images.pixels is not None
-        crops = self._crops_in_memory if in_memory else self._crops_of_files
-        for views, draw, orders in crops(zip(batches, swaps, strict=True), draws, epoch):
+        batches = self._batches if self.in_memory else self._crops_of_files
+        for step, batch in enumerate(batches(epoch, start), start):
+            draw, orders = self._draw(epoch, step)
+            views = self._crops_in_memory(*batch, draw) if self.in_memory else batch
+            views = (x.to(self.world.device, non_blocking=True).float() / 255 for x in views)
             yield [recolour(x, draw.of_view(v), orders[v], self.augmentations[v])     # normalises
                    .contiguous(memory_format=torch.channels_last) for v, x in enumerate(views)]
 
-    def _swap(self, epoch, step, share):
-        """For each pair of a step: is view 1 the generated one? (n,) bool. Else view 2 is."""
-        generator = step_generator(self.seed, epoch, step, 1)       # 1: a stream of its own
-        return torch.rand(self.batch_size, generator=generator)[share] < 0.5
+    def _batches(self, epoch, start):
+        """Yields this process's share of each batch: indices of images (n,), and for each pair: is
+        view 1 the generated one? (n,) bool. Else view 2 is."""
+        order = torch.randperm(len(self.images.names), generator=step_generator(self.seed, epoch))
+        for step in range(start, self.steps):
+            generator = step_generator(self.seed, epoch, step, 1)   # 1: a stream of its own
+            swap = torch.rand(self.batch_size, generator=generator) < 0.5
+            yield order[step * self.batch_size:][:self.batch_size][self.share], swap[self.share]
 
-    def _draw(self, epoch, step, share):
+    def _draw(self, epoch, step):
         """All other random numbers of a step, the same in every process: Draws of (n, V) of this
         one's share, and the orders of the colour jitters."""
         generator, count = step_generator(self.seed, epoch, step), len(self.augmentations)
         orders = [torch.randperm(4, generator=generator).tolist() for _ in range(count)]
-        u = torch.rand(self.batch_size, count, Draws.COLUMNS, generator=generator)[share]
+        u = torch.rand(self.batch_size, count, Draws.COLUMNS, generator=generator)[self.share]
         return Draws.split(u.to(self.world.device, non_blocking=True)), orders
 
-    def _crops_in_memory(self, batches, draws, epoch):
-        for (index, swap), (draw, orders) in zip(batches, draws, strict=True):
-            index, swap = (x.to(self.pixels.device, non_blocking=True) for x in (index, swap))
-            image, other = self.pixels[index], self.others[index]                   # X_i, X_i^+
-            swap = swap[:, None, None, None]
-            pair = torch.where(swap, other, image), torch.where(swap, image, other)
-            views = []
-            for v, t in enumerate(self.augmentations):
-                boxes = augment.crop_boxes(draw.crop[:, v], *image.shape[2:], t.scale)
-                views.append(augment.crop(pair[v % 2], boxes, t.size or self.image_size) / 255)
-            yield views, draw, orders
+    def _crops_in_memory(self, index, swap, draw):
+        index, swap = (x.to(self.pixels.device, non_blocking=True) for x in (index, swap))
+        image, other = self.pixels[index], self.others[index]                       # X_i, X_i^+
+        swap = swap[:, None, None, None]
+        pair = torch.where(swap, other, image), torch.where(swap, image, other)
+        for v, t in enumerate(self.augmentations):
+            boxes = augment.crop_boxes(draw.crop[:, v], *image.shape[2:], t.scale)
+            yield augment.crop(pair[v % 2], boxes, t.size or self.image_size)
 
-    def _crops_of_files(self, batches, draws, epoch):
-        dataset = CropPairs(self.images, self.views, self.augmentations, self.image_size, self.seed,
-                            epoch, self.skip_bad)
-        keys = (list(zip(index.tolist(), swap.tolist(), strict=True)) for index, swap in batches)
-        loader = DataLoader(dataset, batch_sampler=keys, num_workers=self.workers,
-                            worker_init_fn=ignore_sigterm,
-                            pin_memory=self.world.device.type == "cuda")
-        for views, (draw, orders) in zip(loader, draws, strict=True):
-            views = [x.to(self.world.device, non_blocking=True).float() / 255 for x in views]
-            yield views, draw, orders
+    def _crops_of_files(self, epoch, start):
+        """Yields the V crops of each batch. The workers live on: they read the next epoch's batches
+        while this one ends and while kNN runs."""
+        if self.place != (epoch, start):           # no workers yet, or they are elsewhere
+            pairs = CropPairs(self.images, self.views, self.augmentations, self.image_size,
+                              self.seed, self.skip_bad)
+            self.stream = iter(DataLoader(
+                pairs, batch_sampler=self._keys(epoch, start), num_workers=self.workers,
+                worker_init_fn=ignore_sigterm, pin_memory=self.world.device.type == "cuda"))
+        for step in range(start, self.steps):
+            last = step + 1 == self.steps
+            self.place = (epoch + 1, 0) if last else (epoch, step + 1)
+            yield next(self.stream)
+
+    def _keys(self, epoch, start):
+        """Yields the keys of CropPairs of each batch, without end."""
+        for now in itertools.count(epoch):
+            for index, swap in self._batches(now, start if now == epoch else 0):
+                yield [(now, *key) for key in zip(index.tolist(), swap.tolist(), strict=True)]
 
 
 class CropPairs(Dataset):
     """Crops of large images: workers decode and crop; colours and normalisation follow."""
 
-    def __init__(self, images, views, augmentations, image_size, seed, epoch, skip_bad):
-        self.images, self.views, self.augmentations = images, views, augmentations
-        self.image_size, self.seed, self.epoch, self.skip_bad = image_size, seed, epoch, skip_bad
+    def __init__(self, images, views, augmentations, image_size, seed, skip_bad):
+        self.images = Files(images.root / name for name in images.names)
+        self.views = Files(views or [None] * len(images.names))
+        self.augmentations, self.image_size = augmentations, image_size
+        self.seed, self.skip_bad = seed, skip_bad
 
     def __getitem__(self, key):
-        index, swap = key
-        generator = step_generator(self.seed, self.epoch, index, 2)     # 2: a stream of its own
+        """key: epoch, index of the image, is view 1 the generated one? -> V crops (3, S, S)."""
+        epoch, index, swap = key
+        generator = step_generator(self.seed, epoch, index, 2)      # 2: a stream of its own
         draws = Draws.split(torch.rand(len(self.augmentations), Draws.COLUMNS, generator=generator))
         try:
-            image = other = to_tensor(self.images.pil(index))
-            if self.views is not None and self.views[index] is not None:
-                other = to_tensor(data.open_image(self.views[index]))
+            image = other = to_tensor(data.open_image(self.images[index]))
+            if view := self.views[index]:
+                other = to_tensor(data.open_image(view))
         except UserError:
             if not self.skip_bad:
                 raise
-            return self[(index + 1) % len(self.images.names), swap]
+            return self[epoch, (index + 1) % len(self.images), swap]
         pair = (other, image) if swap else (image, other)
         tries = draws.crop.tolist()
         views = []
@@ -312,9 +324,10 @@ class PairQuality:
     def __init__(self, encoder, component):
         self.encoder, self.component = encoder, component
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, view1, view2):
-        return pair_quality(self.encoder(view1), self.encoder(view2), self.component)
+        features1, features2 = self.encoder(torch.cat([view1, view2])).chunk(2)     # each (N, T, K)
+        return pair_quality(features1, features2, self.component)
 
 
 def find_foreground(batches, count, size, path=None, flip=False):

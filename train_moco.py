@@ -328,6 +328,8 @@ def prepare(args, images, world):
             component = genview.find_component(encoder, images, args, world)
         component = -component if args.flip_foreground else component
         quality_of = genview.PairQuality(encoder, component.to(world.device))
+        if args.compile:
+            encoder.compile()
     pool = images
     if args.views == "extra":
         pool, views = genview.expand(images, views), None

@@ -126,8 +126,8 @@ def files(world, n=64):
         images = Images([f"image-{i}.jpg" for i in range(n)], torch.zeros(n), 1, None,
                         Path(folder.name))
         views = [Path(folder.name, f"view-{i}.jpg") for i in range(n)] if second else None
-        pairs = CropPairs(images, views, [Augmentation()] * 2, 224, 0, 0, False)
-        return lambda: [pairs[i, False] for i in range(n)]
+        pairs = CropPairs(images, views, [Augmentation()] * 2, 224, 0, False)
+        return lambda: [pairs[0, i, False] for i in range(n)]
 
     def pillow(*kinds):
         for i in range(n):

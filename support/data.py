@@ -42,6 +42,23 @@ class Images(NamedTuple):
         return self._replace(names=names, labels=self.labels[index], pixels=pixels)
 
 
+class Files:
+    """Paths of image files in two arrays, for workers. Reading a list of strings counts references
+    to them, which writes: each forked worker would copy it."""
+
+    def __init__(self, paths):
+        encoded = [os.fsencode(path or "") for path in paths]
+        self.text = np.frombuffer(b"".join(encoded), np.uint8)
+        self.ends = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        """The path of file i, a string, or None where there is none."""
+        return os.fsdecode(self.text[self.ends[i]:self.ends[i + 1]].tobytes()) or None
+
+
 def open_image(path):
     """An image file as PIL's RGB image, upright; UserError where it cannot be read."""
     try:

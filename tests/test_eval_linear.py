@@ -191,12 +191,13 @@ def test_knn_matches_the_loop(k, t):
     centres = torch.randn(4, 6, generator=generator)
     train, test = (centres[y] + 1.2 * torch.randn(len(y), 6, generator=generator)
                    for y in (labels, truth))
-    ours = ev.knn_accuracy(train * 3, labels, test, truth, num_classes=4, k=k, temperature=t)
+    chunks = zip((train * 3).split(7), labels.split(7), strict=True)
+    ours = ev.knn_accuracy(chunks, test, truth, num_classes=4, k=k, temperature=t)
     if t > 0.01:                                   # exp(s / t) of the loop overflows below
         loop = knn_loop(train.tolist(), labels.tolist(), test.tolist(), truth.tolist(), 4, k, t)
         assert ours == pytest.approx(loop) and 25 < ours < 100
     else:                                          # as t falls, the nearest neighbour decides
-        assert ours == ev.knn_accuracy(train, labels, test, truth, 4, k=1, temperature=1.0)
+        assert ours == ev.knn_accuracy([(train, labels)], test, truth, 4, k=1, temperature=1.0)
 
 
 # ---------------------------------------------------------------------------------- labelled images
@@ -217,24 +218,27 @@ def test_balanced_subset():
 def test_finetuning_on_a_list_of_names(tmp_path, capsys):
     names = [f"train/{'ab'[i % 2]}/{i}.png" for i in range(60)]
     listed = tmp_path / "names.txt"
-    listed.write_text("7.png\ntrain/a/12.png\r\n\nb/3.png\n")
-    assert ev.listed_subset(names, listed).tolist() == [3, 7, 12]
+    listed.write_text("7.png\ntrain/a/12.png 0\r\n\nb/3.png 1\n")       # a name, or name and class
+    images = coloured()._replace(names=names)
+    assert ev.listed_subset(images, listed).tolist() == [3, 7, 12]
     given = settings(labels=0.01, labels_file=listed)
-    chosen = ev.labelled(coloured()._replace(names=names), given)
+    chosen = ev.labelled(images, given)
     assert chosen.names == [names[i] for i in (3, 7, 12)]
     said = capsys.readouterr().out
     assert "fine-tuning on 3 labelled images" in said and "not in the data set" not in said
     assert "the list holds 5.0% of the images, but the recipe is that of --labels 0.01" in said
     with open(listed, "a") as file:
         file.write("99.png\n")
-    assert ev.listed_subset(names, listed).tolist() == [3, 7, 12]
+    assert ev.listed_subset(images, listed).tolist() == [3, 7, 12]
     assert "1 of its 4 names are not in the data set" in capsys.readouterr().out
     same_name = [f"{c}/7.png" for c in "abcd"]
+    (wrong := tmp_path / "wrong.txt").write_text("1.png 1\n2.png 1\n")
     for others, path, message in ((["x.png"], listed, "lists 4 names, of which 0 fit 0 images"),
                                   (same_name, listed, "fit 4 images.*with their folders"),
+                                  (names, wrong, "train/a/2.png is of another class there than 0"),
                                   (names, tmp_path / "nothing.txt", "cannot be read as a list")):
         with pytest.raises(UserError, match=message):
-            ev.listed_subset(others, path)
+            ev.listed_subset(images._replace(names=others), path)
 
 
 # ------------------------------------------------------------------------------------------ probes
@@ -349,7 +353,8 @@ def test_the_script(folder, capsys, protocol, options, last, place, count):
     top5 = "" if last == "kNN" else r", top-5 100\.0%"
     line = rf"{last} top-1 \d{{1,3}}\.\d%{top5} \(fitted on {count} labelled images\)"
     assert re.fullmatch(line, output.splitlines()[-1])
-    assert bool(re.search(r"^kNN top-1 \d", output, re.M)) == (protocol != "finetune")
+    with_knn = protocol != "finetune" and "--augment" not in options
+    assert bool(re.search(r"^kNN top-1 \d", output, re.M)) == with_knn
     record = json.loads((folder / place / "result.json").read_text())
     result, used = record["results"][last], record["settings"]
     assert f"top-1 {result['top1']:.1f}%" in output.splitlines()[-1]
@@ -457,11 +462,12 @@ def test_two_processes_evaluate_like_one(folder, tmp_path, monkeypatch):
         evaluate(*knn)
         evaluate("--protocol", "finetune", "--labels", 1, "--epochs", 1)
         evaluate("--augment", "--lr", 0.1, "--epochs", 1, "--output-dir", tmp_path / "store-2")
+        evaluate("--protocol=knn", "--k=3", "--limit=11")
     assert end(*start_two([work] * 2, tmp_path)) == [0, 0]
     monkeypatch.setattr(ev, "setup", lambda device: CPU)
     evaluate(*knn, "--output-dir", tmp_path / "one")
-    two, tuned, pictures, one = (
+    two, tuned, pictures, streamed, one = (
         json.loads((tmp_path / name / "result.json").read_text())["results"]
-        for name in ("linear", "finetune-100", "store-2", "one"))
+        for name in ("linear", "finetune-100", "store-2", "knn", "one"))
     assert two == one and tuned["finetune"]["labelled_images"] == 12
-    assert list(pictures) == ["kNN", "linear"]
+    assert list(pictures) == ["linear"] and streamed == {"kNN": one["kNN"]}

@@ -216,6 +216,18 @@ def test_two_processes_make_one_batch(pairs):
     assert same(batches(*pairs), joined)
 
 
+def test_workers_live_on_and_change_no_pixel(files):
+    """Two epochs from the middle of the first, one more, and an epoch that does not follow."""
+    def loader(workers):
+        return PairLoader(*files, (FULL, FULL), 16, 4, 3, CPU, workers)
+    alone, ahead = loader(0), loader(2)
+    streams = []
+    for epoch, start in ((1, 2), (2, 0), (0, 0), (1, 0)):
+        assert same(list(ahead.epoch(epoch, start)), list(alone.epoch(epoch))[start:])
+        streams.append(ahead.stream)
+    assert streams[0] is streams[1] is not streams[2] and streams[2] is streams[3]
+
+
 def test_half_of_the_generated_ones_are_view_1(files):
     black = torch.zeros(400, 3, 8, 8, dtype=torch.uint8)
     images, first = Images([str(i) for i in range(400)], torch.zeros(400), 1, black), 0
@@ -255,8 +267,8 @@ def test_without_views_both_are_of_the_image():
 
 
 def test_crops_of_files_are_crops_of_the_picture(files):
-    dataset = genview.CropPairs(files[0], None, [PLAIN] * 2, 16, seed=3, epoch=0, skip_bad=False)
-    view1, view2 = dataset[5, False]
+    dataset = genview.CropPairs(files[0], None, [PLAIN] * 2, 16, seed=3, skip_bad=False)
+    view1, view2 = dataset[0, 5, False]
     assert view1.shape == view2.shape == (3, 16, 16) and view1.dtype == torch.uint8
     assert not torch.equal(view1, view2)
     u = torch.rand(2, Draws.COLUMNS, generator=step_generator(3, 0, 5, 2))
