@@ -30,7 +30,7 @@ from support.checkpoints import MEAN_STD, load_backbone
 from support.data import Files, open_image, to_tensor
 from support.evaluations import Evaluation, folder_of
 from support.networks import LARS
-from support.world import UserError, ignore_sigterm, progress, say, script, setup, step_generator
+from support.world import UserError, progress, say, script, setup, start_worker, step_generator
 
 CROP_SCALE = (0.08, 1.0)      # share of the image's area in a crop: torchvision's default
 
@@ -64,7 +64,7 @@ def pictures(images, order, image_size, world, batch_size, workers=4, draw=None,
     if not in_memory:
         loader = iter(DataLoader(
             Crops(images, image_size, draw, skip_bad), batch_sampler=[b.tolist() for b in batches],
-            num_workers=workers, worker_init_fn=ignore_sigterm,
+            num_workers=workers, worker_init_fn=start_worker,
             pin_memory=world.device.type == "cuda"))
     for step, index in enumerate(batches):
         x = (images.pixels[index] if in_memory else next(loader)).to(world.device).float()

@@ -18,7 +18,7 @@ from support import augment, data
 from support.augment import Augmentation, Draws, normalise, recolour, renormalise
 from support.data import IN_MEMORY_SIZE, Files, Images, spaced, to_tensor
 from support.files import read_component
-from support.world import UserError, ignore_sigterm, progress, say, step_generator
+from support.world import UserError, progress, say, start_worker, step_generator
 
 FIT_IMAGES = 10_000           # images that the foreground component is fitted on (release)
 FRACTION = 0.4                # share of all tokens that is foreground; sets alpha, Eq. 7 (release)
@@ -153,7 +153,7 @@ class PairLoader:
                               self.seed, self.skip_bad)
             self.stream = iter(DataLoader(
                 pairs, batch_sampler=self._keys(epoch, start), num_workers=self.workers,
-                worker_init_fn=ignore_sigterm, pin_memory=self.world.device.type == "cuda"))
+                worker_init_fn=start_worker, pin_memory=self.world.device.type == "cuda"))
         for step in range(start, self.steps):
             last = step + 1 == self.steps
             self.place = (epoch + 1, 0) if last else (epoch, step + 1)

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import ctypes
 import datetime
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -299,9 +300,11 @@ def share_of_cores():
     return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def ignore_sigterm(_):
-    """For a loader's processes: clusters send SIGTERM to all, but the main process saves first."""
+def start_worker(_):
+    """In each of a loader's processes. Clusters send SIGTERM to all, but the main process saves
+    first. A garbage collection would write to every object of the main process, and so copy it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    gc.freeze()
 
 
 @atexit.register
