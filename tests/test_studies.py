@@ -1,4 +1,5 @@
 """The studies as modules; bench.py's table (not how fast things are); ablation.py's rows."""
+import functools
 import importlib
 import json
 import re
@@ -60,7 +61,7 @@ def test_the_loops_train_the_same_network(monkeypatch):
             made.append(self)
     monkeypatch.setattr(bench, "MoCoV2", Recorded)
     bench.training(CPU, batch=8, n=64)[-1]()
-    assert 0 < bench.plain_step(torch.device("cpu"), batch=8, n=64) < 20
+    assert 0 < bench.plain_step(CPU, batch=8, n=64) < 20
     ours, plain = made
     assert [p.shape for p in ours.parameters()] == [p.shape for p in plain.parameters()]
     for method in made:                            # a gradient reached every weight
@@ -76,10 +77,16 @@ def test_generation_is_timed_both_ways():
         assert n == 2
 
 
-def test_the_table(capsys):
-    call(bench, "augmentation", "--device", "cpu")
+def test_the_table(capsys, monkeypatch):
+    """Rows of time, which take turns, and rows of one value."""
+    monkeypatch.setattr(bench, "loader", functools.partial(bench.loader, n=6, batch=2))
+    bench.loader.__name__ = "loader"
+    call(bench, "augmentation", "loader", "--device", "cpu")
     said = capsys.readouterr().out
     assert re.search(r"\| augmentation, two views of an image each \| [\d,.]+ \| 1\.00 \|", said)
+    assert re.search(r"share of a step spent waiting \| \d+\.\d% \| \|\n", said)
+    assert re.search(r"gap between two epochs, in steps \| \d+\.\d\d \| \|\n", said)
+    assert all(value >= 0 for value in bench.stream(torch.device("cpu"), 1024, 8))
 
 
 # ---------------------------------------------------------------------------------------- ablation
