@@ -131,8 +131,7 @@ def find_files(root, split):
         raise UserError(f"{folder} holds classes that {train} does not: {', '.join(unknown[:5])}")
     names, labels, others = [], [], []
     for label, name in enumerate(classes):
-        walk = os.walk(folder / name, followlinks=True)
-        files = sorted(Path(base, file) for base, _, found in walk for file in found)
+        files = sorted(files_below(folder / name))
         names += [str(f.relative_to(root)) for f in files if f.suffix.lower() in SUFFIXES]
         labels += [label] * (len(names) - len(labels))
         others += [f for f in files if f.suffix.lower() not in SUFFIXES]
@@ -150,6 +149,19 @@ def find_files(root, split):
     say(f"{folder}: {len(names)} images, {len(here)} of {len(classes)} classes" + (
         f"; {len(others)} other files are left out, such as {others[0].name}" if others else ""))
     return Images(names, torch.tensor(labels), len(classes), root=root)
+
+
+def files_below(folder):
+    """All files in a folder and below it, behind links to folders, too, in no fixed order."""
+    for base, folders, found in os.walk(folder, followlinks=True):
+        here = Path(base).resolve()                # a link to a folder above would not end
+        folders[:] = [name for name in folders if not here.is_relative_to((here / name).resolve())]
+        yield from (Path(base, file) for file in found)
+
+
+def image_files(folder):
+    """The image files among these."""
+    return (path for path in files_below(folder) if path.suffix.lower() in SUFFIXES)
 
 
 def class_folders(folder):
@@ -216,12 +228,6 @@ def find_views(images, views_dir, dataset):
                         f"made for {theirs} (data set, classes, source), here is {dataset}, "
                         f"{images.num_classes}, {images.source}")
     return paths
-
-
-def image_files(folder):
-    """The image files in a folder and below it, in no fixed order."""
-    for base, _, found in os.walk(folder):
-        yield from (Path(base, file) for file in found if Path(file).suffix.lower() in SUFFIXES)
 
 
 def views_into_memory(images, paths, skip_bad=False):

@@ -500,13 +500,14 @@ def test_other_architectures_are_refused(arch):
 
 def test_classes_are_numbered_by_the_training_folders(tmp_path, capsys):
     """A split that lacks a class has the same labels; hidden folders are no classes; links are
-    followed; what is left out is counted and named; an unknown class is refused."""
+    followed, but not upwards; what is left out is counted; unknown classes are refused."""
     for name in ("train/a", "train/b", "train/c", "val/b", "val/c", "train/.ipynb_checkpoints"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
     (tmp_path / "far").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "far/1.png")
     (tmp_path / "train/c/linked").symlink_to(tmp_path / "far")
+    (tmp_path / "train/c/upwards").symlink_to(tmp_path / "train")
     (tmp_path / "train/a/x.gif").touch()
     train, test = (find_files(tmp_path, split) for split in ("train", "test"))
     assert train.labels.tolist() == [0, 1, 2, 2] and test.labels.tolist() == [1, 2]
