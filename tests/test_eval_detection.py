@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from running import CPU, call, end, json_lines, refusal, start_two
 from torchvision.models.detection import MaskRCNN
+from torchvision.ops import MultiScaleRoIAlign
 
 import eval_detection
 import train_moco
@@ -66,7 +67,8 @@ def backbone(tmp_path_factory):
 
 
 FEW = dict(rpn_pre_nms_top_n_train=60, rpn_post_nms_top_n_train=60, rpn_pre_nms_top_n_test=60,
-           rpn_post_nms_top_n_test=60, box_detections_per_img=10)      # a small part of the time
+           rpn_post_nms_top_n_test=60, box_detections_per_img=10,
+           box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], 2, 2))      # much less to compute
 
 
 def flags_of(coco, backbone, folder, steps, *more):
