@@ -6,6 +6,7 @@ T tokens (positions of a feature map), K features of a token.
 import hashlib
 import itertools
 import math
+import weakref
 from pathlib import Path
 
 import torch
@@ -151,8 +152,11 @@ class PairLoader:
         if self.place != (epoch, start):           # no workers yet, or they are elsewhere
             pairs = CropPairs(self.images, self.views, self.augmentations, self.image_size,
                               self.seed, self.skip_bad)
+            # By a proxy: a cycle of references would be collected in an order that leaves workers
+            # waiting for 20 s.
+            keys = PairLoader._keys(weakref.proxy(self), epoch, start)
             self.stream = iter(DataLoader(
-                pairs, batch_sampler=self._keys(epoch, start), num_workers=self.workers,
+                pairs, batch_sampler=keys, num_workers=self.workers,
                 worker_init_fn=start_worker, pin_memory=self.world.device.type == "cuda"))
         for step in range(start, self.steps):
             last = step + 1 == self.steps
@@ -162,7 +166,8 @@ class PairLoader:
     def _keys(self, epoch, start):
         """Yields the keys of CropPairs of each batch, without end."""
         for now in itertools.count(epoch):
-            for index, swap in self._batches(now, start if now == epoch else 0):
+            steps = PairLoader._batches(self, now, start if now == epoch else 0)
+            for index, swap in steps:
                 yield [(now, *key) for key in zip(index.tolist(), swap.tolist(), strict=True)]
 
 
