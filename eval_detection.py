@@ -4,7 +4,8 @@
     torchrun --nproc_per_node=8 eval_detection.py --backbone runs/<name>/backbone.pt   # 1x schedule
 
 The network is torchvision's and all of it is trained. Pictures are normalised as in
-pretraining. pycocotools reads the annotations and computes COCO's average precision.
+pretraining. pycocotools reads the annotations and computes COCO's average precision. The file is
+longer than others because torchvision has neither COCO's data with checks nor a training loop.
 """
 import contextlib
 import hashlib
@@ -22,7 +23,7 @@ from support import world as flags
 from support.checkpoints import MEAN_STD, load_backbone, load_checkpoint
 from support.data import IN_MEMORY_SIZE, open_image, to_tensor
 from support.files import append, write_whole
-from support.world import UserError, progress, say, script, setup, step_generator
+from support.world import UserError, progress, say, script, setup, start_worker, step_generator
 
 # The customary 1x schedule: 90,000 steps of 16 pictures, lr drops to a tenth after 2/3 and 8/9.
 # Other batches have as many pictures in all and in the warm-up, and a rate that grows linearly.
@@ -171,7 +172,7 @@ def train(model, data, args, world):
     start = resume(path, this_run, model, optimizer) if path.exists() else 0
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world.size > 1 else model
     loader = DataLoader(data, batch_sampler=list(batches(len(data), args, world, start)),
-                        num_workers=args.workers, collate_fn=list,
+                        num_workers=args.workers, worker_init_fn=start_worker, collate_fn=list,
                         pin_memory=world.device.type == "cuda")
     bar = progress(loader, "training", "step")
     saved, window = time.time(), []
@@ -225,7 +226,8 @@ def detect(model, data, args, world):
     model.eval()
     found = []
     share = Subset(data, range(world.rank, len(data), world.size))
-    loader = DataLoader(share, batch_size=None, num_workers=args.workers)
+    loader = DataLoader(share, batch_size=None, num_workers=args.workers,
+                        worker_init_fn=start_worker)
     for picture, target in progress(loader, "detecting", "image"):
         result = {key: x.cpu() for key, x in model([picture.to(world.device)])[0].items()}
         result["boxes"][:, 2:] -= result["boxes"][:, :2]

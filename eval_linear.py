@@ -3,9 +3,10 @@
     python eval_linear.py --checkpoint runs/<name>/last.pt                  # kNN and linear probe
     python eval_linear.py --checkpoint runs/<name>/last.pt --protocol finetune --labels 0.01
 
-Reads checkpoints of this project, torchvision and the authors' release. Runs under torchrun, too.
+Reads checkpoints of this project, the authors' release and others. Runs under torchrun, too.
 Writes result.json, head.pt (a linear layer for the backbone's features), log.jsonl and last.pt
-into linear/, knn/ or finetune-<percent>/ beside the checkpoint.
+into linear/, knn/ or finetune-<percent>/ beside the checkpoint. The file is longer than others
+because three protocols, on features or on pictures, share it.
 
 Legend of the shapes: N images, S side of a picture in pixels, D features of an image, C classes.
 """

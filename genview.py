@@ -152,8 +152,6 @@ class PairLoader:
         if self.place != (epoch, start):           # no workers yet, or they are elsewhere
             pairs = CropPairs(self.images, self.views, self.augmentations, self.image_size,
                               self.seed, self.skip_bad)
-            # By a proxy: a cycle of references would be collected in an order that leaves workers
-            # waiting for 20 s.
             keys = PairLoader._keys(weakref.proxy(self), epoch, start)
             self.stream = iter(DataLoader(
                 pairs, batch_sampler=keys, num_workers=self.workers,
@@ -164,10 +162,10 @@ class PairLoader:
             yield next(self.stream)
 
     def _keys(self, epoch, start):
-        """Yields the keys of CropPairs of each batch, without end."""
+        """Yields the keys of CropPairs of each batch, without end. self: a proxy; the stream holds
+        this generator, and a cycle of references would be collected before its workers end."""
         for now in itertools.count(epoch):
-            steps = PairLoader._batches(self, now, start if now == epoch else 0)
-            for index, swap in steps:
+            for index, swap in PairLoader._batches(self, now, start if now == epoch else 0):
                 yield [(now, *key) for key in zip(index.tolist(), swap.tolist(), strict=True)]
 
 

@@ -1,6 +1,6 @@
 """How fast is this project on your machine, and against what? Prints one table.
 
-    python -m studies.bench                     # everything; about 25 minutes on 2 CPU cores
+    python -m studies.bench                     # everything; about 10 minutes on 2 CPU cores
     python -m studies.bench steps augmentation  # some of it
 
 Random pixels and weights, on which time does not depend. Nothing is kept.
@@ -8,7 +8,7 @@ Random pixels and weights, on which time does not depend. Nothing is kept.
 import functools
 import importlib.util
 import itertools
-import resource
+import re
 import statistics
 import sys
 import tempfile
@@ -155,7 +155,7 @@ def steps(world):
         step(batch)
     a = torch.randn(4096, 4096, device=world.device, dtype=world.dtype)
     repeats = range(round(counter.get_total_flops() / 2 / 4096 ** 3))
-    yield "... its multiplications as one matrix product", lambda: [a @ a for _ in repeats], 256
+    yield "... its multiplications as matrix products", lambda: [a @ a for _ in repeats], 256
     yield "... with exact quality (mini)", with_quality(world, "mini"), 256
     if world.device.type == "cuda":
         compiled, *_, step = training(world)
@@ -240,7 +240,7 @@ def loader(world, n=256, batch=32):
             train_step(method, optimizer, pair, None, 1.0, 0.0, world)
             times.append(time.perf_counter() - start)
     once = statistics.median(times)
-    kept = slice(2, None)                          # the workers start
+    kept = slice(2, None)                          # in the first two the workers start
     yield (f"loader of files, {loader.workers} workers: share of a step spent waiting",
            f"{100 * sum(waits[kept]) / sum(times[kept]):.1f}%")
     yield "... gap between two epochs, in steps", f"{waits[loader.steps] / once:.2f}"
@@ -251,14 +251,18 @@ def stream(device, count, dim, chunk=512):
     made = torch.randn(2 * chunk, dim, device=device)
     labels = torch.arange(chunk) % 1000
     chunks = ((made[i % chunk:][:chunk], labels) for i in range(count // chunk))
-
-    def peak():
-        if device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2 ** 20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    start, before = time.perf_counter(), peak()
+    start, before = time.perf_counter(), memory(device, peak=False)
     knn_accuracy(chunks, torch.randn(1000, dim, device=device), labels[:1].expand(1000), 1000)
-    return time.perf_counter() - start, peak() - before
+    return time.perf_counter() - start, memory(device, peak=True) - before
+
+
+def memory(device, peak):
+    """MiB that this process holds, or has held at most: of the GPU, else what Linux counts."""
+    if device.type == "cuda":
+        now, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        return (most if peak else now) / 2 ** 20
+    status = Path("/proc/self/status").read_text()     # getrusage would count the parent's peak
+    return int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+)", status)[1]) / 1024
 
 
 def knn(world, count=1_280_000, dim=2048):

@@ -1,18 +1,18 @@
 """generate_views.py, on a tiny pipeline of the real classes with random weights: formulas, files,
 restarts, errors."""
 import json
-import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from argparse import Namespace
-from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import before_call, call, die, end, refusal, start, start_two
+from running import before_call, call, die, end, refusal, start
 
 import generate_views as gv
 from genview import FRACTION, load_images
@@ -194,15 +194,13 @@ def test_a_killed_run_goes_on_to_the_same_views(world, capsys):
     assert len(list(filter(WHOLE.search, lines))) == 24 and len(lines) == 25
 
 
-def test_two_processes_make_the_same_views(world, tmp_path):
-    """The first one says it, for both."""
-    def work():
-        with open(tmp_path / f"out-{os.environ['RANK']}", "w") as said, redirect_stdout(said):
-            run(world, "ranks", "--batch-size", 3)
-    assert end(*start_two([work] * 2, tmp_path)) == [0, 0]
-    assert "24 views made, 0 there already, 0 skipped" in only_line(
-        (tmp_path / "out-0").read_text())
-    assert not (tmp_path / "out-1").read_text()
+def test_torchruns_two_processes_make_the_same_views(world):
+    """By torchrun itself, whose rendezvous forks do not have. The first one says it, for both."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               gv.__file__, *flags_of(world, "ranks"), "--batch-size=3"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "24 views made, 0 there already, 0 skipped" in only_line(done.stdout)
     assert_same_views(world / "ranks", world / "views")
 
 

@@ -1,6 +1,7 @@
 """genview.py and what it uses of support/: augmentations against torchvision's, pairs, images and
 views, the frozen encoder, files, checkpoints, networks."""
 import math
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +227,9 @@ def test_workers_live_on_and_change_no_pixel(files):
         assert same(list(ahead.epoch(epoch, start)), list(alone.epoch(epoch))[start:])
         streams.append(ahead.stream)
     assert streams[0] is streams[1] is not streams[2] and streams[2] is streams[3]
+    stream = weakref.ref(streams.pop())
+    del streams, ahead                             # its workers end at once, not when collected
+    assert stream() is None
 
 
 def test_half_of_the_generated_ones_are_view_1(files):
