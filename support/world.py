@@ -68,7 +68,7 @@ def script(main):
         sys.exit(_report("interrupted; the same command goes on from the last finished file, "
                          "training with --resume", 130))
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and dist.get_backend() == "nccl":     # torch 2.6's gloo may hang
             dist.destroy_process_group()
 
 

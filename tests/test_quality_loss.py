@@ -404,7 +404,6 @@ def weights_of_a_part(rank, folder):
         part, group = slice(cut) if rank == 0 else slice(cut, None), dist.group.WORLD
         results = ql.quality_weights(Q[part], 2.0, group), ql.sinkhorn(SCORES[part], group=group)
         torch.save(results, folder / f"{name}-{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_two_processes_weight_like_one(tmp_path):
