@@ -6,11 +6,13 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from support import world
 from support.world import UserError, World
@@ -52,6 +54,7 @@ def start(work, said=os.devnull):
     try:
         sys.stdout, sys.stderr = open(os.devnull, "w"), open(said, "w")
         torch.set_num_threads(1)
+        tqdm.set_lock(threading.RLock())           # a killed fork holds the one that all share
         world.script(work)
         status = 0
     except SystemExit as stop:
