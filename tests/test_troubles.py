@@ -236,7 +236,8 @@ def test_the_encoder_of_the_release(tmp_path, monkeypatch):
     assert genview.FrozenEncoder.NAMES["release"].endswith("/convnext_base.clip_laion2b_augreg")
     monkeypatch.setitem(genview.FrozenEncoder.NAMES, "release", str(tmp_path))
     encoder, x = genview.FrozenEncoder("release"), torch.randn(1, 3, 224, 224)
-    own = timm.create_model("convnext_base", num_classes=0, depths=[1, 1, 1, 1]).eval()
+    depths = [len(stage.blocks) for stage in model.timm_model.stages]       # 4.48 keeps the usual
+    own = timm.create_model("convnext_base", num_classes=0, depths=depths).eval()
     own.load_state_dict(model.timm_model.state_dict())
     with torch.no_grad():
         expected = own.forward_features(x)
