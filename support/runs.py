@@ -190,9 +190,10 @@ class Run:
             before = then.get(key, self.defaults.get(key))
             moved = key == "views_dir" and "none" not in (before, now[key])
             if before != now[key] and not moved:
+                way = ("its learning rates are of that length; start a new run with yours"
+                       if key == "epochs" else "resume with the flags of that run")
                 raise UserError(f"{self.args.resume} is of a run with another "
-                                f"--{key.replace('_', '-')} ({before}, now {now[key]}): "
-                                f"resume with the flags of that run")
+                                f"--{key.replace('_', '-')} ({before}, now {now[key]}): {way}")
 
     def begin(self, steps, chance):
         """Opens the folder once all is loaded. steps: of an epoch; chance: the loss of a guess."""

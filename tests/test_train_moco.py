@@ -456,7 +456,10 @@ def test_resume_of_another_run(finished, capsys):
     before = last.read_bytes()
     assert "holds a run already" in refusal(capsys, run, *flags)
     line = refusal(capsys, run, *flags, "--arch", "resnet34", "--resume")
-    assert "another --arch (resnet10_narrow, now resnet34)" in line and last.read_bytes() == before
+    assert "another --arch (resnet10_narrow, now resnet34)" in line
+    line = refusal(capsys, run, *flags, "--epochs", 4, "--resume")
+    assert "(3, now 4): its learning rates are of that length; start a new run" in line
+    assert last.read_bytes() == before
 
 
 def test_knn_comes_every_so_many_epochs_and_at_the_end(finished):
