@@ -11,7 +11,6 @@ and losses are computed in float32 on any device, whatever the dtype or autocast
 that do not fit raise a ValueError that names them; finite input gives no NaN. GenView is cited by
 its sections' names: "adaptive view generation", "quality-driven loss" (its weights: all losses).
 
-The file is long because it must stand alone: losses of five methods, documented for copying.
 Shapes: N pairs, T positions of a feature map, K features at a position, D size of an embedding, M
 keys, V views, P prototypes. v1, F, M^f, z^f, s^f, q, w, l, L are the paper's symbols; in the losses
 q is the query.
@@ -24,8 +23,7 @@ import torch.nn.functional as F
 
 
 def in_float32(function):
-    """Decorator: casts tensors to float32, clamped to +-1e15 (a product of two does not overflow),
-    and turns autocast off."""
+    """Decorator: tensors in float32, clamped to +-1e15 (products do not overflow); no autocast."""
     def cast(x):
         return x.float().clamp(-1e15, 1e15) if torch.is_tensor(x) else x
 
@@ -37,13 +35,20 @@ def in_float32(function):
     return wrapper
 
 
-def _check(condition, message):
+def _check(condition, wanted, *got):
     if not condition:
-        raise ValueError(message)
+        got = (str(tuple(x.shape) if torch.is_tensor(x) else x) for x in got)
+        raise ValueError(f"{wanted}, got {', '.join(got)}")
+
+
+def _reduce(x, group, operation=dist.ReduceOp.SUM):
+    """x reduced over all ranks of a process group, in place; None: this process alone."""
+    if group is not None:
+        dist.all_reduce(x, operation, group=group)
+    return x
 
 
 # --------------------------------------------------------------------------------- weights of pairs
-
 @in_float32
 def foreground_attention(features, component):
     r"""Where in a view the foreground is, and where the background: distributions over positions.
@@ -58,8 +63,7 @@ def foreground_attention(features, component):
     ([0.0, 0.25], 0.0)
     """
     _check(features.ndim == 3 and features.numel() and component.shape == features.shape[2:],
-           f"features must be (N, T, K) and component (K,), got {tuple(features.shape)} and "
-           f"{tuple(component.shape)}")
+           "features must be (N, T, K) and component (K,)", features, component)
     a = features @ component                                    # a = <F, v1>                 (N, T)
     low, high = a.amin(1, keepdim=True), a.amax(1, keepdim=True)
     # A contrast below 1e-5 of the largest possible |a| is rounding, not foreground: a constant map.
@@ -83,8 +87,7 @@ def pair_quality(features1, features2, component):
     [1.0, 1.0, 0.0]
     """
     _check(features1.ndim == features2.ndim == 3 and features1.shape[::2] == features2.shape[::2],
-           f"features of the two views must be (N, T, K) with equal N and K, got "
-           f"{tuple(features1.shape)} and {tuple(features2.shape)}")
+           "features of the views must be (N, T, K) with equal N and K", features1, features2)
     fg1, bg1 = foreground_attention(features1, component)
     fg2, bg2 = foreground_attention(features2, component)
     # z^f = sum_hw M^f_hw F_hw,    z^b = sum_hw M^b_hw F_hw
@@ -111,20 +114,14 @@ def quality_weights(quality, gamma=1.0, group=None):
     >>> quality_weights(torch.tensor([0.0, 0.6931472]))                      # exp(q) = 1, 2
     tensor([0.6667, 1.3333])
     """
-    _check(quality.ndim == 1 and len(quality), f"quality must be (N,), got {tuple(quality.shape)}")
-    largest = (gamma * quality).max()          # a constant in the exponent: it avoids overflow
-    if group is not None:
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    _check(quality.ndim == 1 and len(quality), "quality must be (N,)", quality)
+    largest = _reduce((gamma * quality).max(), group, dist.ReduceOp.MAX)    # against overflow
     w = torch.exp(gamma * quality - largest)                                    # (N,)
-    n_and_sum = torch.stack([torch.full_like(largest, len(w)), w.sum()])
-    if group is not None:
-        dist.all_reduce(n_and_sum, group=group)
-    n, total = n_and_sum
+    n, total = _reduce(torch.stack([torch.full_like(largest, len(w)), w.sum()]), group)
     return n * w / total                       # w_i = n exp(gamma q_i) / sum_j exp(gamma q_j)
 
 
 # ------------------------------------------------------------------------------------------- losses
-
 @in_float32
 def info_nce(query, key, negatives, *, temperature, weights=None):
     r"""InfoNCE against given negatives, such as MoCo v2's queue.
@@ -133,18 +130,17 @@ def info_nce(query, key, negatives, *, temperature, weights=None):
 
     Args:
         query, key: q, k, (N, D), the positive pairs; of unit length by convention (not enforced).
-        negatives: n, (M, D).
-        temperature: t > 0.
+        negatives: n, (M, D).    temperature: t > 0.
         weights: w, (N,), of mean 1 (quality_weights); None is exactly the unweighted loss.
     Returns L, a scalar, log(1 + M) at chance level. Source: MoCo (He et al. 2020), Eq. 1.
     >>> q = torch.tensor([[1., 0.]])
     >>> info_nce(q, q, torch.tensor([[0., 1.]]), temperature=1.0)                # log(1 + e^-1)
     tensor(0.3133)
     """
-    _check_pairs(query, key)
-    _check(negatives.shape[1:] == query.shape[1:],
-           f"negatives must be (M, {query.shape[1]}), got {tuple(negatives.shape)}")
-    _check(temperature > 0, f"temperature must be positive, got {temperature}")
+    _check(query.ndim == 2 and len(query) and query.shape == key.shape
+           and negatives.shape[1:] == query.shape[1:] and temperature > 0,
+           "wanted query and key (N, D), negatives (M, D), temperature > 0",
+           query, key, negatives, temperature)
     positive = (query * key).sum(1, keepdim=True)                               # q_i.k_i   (N, 1)
     logits = torch.cat([positive, query @ negatives.T], 1) / temperature        # (N, 1 + M)
     target = torch.zeros(len(query), dtype=torch.long, device=query.device)     # column 0
@@ -166,9 +162,9 @@ def info_nce_in_batch(query, keys, *, temperature, weights=None, offset=0):
     tensor(0.3133)
     """
     _check(query.ndim == keys.ndim == 2 and query.shape[1] == keys.shape[1] and len(query)
-           and 0 <= offset <= len(keys) - len(query), f"query and keys must be (N, D), (M, D) with "
-           f"offset + N <= M, got {tuple(query.shape)}, {tuple(keys.shape)}, offset {offset}")
-    _check(temperature > 0, f"temperature must be positive, got {temperature}")
+           and 0 <= offset <= len(keys) - len(query) and temperature > 0,
+           "wanted query (N, D), keys (M, D), offset with offset + N <= M, temperature > 0",
+           query, keys, offset, temperature)
     logits = query @ keys.T / temperature                                       # (N, M)
     target = torch.arange(len(query), device=query.device) + offset
     return _weighted_mean(F.cross_entropy(logits, target, reduction="none"), weights)
@@ -185,7 +181,8 @@ def negative_cosine(prediction, target, weights=None):
     >>> negative_cosine(torch.tensor([[2., 0.], [0., 1.]]), torch.tensor([[1., 0.], [1., 0.]]))
     tensor(-0.5000)
     """
-    _check_pairs(prediction, target)
+    _check(prediction.ndim == 2 and len(prediction) and prediction.shape == target.shape,
+           "prediction and target must be (N, D)", prediction, target)
     return _weighted_mean(-F.cosine_similarity(prediction, target.detach()), weights)
 
 
@@ -197,21 +194,19 @@ def swapped_prediction(scores, codes, *, temperature, weights=None):
 
     Args:
         scores: (V, N, P), cosines of the embeddings of V views of N images with P prototypes.
-        codes: (A, N, P), the codes (sinkhorn) of the first A of these views; no gradient.
-        temperature, weights: see info_nce.
+        codes: (A, N, P), codes (sinkhorn) of the first A views; no gradient. Others: see info_nce.
     Returns L, a scalar, log(P) at chance level. Source: SwAV (Caron et al. 2020), Eq. 2, Sec. 3.2.
     >>> swapped_prediction(torch.zeros(2, 1, 4), torch.eye(4)[:2, None], temperature=0.1)   # log(4)
     tensor(1.3863)
     """
     _check(scores.ndim == codes.ndim == 3 and scores.shape[1:] == codes.shape[1:]
-           and scores.numel() and 0 < len(codes) <= len(scores) > 1, f"scores must be (V, N, P), "
-           f"codes (A, N, P), A <= V > 1, got {tuple(scores.shape)}, {tuple(codes.shape)}")
-    _check(temperature > 0, f"temperature must be positive, got {temperature}")
+           and scores.numel() and 0 < len(codes) <= len(scores) > 1 and temperature > 0,
+           "wanted scores (V, N, P), codes (A, N, P), A <= V > 1, temperature > 0",
+           scores, codes, temperature)
     log_p = (scores / temperature).log_softmax(2)                               # (V, N, P)
     losses = -torch.einsum("anp,vnp->avn", codes.detach(), log_p)     # cross-entropies (A, V, N)
     own = torch.eye(len(codes), len(scores), device=scores.device)[:, :, None]           # (A, V, 1)
-    pairs = len(codes) * (len(scores) - 1)
-    return _weighted_mean((losses * (1 - own)).sum((0, 1)) / pairs, weights)
+    return _weighted_mean((losses * (1 - own)).sum((0, 1)) / (1 - own).sum(), weights)
 
 
 @torch.no_grad()
@@ -222,45 +217,33 @@ def sinkhorn(scores, epsilon=0.05, iterations=3, group=None):
     Q = exp(scores / epsilon), columns and rows alternately normalised to a sum of 1.
 
     Args:
-        scores: (N, P), cosines of N embeddings with P prototypes.
-        epsilon: smaller is harder.
+        scores: (N, P), cosines of N embeddings with P prototypes; epsilon: smaller is harder.
         group: a torch.distributed process group whose images are assigned together; None: these.
     Returns codes (N, P): each row sums to 1, each column to about N / P. No gradient.
     Source: SwAV, Sec. 3.1; with logarithms, which do not overflow.
     >>> sinkhorn(torch.tensor([[1., 0.], [0.9, 0.]]), epsilon=1.0).sum(0).round(decimals=2)
     tensor([1., 1.])
     """
-    _check(scores.ndim == 2 and scores.numel() and epsilon > 0, f"scores must be (N, P), epsilon "
-           f"positive, got {tuple(scores.shape)}, {epsilon}")
+    _check(scores.ndim == 2 and scores.numel() and epsilon > 0, "wanted scores (N, P), epsilon > 0",
+           scores, epsilon)
     log_q = scores / epsilon                                                    # (N, P)
     for _ in range(iterations):
-        largest = log_q.amax(0)                # log-sum-exp of the columns, over all ranks
-        if group is not None:
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-        total = torch.exp(log_q - largest).sum(0)
-        if group is not None:
-            dist.all_reduce(total, group=group)
+        largest = _reduce(log_q.amax(0), group, dist.ReduceOp.MAX)    # log-sum-exp of the columns
+        total = _reduce(torch.exp(log_q - largest).sum(0), group)
         log_q = log_q - largest - total.log()                                   # columns
         log_q = log_q.log_softmax(1)                                            # rows
     return log_q.softmax(1)
-
-
-def _check_pairs(a, b):
-    _check(a.ndim == 2 and a.shape == b.shape and len(a) > 0,
-           f"both sides of the pairs must be (N, D) alike, got {tuple(a.shape)}, {tuple(b.shape)}")
 
 
 def _weighted_mean(losses, weights):
     """L = (1/N) sum_i w_i l_i: the weights reach each pair's loss before the mean."""
     if weights is None:
         return losses.mean()
-    _check(weights.shape == losses.shape,
-           f"weights must be ({len(losses)},), got {tuple(weights.shape)}")
+    _check(weights.shape == losses.shape, f"weights must be ({len(losses)},)", weights)
     return (weights * losses).mean()
 
 
 # ---------------------------------------------------------------------- the foreground component v1
-
 def fit_foreground(tokens, grid, fraction=0.4):
     r"""First principal component of tokens, turned to the foreground, and the threshold alpha.
 
@@ -270,16 +253,15 @@ def fit_foreground(tokens, grid, fraction=0.4):
         fraction: alpha is the quantile that makes this share of all tokens foreground.
     Returns v1 (K,) of unit length; alpha, a float. Source: adaptive view generation, Eq. 7.
     """
-    _check(tokens.ndim == 3 and grid[0] * grid[1] == tokens.shape[1], f"tokens must be "
-           f"(N, {grid[0] * grid[1]}, K) on {tuple(grid)}, got {tuple(tokens.shape)}")
+    _check(tokens.ndim == 3 and grid[0] * grid[1] == tokens.shape[1],
+           f"tokens must be (N, {grid[0] * grid[1]}, K) on this grid", tokens, grid)
     # v1 = first eigenvector of Cov(tokens), parts are summed in float64: tokens may be large
     # and of half precision. The shift is near the mean and keeps the sums precise.
     shift, first, second = tokens[:256].float().mean((0, 1)), 0.0, 0.0
     for part in tokens.split(256):
         x = part.float().flatten(0, 1) - shift                                  # (n T, K)
         first, second = first + x.double().sum(0), second + (x.T @ x).double()
-    count = tokens.shape[0] * tokens.shape[1]
-    covariance = second / count - torch.outer(first, first) / count ** 2        # (K, K)
+    covariance = second - torch.outer(first, first) / tokens[..., 0].numel()    # times N T  (K, K)
     v1 = torch.linalg.eigh(covariance)[1][:, -1].float()     # eigenvalues rise: the last is largest
     return orient_foreground(v1, tokens, grid, fraction)
 
@@ -289,37 +271,30 @@ def orient_foreground(component, tokens, grid, fraction=0.4):
     centre of the images than along their border (ours). See fit_foreground for the rest."""
     v1 = component.float() / component.float().norm()
     a = torch.cat([part.float() @ v1 for part in tokens.split(256)])        # <token_ij, v1>  (N, T)
-    rows, columns = (torch.arange(n, device=a.device) for n in grid)
-    border = (((rows == 0) | (rows == grid[0] - 1))[:, None]
-              | (columns == 0) | (columns == grid[1] - 1)).flatten()            # (T,)
+    border = torch.ones(*grid, dtype=torch.bool, device=a.device)               # (rows, columns)
+    border[1:-1, 1:-1] = False
 
     def centrality(a):
         alpha = foreground_threshold(a, fraction)
-        frequency = (a > alpha).float().mean(0)                                 # (T,)
+        frequency = (a > alpha).float().mean(0).view(*grid)
         return (frequency[~border].mean() - frequency[border].mean()).nan_to_num(), alpha
     (plus, alpha), (minus, minus_alpha) = centrality(a), centrality(-a)
     return (v1, alpha) if plus >= minus else (-v1, minus_alpha)
 
 
 def foreground_threshold(a, fraction=0.4):
-    """alpha (Eq. 7): the quantile of a (N, T) above which this share of all tokens lies."""
-    some = a[::1 + a.numel() // 16_000_000]    # torch.quantile's limit: skips whole images
-    return torch.quantile(some.flatten(), 1 - fraction).item()
+    """alpha (Eq. 7): the quantile of a (N, T) above which this share of all tokens lies; images
+    beyond torch.quantile's limit are skipped."""
+    return torch.quantile(a[::1 + a.numel() // 16_000_000].flatten(), 1 - fraction).item()
 
 
 if __name__ == "__main__":
     # Three pairs of views with 2 x 2 positions of 3 features; one position shows the subject.
     features = torch.eye(3)                                            # subject, grass, sky
-    pairs = {"new surroundings": [0, 2, 2, 2],                         # the pair one wants
-             "same surroundings": [0, 1, 1, 1],                        # no diversity
-             "subject lost": [1, 1, 1, 1]}                             # a false positive
+    pairs = {"new surroundings": [0, 2, 2, 2], "same surroundings": [0, 1, 1, 1],
+             "subject lost": [1, 1, 1, 1]}                             # the first is wanted
     view1, view2 = (features[torch.tensor(x)] for x in ([[0, 1, 1, 1]] * 3, [*pairs.values()]))
     q, s_f, s_b = pair_quality(view1, view2, features[0])
-    w = quality_weights(q)
     print("pair                  s_f    s_b      q      w")
-    for name, *row in zip(pairs, s_f, s_b, q, w, strict=True):
+    for name, *row in zip(pairs, s_f, s_b, q, quality_weights(q), strict=True):
         print(f"{name:18}" + "".join(f"{x.item():7.2f}" for x in row))
-    query, key, queue = (F.normalize(torch.randn(n, 16), dim=1) for n in (3, 3, 64))
-    for weights in (None, w):
-        loss = info_nce(query, key, queue, temperature=0.2, weights=weights)
-        print(f"InfoNCE, {'unweighted' if weights is None else 'weighted'}: {loss:.3f}")
