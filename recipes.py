@@ -1,8 +1,6 @@
 """Every default that is not one number for all: by data set, method, architecture and protocol.
 
-A recipe groups its values by source: {source: {flag: value}}. Each value is also a flag, which
-overrides it. Learning rates are for 256 images and grow linearly with the batch in all the papers.
-The file is long because each value stands beside its source.
+A recipe is {source: {flag: value}}; each value is also a flag. Learning rates are for 256 images.
 """
 from support.world import real, whole
 
@@ -16,8 +14,7 @@ SOURCES = {
     "swav": "SwAV (Caron et al. 2020), Sec. 4 and its script for 200 epochs, batch 256",
     "swav large": "SwAV's recipe for large batches, but no warm-up and an end at 0",
     "release": "the code released by GenView's authors",
-    "ours": "this project",
-}
+    "ours": "this project"}
 LEAST_EPOCHS = {"v3 long": 300, "v3 longest": 1000}    # such groups count for long trainings alone
 LEAST_BATCH = {"swav large": 1024}                     # and such for large batches
 
@@ -34,8 +31,7 @@ FLAGS = {
     "warmup_epochs": (whole(0), "epochs in which the learning rate rises linearly"),
     "dim": (whole(1), "size of an embedding"),
     "hidden": (whole(1), "width of the hidden layers of projector and predictor"),
-    "queue": (whole(1), "MoCo v2: keys of past batches that serve as negatives; SwAV: embeddings "
-                        "of past batches that get codes together with a small batch"),
+    "queue": (whole(1), "MoCo v2: past keys as negatives; SwAV: past embeddings that get codes"),
     "queue_after": (whole(0), "SwAV: epochs before the queue fills; it is used once it is full"),
     "prototypes": (whole(1), "SwAV: number of prototypes"),
     "temperature": (real(1e-4, 1e4), "temperature of the loss"),
@@ -48,77 +44,67 @@ FLAGS = {
     "small_size": (whole(1), "SwAV: their side in pixels"),
     "small_min": (real(1e-3, 1), "SwAV: their smallest share of the image's area"),
     "blur": (real(0, 1), "probability of Gaussian blur (MoCo v3, BYOL: its mean over the views)"),
-    "knn_every": (whole(0), "epochs between kNN evaluations; 0: never"),
-}
+    "knn_every": (whole(0), "epochs between kNN evaluations; 0: never")}
 
-SAME_AS = {"cifar100": "cifar10", "folder": "imagenet"}
-# resnet10_narrow and AdamW: small and quick, so that shapes takes two minutes on a laptop.
 SHAPES = dict(arch="resnet10_narrow", image_size=32, epochs=30, batch_size=128, optimizer="adamw",
               lr=4e-3, weight_decay=1e-4, warmup_epochs=1, dim=128, crop_min=0.3, blur=0.0,
-              knn_every=5)
+              knn_every=5)                         # two minutes on a laptop
 CIFAR = dict(arch="resnet18", image_size=32, epochs=200, batch_size=256, optimizer="sgd",
              weight_decay=5e-4, warmup_epochs=5, crop_min=0.2, blur=0.0, knn_every=10)
 VIT = dict(arch="vit_base", image_size=224, epochs=300, batch_size=4096, optimizer="adamw",
            lr=1.5e-4, weight_decay=0.1, warmup_epochs=40, dim=256, hidden=4096, temperature=0.2,
            momentum=0.99, crop_min=0.08, blur=0.5)
+RESNET = dict(arch="resnet50", image_size=224, blur=0.5)
 
 TRAINING = {
     ("imagenet", "mocov2"): {
-        "v2": dict(arch="resnet50", image_size=224, epochs=200, batch_size=256, optimizer="sgd",
-                   lr=0.03, weight_decay=1e-4, warmup_epochs=0, dim=128, queue=65536,
-                   temperature=0.2, momentum=0.999, crop_min=0.2, blur=0.5),     # the release's too
+        "v2": RESNET | dict(epochs=200, batch_size=256, optimizer="sgd", lr=0.03, weight_decay=1e-4,
+                            warmup_epochs=0, dim=128, queue=65536, temperature=0.2, momentum=0.999,
+                            crop_min=0.2),                                       # the release's too
         "ours": dict(start_batches=10, knn_every=20)},
     ("imagenet", "mocov3"): {
-        "v3": dict(arch="resnet50", image_size=224, epochs=100, batch_size=4096, optimizer="lars",
-                   lr=0.6, weight_decay=1e-6, warmup_epochs=10, dim=256, hidden=4096,  # 9.6 at 4096
-                   temperature=1.0, momentum=0.99, crop_min=0.2, blur=0.5),
+        "v3": RESNET | dict(epochs=100, batch_size=4096, optimizer="lars", lr=0.6,   # 9.6 at 4096
+                            weight_decay=1e-6, warmup_epochs=10, dim=256, hidden=4096,
+                            temperature=1.0, momentum=0.99, crop_min=0.2),
         "v3 long": dict(lr=0.3), "v3 longest": dict(weight_decay=1.5e-6, momentum=0.996),
         "ours": dict(knn_every=20)},
     ("imagenet", "mocov3-vit"): {"v3": VIT, "ours": dict(knn_every=20)},
     ("imagenet", "byol"): {
-        "byol": dict(arch="resnet50", image_size=224, batch_size=4096, optimizer="lars", lr=0.3,
-                     weight_decay=1e-6, warmup_epochs=10, dim=256, hidden=4096, momentum=0.99,
-                     crop_min=0.08, blur=0.5),
-        "release": dict(epochs=200),
-        "ours": dict(knn_every=20)},
+        "byol": RESNET | dict(batch_size=4096, optimizer="lars", lr=0.3, weight_decay=1e-6,
+                              warmup_epochs=10, dim=256, hidden=4096, momentum=0.99, crop_min=0.08),
+        "release": dict(epochs=200), "ours": dict(knn_every=20)},
     ("imagenet", "simsiam"): {
-        "simsiam": dict(arch="resnet50", image_size=224, batch_size=256, optimizer="sgd", lr=0.05,
-                        weight_decay=1e-4, warmup_epochs=0, dim=2048, hidden=512, crop_min=0.2,
-                        blur=0.5),
-        "release": dict(epochs=200),
-        "ours": dict(knn_every=20)},
+        "simsiam": RESNET | dict(batch_size=256, optimizer="sgd", lr=0.05, weight_decay=1e-4,
+                                 warmup_epochs=0, dim=2048, hidden=512, crop_min=0.2),
+        "release": dict(epochs=200), "ours": dict(knn_every=20)},
     ("imagenet", "swav"): {
-        "swav": dict(arch="resnet50", image_size=224, epochs=200, batch_size=256, optimizer="lars",
-                     lr=0.6, final_lr=6e-4, weight_decay=1e-6, warmup_epochs=0, dim=128,
-                     hidden=2048, queue=3840, queue_after=15, prototypes=3000, temperature=0.1,
-                     epsilon=0.05, freeze_epochs=1, crop_min=0.14, small_crops=6, small_size=96,
-                     small_min=0.05, blur=0.5),
+        "swav": RESNET | dict(epochs=200, batch_size=256, optimizer="lars", lr=0.6, final_lr=6e-4,
+                              weight_decay=1e-6, warmup_epochs=0, dim=128, hidden=2048, queue=3840,
+                              queue_after=15, prototypes=3000, temperature=0.1, epsilon=0.05,
+                              freeze_epochs=1, crop_min=0.14, small_crops=6, small_size=96,
+                              small_min=0.05),
         # 4.8 at 4096. The paper warms up for 10 epochs and ends at 0.0048.
         "swav large": dict(lr=0.3, final_lr=0.0, warmup_epochs=0, queue=None),
         "ours": dict(knn_every=20)},
     ("cifar10", "mocov2"): {
-        "v2": CIFAR | dict(lr=0.03, dim=128, queue=4096, temperature=0.1, momentum=0.99),
-        # A shorter queue of fresher keys: with 10,000 images, a queue of 4,096, rate 0.03 and
-        # temperature 0.1 the mean cosine of negatives was 0.3, see docs/RESULTS.md.
-        "ours": dict(batch_size=256, warmup_epochs=1, crop_min=0.2, lr=0.06, queue=1024,
+        "v2": CIFAR | dict(dim=128, momentum=0.99),
+        # The notebook's 4096, 0.03 and 0.1 give a mean cosine of negatives of 0.3: docs/RESULTS.md.
+        "ours": dict(batch_size=256, warmup_epochs=1, crop_min=0.2, queue=1024, lr=0.06,
                      temperature=0.15, start_batches=10, knn_every=10)},
     ("cifar10", "mocov3"): {
         "ours": CIFAR | dict(lr=0.03, dim=256, hidden=2048, temperature=0.2, momentum=0.99)},
-    ("cifar10", "mocov3-vit"): {                   # patches of 4 pixels
-        "v3": VIT,
-        "ours": dict(arch="vit_small", image_size=32, batch_size=512, lr=3e-4, hidden=1024,
-                     crop_min=0.2, blur=0.0, knn_every=10)},
+    ("cifar10", "mocov3-vit"): {"v3": VIT, "ours": dict(                  # patches of 4 pixels
+        arch="vit_small", image_size=32, batch_size=512, lr=3e-4, hidden=1024, crop_min=0.2,
+        blur=0.0, knn_every=10)},
     ("cifar10", "byol"): {"ours": CIFAR | dict(lr=0.06, dim=256, hidden=1024, momentum=0.99)},
     ("cifar10", "simsiam"): {
         "simsiam": CIFAR | dict(batch_size=512, lr=0.03, warmup_epochs=0, dim=2048, hidden=512),
         "ours": dict(epochs=200, knn_every=10)},   # 800 epochs there
-    # SwAV: with few images few prototypes, as its queue is left out. At epsilon 0.05 small runs
-    # stayed at uniform assignments, loss at log P; at 0.01 they learn.
+    # Few images: few prototypes, no queue. At epsilon 0.05 small runs stayed at loss log P.
     ("cifar10", "swav"): {"ours": CIFAR | dict(
         lr=0.06, dim=128, hidden=512, prototypes=128, temperature=0.1, epsilon=0.01,
         freeze_epochs=1, small_crops=2, small_size=16, small_min=0.08)},
-    ("shapes", "mocov2"): {
-        "ours": SHAPES | dict(queue=2048, temperature=0.2, momentum=0.99, start_batches=0)},
+    ("shapes", "mocov2"): {"ours": SHAPES | dict(queue=2048, temperature=0.2, momentum=0.99)},
     ("shapes", "mocov3"): {"ours": SHAPES | dict(hidden=512, temperature=0.2, momentum=0.99)},
     ("shapes", "mocov3-vit"): {"ours": SHAPES | dict(
         arch="vit_narrow", lr=1e-3, hidden=512, temperature=0.2, momentum=0.99)},
@@ -126,13 +112,12 @@ TRAINING = {
     ("shapes", "simsiam"): {"ours": SHAPES | dict(dim=512, hidden=128)},
     ("shapes", "swav"): {
         "ours": SHAPES | dict(hidden=512, prototypes=64, temperature=0.1, epsilon=0.01,
-                              freeze_epochs=1, small_crops=2, small_size=16, small_min=0.15)},
-}
+                              freeze_epochs=1, small_crops=2, small_size=16, small_min=0.15)}}
 
 
 def with_sources(dataset, method, arch=None, epochs=None, batch_size=None):
-    """A training recipe with its sources in words, {flag: (value, source)}."""
-    dataset = SAME_AS.get(dataset, dataset)
+    """A training recipe with sources in words, {flag: (value, source)}; None: what is not given."""
+    dataset = {"cifar100": "cifar10", "folder": "imagenet"}.get(dataset, dataset)
     key = (dataset, f"{method}-vit" if (arch or "").startswith("vit") else method)
     recipe = TRAINING.get(key) or TRAINING[dataset, method]
     return {flag: (value, SOURCES[source]) for source, values in recipe.items()
@@ -140,17 +125,16 @@ def with_sources(dataset, method, arch=None, epochs=None, batch_size=None):
             and (batch_size or 0) >= LEAST_BATCH.get(source, 0) for flag, value in values.items()}
 
 
-def training(dataset, method, arch=None, epochs=None, batch_size=None):
-    """A training recipe, {flag: value}. arch, epochs, batch_size: None where they are not given."""
-    rows = with_sources(dataset, method, arch, epochs, batch_size)
-    return {flag: x for flag, (x, _) in rows.items()}
+def training(*key):
+    """A training recipe, {flag: value}. key: see with_sources."""
+    return {flag: value for flag, (value, _) in with_sources(*key).items()}
 
 
-def table(dataset, method, arch=None, epochs=None, batch_size=None):
-    """A training recipe as rows (flag, value, source in words); arch and so on: those given."""
-    rows = with_sources(dataset, method, arch, epochs, batch_size)
-    given = dict(arch=arch, epochs=epochs, batch_size=batch_size)
-    rows |= {flag: (value, "given") for flag, value in given.items() if value is not None}
+def table(dataset, method, *given):
+    """A training recipe as rows (flag, value, source in words). given: arch, epochs, batch_size."""
+    rows = with_sources(dataset, method, *given)
+    rows |= {flag: (value, "given") for flag, value in
+             zip(("arch", "epochs", "batch_size"), given, strict=False) if value is not None}
     (lr, source), (batch, _) = rows["lr"], rows["batch_size"]
     rows["lr"] = lr, f"{source}; for 256 images, {lr * batch / 256:.4g} for the batch of {batch}"
     return [(f"--{flag.replace('_', '-')}", *rows[flag]) for flag in FLAGS if flag in rows]
@@ -169,34 +153,28 @@ LINEAR = {
     # Of SimSiam's code and, for all three, the release: 1.6 at 4096. In their papers: BYOL, SGD
     # with Nesterov, 0.2 for 256, 80 epochs; SwAV, SGD, 0.3 at 256, 100 epochs, weight decay 1e-6.
     **dict.fromkeys(("simsiam", "byol", "swav"),
-                    PROBE | dict(optimizer="lars", lr=0.1, batch_size=4096)),
-}
+                    PROBE | dict(optimizer="lars", lr=0.1, batch_size=4096))}
 # lr: of the new classifier; backbone_lr: of the rest. few: less than 5% of the labels.
 FINETUNE = {
     "small": dict(epochs=30, batch_size=64, lr=0.4, backbone_lr=0.04, drops=[]),  # ours: 0.1 at 64
     # SwAV's for 10% and 1% of the labels, but a cosine schedule; GenView's is not known here.
     "imagenet": dict(epochs=20, batch_size=256, lr=0.2, backbone_lr=0.01, drops=[]),
-    "imagenet few": dict(epochs=20, batch_size=256, lr=5.0, backbone_lr=0.02, drops=[]),
-}
+    "imagenet few": dict(epochs=20, batch_size=256, lr=5.0, backbone_lr=0.02, drops=[])}
 
 
 def evaluation(protocol, dataset, labels=1.0, method=None, arch=None):
     """The recipe of an evaluation, {flag: value}. labels: the share that is labelled; method, arch:
     of the checkpoint. On ImageNet an unknown method gets its architecture's probe, MoCo v3's."""
-    few, vit = " few" if labels < 0.05 else "", (arch or "").startswith("vit")
-    if protocol != "linear":
-        size = f"imagenet{few}" if dataset == "imagenet" else "small"
-        return FINETUNE[size] if protocol == "finetune" else {}
-    if method not in LINEAR or (method == "mocov2" and vit):
-        method = "mocov3"
-    probe = "mocov3-vit" if vit and method == "mocov3" else method
-    return LINEAR[probe if dataset == "imagenet" else "small"]
+    recipes = {"linear": LINEAR, "finetune": FINETUNE}.get(protocol, {"small": {}})
+    if protocol == "knn" or dataset != "imagenet":
+        return recipes["small"]
+    if protocol == "finetune":
+        return recipes["imagenet few" if labels < 0.05 else "imagenet"]
+    vit = (arch or "").startswith("vit") and method not in ("byol", "simsiam", "swav")
+    return recipes["mocov3-vit" if vit else method if method in LINEAR else "mocov3"]
 
 
 DATA_DIRS = {"shapes": "data", "cifar10": "data", "cifar100": "data", "imagenet": "data/imagenet",
              "folder": None}                       # folder: --data-dir names it
-# generate_views.py, by model: the miniature in weights/ needs few steps; the release's for unCLIP.
-GENERATION = {
-    "mini": dict(steps=2, guidance=1.25),                                                # ours
-    "stable": dict(steps=20, guidance=10.0),                                             # release
-}
+# generate_views.py, by model: ours for the miniature in weights/, the release's for Stable unCLIP.
+GENERATION = {"mini": dict(steps=2, guidance=1.25), "stable": dict(steps=20, guidance=10.0)}
