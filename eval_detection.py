@@ -3,9 +3,8 @@
     python eval_detection.py --backbone runs/<name>/backbone.pt --batch-size 8
     torchrun --nproc_per_node=8 eval_detection.py --backbone runs/<name>/backbone.pt   # 1x schedule
 
-The network is torchvision's and all of it is trained. Pictures are normalised as in
-pretraining. pycocotools reads the annotations and computes COCO's average precision. The file is
-longer than others because torchvision has neither COCO's data with checks nor a training loop.
+The network is torchvision's and all of it is trained. Pictures are normalised as in pretraining.
+pycocotools reads the annotations and computes COCO's average precision.
 """
 import contextlib
 import hashlib
@@ -29,13 +28,11 @@ from support.world import UserError, progress, say, script, setup, start_worker,
 # Other batches have as many pictures in all and in the warm-up, and a rate that grows linearly.
 STEPS, BATCH, WARMUP_STEPS, DROPS = 90_000, 16, 500, (2 / 3, 8 / 9)
 LEAST_FOR_NORM = 8       # pictures that batch norm needs; where it sees fewer it is frozen
-SHORT_SIDES = (640, 672, 704, 736, 768, 800)       # training draws one, evaluation uses the last
-LONG_SIDE = 1333
+SHORT_SIDES, LONG_SIDE = (640, 672, 704, 736, 768, 800), 1333    # one is drawn; evaluation: 800
 
 
 class Coco(Dataset):
     """A split of COCO as cocodataset.org packs it. UserError where it is missing or damaged."""
-
     def __init__(self, data_dir, split, limit=None):
         try:
             from pycocotools.coco import COCO
@@ -60,9 +57,8 @@ class Coco(Dataset):
             raise UserError(f"{path} is damaged or not in COCO's format ({error!r})") from None
         self.labels = {key: label for label, key in enumerate(self.categories, 1)}
         self.num_classes = 1 + len(self.categories)                # 0 is the background
-        names = ", ".join(list(self.categories.values())[:10])
-        say(f"{path}: {len(self.ids)} pictures, {len(self.categories)} categories: {names}"
-            + (", ..." if len(self.categories) > 10 else ""))
+        names = [*self.categories.values()][:10] + ["..."] * (len(categories) > 10)
+        say(f"{path}: {len(self.ids)} pictures, {len(categories)} categories: {', '.join(names)}")
 
     def _check(self, path):
         """UserError for the first object without a known category or without a mask."""
@@ -97,9 +93,8 @@ class Coco(Dataset):
 
 
 def mask_rcnn(path, arch, num_classes, world, branch=None, mean_std=None, frozen=False):
-    """Mask R-CNN on a checkpoint's backbone (see load_backbone); batch norm is trained, on GPUs
-    over all processes, or frozen. Raises UserError where the backbone is no ResNet for large
-    pictures."""
+    """Mask R-CNN on a checkpoint's backbone (see load_backbone), a ResNet for large pictures, else
+    UserError; batch norm is trained, on GPUs over all processes, or frozen."""
     network, _, args = load_backbone(path, arch, branch=branch, mean_std=mean_std)
     state = network.state_dict()
     if "layer4.0.conv1.weight" not in state or state["conv1.weight"].shape[-1] != 7:
@@ -149,17 +144,15 @@ def run_of(model, args):
     """What a run and its continuation share: some flags and the backbone's first weights."""
     state = model.backbone.body.state_dict().values()
     weights = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in state))
-    names = ("data_dir", "limit", "steps", "batch_size", "lr", "seed")
+    names = "data_dir limit steps batch_size lr seed".split()
     return {name: getattr(args, name) for name in names} | {"backbone": weights.hexdigest()[:16]}
 
 
 def resume(path, this_run, model, optimizer):
     """Loads the checkpoint of this run into model and optimizer. Returns the steps done."""
     state = load_checkpoint(path)
-    its_run = state.get("run") if isinstance(state, dict) else None
-    if its_run != this_run:
-        raise UserError(f"{path} is of another run ({its_run}, now {this_run}): name another "
-                        f"--output-dir")
+    if not isinstance(state, dict) or state.get("run") != this_run:
+        raise UserError(f"{path} is of another run than {this_run}: name another --output-dir")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]
@@ -181,7 +174,7 @@ def train(model, data, args, world):
         losses = train_step(wrapped, optimizer, pairs, step, args, world)
         window.append(torch.stack(list(losses.values())))
         last = step + 1 == args.steps
-        if (step + 1) % args.log_every == 0 or last:
+        if last or (step + 1) % args.log_every == 0:
             means = dict(zip(losses, torch.stack(window).mean(0).tolist(), strict=True))
             if not torch.tensor(means["loss"]).isfinite():
                 raise UserError(f"the loss is not finite before step {step + 1}: lower --lr")
@@ -224,10 +217,8 @@ def detect(model, data, args, world):
     """All detections in COCO's format, masks run-length encoded; each process does its share."""
     from pycocotools import mask as coder
     model.eval()
-    found = []
-    share = Subset(data, range(world.rank, len(data), world.size))
-    loader = DataLoader(share, batch_size=None, num_workers=args.workers,
-                        worker_init_fn=start_worker)
+    found, share = [], Subset(data, range(world.rank, len(data), world.size))
+    loader = DataLoader(share, None, num_workers=args.workers, worker_init_fn=start_worker)
     for picture, target in progress(loader, "detecting", "image"):
         result = {key: x.cpu() for key, x in model([picture.to(world.device)])[0].items()}
         result["boxes"][:, 2:] -= result["boxes"][:, :2]
@@ -290,9 +281,8 @@ def main():
                         f"val {test.categories}")
     torch.manual_seed(args.seed)
     seen = args.batch_size if world.device.type == "cuda" else args.batch_size // world.size
-    frozen = seen < LEAST_FOR_NORM
     model = mask_rcnn(args.backbone, args.arch, data.num_classes, world, args.branch,
-                      args.mean_std, frozen)
+                      args.mean_std, frozen := seen < LEAST_FOR_NORM)
     note = (f"; batch norm frozen, as it would see {seen} pictures: not comparable with the "
             f"customary {BATCH}" if frozen else "")
     say(f"{args.steps} steps of {args.batch_size} pictures, rate "
