@@ -362,7 +362,7 @@ def parse(argv=None):
     add("--branch", help="which backbone of several, a part of its prefix, such as student")
     add("--mean-std", choices=list(MEAN_STD), help="of the pictures it was trained on; default: "
         "its layout's")
-    add("--dataset", choices=list(recipes.DATA_DIRS), help="data set to evaluate on")
+    add("--dataset", choices=list(genview.DATA_DIRS), help="data set to evaluate on")
     add("--data-dir", help="CIFAR's files, or a folder with train/ and val/ or test/ below it")
     add("--image-size", type=flags.whole(1), help="side of the pictures in pixels")
     add("--limit", type=flags.whole(1), help="use so many images of each split")
@@ -397,12 +397,11 @@ def parse(argv=None):
 def resolve(settings, trained_with):
     """Fills in what no flag says: from the checkpoint, then from the recipe."""
     dataset = settings.dataset = settings.dataset or trained_with.get("dataset")
-    if dataset not in recipes.DATA_DIRS:
+    if dataset not in genview.DATA_DIRS:
         raise UserError("the checkpoint does not say its data set: name one with --dataset")
     known = trained_with if dataset == trained_with.get("dataset") else {}
-    settings.data_dir = settings.data_dir or known.get("data_dir") or recipes.DATA_DIRS[dataset]
-    if settings.data_dir is None:
-        raise UserError("--dataset folder needs --data-dir, a folder with train/ and val/ or test/")
+    given = settings.data_dir or known.get("data_dir")
+    settings.data_dir = genview.data_dir_of(dataset, given)
     usual = 32 if dataset in ("shapes", "cifar10", "cifar100") else 224
     settings.image_size = settings.image_size or known.get("image_size") or usual
     settings.limit = settings.limit or known.get("limit")

@@ -40,7 +40,6 @@ ENCODER_BATCH = 8                 # fixed: rounding depends on it and can decide
 
 
 # --------------------------------------------------------------------------------- the two formulas
-
 def foreground_proportion(tokens, component, threshold):
     r"""How much of each image is foreground.
 
@@ -95,7 +94,6 @@ def noise_level(proportion):
 
 
 # ------------------------------------------------------------------ the frozen models: CLIP, unCLIP
-
 def quieten():
     """No warnings and progress bars of the libraries' own."""
     import diffusers
@@ -233,7 +231,6 @@ def generate_all(pipe, args, level, embeddings, seeds):
 
 
 # --------------------------------------------------------------------------------- the set of views
-
 def make_view_set(args, pipe, images, world):
     """The method: encode, count the foreground, choose the noise level, generate; a batch holds
     images of one level."""
@@ -259,7 +256,6 @@ def make_view_set(args, pipe, images, world):
 
 class Views:
     """Generates batches and writes them; a thread writes one batch while the next is generated."""
-
     def __init__(self, args, pipe, images, folder, world):
         self.args, self.pipe, self.images, self.folder = args, pipe, images, folder
         mine = spaced(len(images.names), args.limit).tolist()[world.rank::world.size]
@@ -346,7 +342,6 @@ def shared_foreground(args, pipe, images, world):
 
 
 # -------------------------------------------------------------------------------------- the preview
-
 def preview(args, pipe, images):
     """Draws preview.png, a column an image: original, foreground map, views at all levels, the
     adaptive choice framed (the paper's Fig. 3)."""
@@ -379,11 +374,10 @@ def foreground_map(original, a, alpha):
 
 
 # ------------------------------------------------------------------------------------- command line
-
 def parse_args(argv=None):
     parser = Parser("Makes one generated view of every training image, for train_moco.py.")
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=sorted(set(recipes.DATA_DIRS) - {"shapes"}), required=True,
+    add("--dataset", choices=sorted(set(genview.DATA_DIRS) - {"shapes"}), required=True,
         help="shapes makes its views while training")
     add("--data-dir", help="where the data lies; CIFAR is downloaded there")
     add("--views-dir", help="where the views go; default: views/<dataset>")
@@ -421,9 +415,7 @@ def parse_args(argv=None):
 
 def resolve(args):
     """Fills in what no flag says."""
-    args.data_dir = args.data_dir or recipes.DATA_DIRS[args.dataset]
-    if args.data_dir is None:
-        raise UserError("--dataset folder needs --data-dir, a folder with train/ in it")
+    args.data_dir = genview.data_dir_of(args.dataset, args.data_dir)
     args.views_dir = Path(args.views_dir or genview.default_views_dir(args.dataset, args.data_dir))
     cifar = args.dataset.startswith("cifar")
     args.model = args.model or ("mini" if cifar and genview.MINI.is_dir() else STABLE)

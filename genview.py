@@ -24,10 +24,11 @@ from support.world import UserError, progress, say, start_worker, step_generator
 FIT_IMAGES = 10_000           # images that the foreground component is fitted on (release)
 FRACTION = 0.4                # share of all tokens that is foreground; sets alpha, Eq. 7 (release)
 MINI = Path(__file__).with_name("weights") / "mini-unclip"    # by studies/train_generator.py
+DATA_DIRS = {"shapes": "data", "cifar10": "data", "cifar100": "data", "imagenet": "data/imagenet",
+             "folder": None}                       # where they lie by default
 
 
 # ---------------------------------------------------------------------------------------- data sets
-
 def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=False):
     """Reads one of the data sets: shapes, cifar10, cifar100, imagenet or folder.
 
@@ -58,13 +59,19 @@ def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=False
     return images if in_memory else data.into_memory(images, image_size, skip_bad)
 
 
+def data_dir_of(dataset, given):
+    """Where a data set lies: as --data-dir says, else by default."""
+    if dataset == "folder" and not given:
+        raise UserError("--dataset folder needs --data-dir, a folder with train/ and val/ or test/")
+    return given or DATA_DIRS[dataset]
+
+
 def default_views_dir(dataset, data_dir):
     """Where generate_views.py puts the views and training looks for them."""
     return f"views/{Path(data_dir).resolve().name if dataset == 'folder' else dataset}"
 
 
 # ----------------------------------------------------------------------------------- pairs of views
-
 def augmentations(args):
     """t1, t2. MoCo v3 blurs and solarises the two views unequally, as BYOL does, and jitters
     saturation less. SwAV jitters twice as strongly and adds small crops."""
@@ -88,7 +95,6 @@ class PairLoader:
     random number depends only on seed, epoch, step and place in the batch (crops of files: seed,
     epoch and image), not on the number of processes or interruptions.
     """
-
     def __init__(self, images, views, augmentations, image_size, batch_size, seed, world, workers=4,
                  skip_bad=False):
         """
@@ -171,7 +177,6 @@ class PairLoader:
 
 class CropPairs(Dataset):
     """Crops of large images: workers decode and crop; colours and normalisation follow."""
-
     def __init__(self, images, views, augmentations, image_size, seed, skip_bad):
         self.images = Files(images.root / name for name in images.names)
         self.views = Files(views or [None] * len(images.names))
@@ -240,7 +245,6 @@ def expand(images, extra):
 
 
 # ------------------------------------------------------------ the frozen encoder and its foreground
-
 def mini():
     """The folder that "mini" names; UserError where it is not there."""
     if not MINI.is_dir():
@@ -323,7 +327,6 @@ class FrozenEncoder(torch.nn.Module):
 class PairQuality:
     """P_1, P_2 -> q, s^f, s^b of each pair, (N,), by a frozen encoder E and the first principal
     component v1 of its features (section "quality-driven contrastive loss")."""
-
     def __init__(self, encoder, component):
         self.encoder, self.component = encoder, component
 

@@ -174,7 +174,5 @@ def evaluation(protocol, dataset, labels=1.0, method=None, arch=None):
     return recipes["mocov3-vit" if vit else method if method in LINEAR else "mocov3"]
 
 
-DATA_DIRS = {"shapes": "data", "cifar10": "data", "cifar100": "data", "imagenet": "data/imagenet",
-             "folder": None}                       # folder: --data-dir names it
 # generate_views.py, by model: ours for the miniature in weights/, the release's for Stable unCLIP.
 GENERATION = {"mini": dict(steps=2, guidance=1.25), "stable": dict(steps=20, guidance=10.0)}

@@ -161,7 +161,6 @@ def perturb(scene: Scene, noise_level, generator: torch.Generator) -> Scene:
 
 class Encoder(nn.Module):
     """(n, 3, 32, 32) -> tokens (n, 64, 64): fine features of 8x8 cells and coarse ones of all."""
-
     def __init__(self, width: int = 64):
         super().__init__()
         def block(c_in, c_out, stride=1):

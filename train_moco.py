@@ -5,8 +5,7 @@
     torchrun --nproc_per_node=8 train_moco.py --dataset imagenet --data-dir /data/imagenet \\
         --views-dir /data/imagenet-views
 
-Read train_step first: it is the method. To follow it, read also quality_loss.py and genview.py. The
-file is longer than others because BYOL, SimSiam and SwAV use its step, loop and command line.
+Read train_step first: it is the method. To follow it, read also quality_loss.py and genview.py.
 
 Legend of the shapes: N pairs of this process (n: of all), S side of a view, T positions and K
 features of the frozen encoder's map, D size of an embedding, M keys in the queue.
@@ -36,8 +35,8 @@ from support.data import spaced
 from support.networks import LARS, make_backbone
 from support.world import UserError, fast_dtype, say, script, setup, step_generator
 
-# ------------------------------------------------------------------------------------------- models
 
+# ------------------------------------------------------------------------------------------- models
 def mlp(sizes, norm=False, last_norm=False):
     """Linear layers from sizes[0] to sizes[-1] features with ReLUs between them; norm: batch norm
     before each ReLU; last_norm: batch norm without scale and shift at the end."""
@@ -55,7 +54,6 @@ def mlp(sizes, norm=False, last_norm=False):
 
 class Encoder(nn.Module):
     """A backbone and its projector: views (N, 3, S, S) -> embeddings (N, D)."""
-
     def __init__(self, backbone, head):
         super().__init__()
         self.backbone, self.head = backbone, head
@@ -66,7 +64,6 @@ class Encoder(nn.Module):
 
 class Momentum(nn.Module):
     """Shared by v2, v3, BYOL: a query encoder that learns and a key encoder, its moving average."""
-
     def __init__(self, args, head, zero_init_residual=True):
         """head: feature size of the backbone -> projector."""
         super().__init__()
@@ -105,7 +102,6 @@ class MoCoV2(Momentum):
     statistics, averaged by the same momentum as the weights (EMAN, Cai et al. 2021): nothing of the
     batch enters a key, on one device or on many, and it is faster.
     """
-
     def __init__(self, args):
         super().__init__(args, lambda features: mlp([features, features, args.dim]),
                          zero_init_residual=False)
@@ -142,7 +138,6 @@ class MoCoV2(Momentum):
 
 class MoCoV3(Momentum):
     """MoCo v3 (Chen et al. 2021): negatives from the batch, a predictor, both directions."""
-
     def __init__(self, args):
         vit = args.arch.startswith("vit")          # one layer more, and a norm after the predictor
         hidden = [args.hidden] * (2 if vit else 1)
@@ -178,13 +173,11 @@ def similarities(q, k, negatives, positives=0):
 
 
 def spread(z):
-    """Standard deviation of unit embeddings (N, D) times sqrt(D): 1 if they point everywhere, 0
-    in a collapse."""
+    """Spread of unit embeddings (N, D): std times sqrt(D); 1: they point everywhere, 0: one way."""
     return z.std(0).mean() * z.shape[1] ** 0.5
 
 
 # ----------------------------------------------------------------------------------------- the step
-
 def train_step(method, optimizer, views, quality_of, gamma, fraction, world):
     """One step of GenView.
 
@@ -238,23 +231,21 @@ def learning_rate(args, epoch):
 
 def set_learning_rate(optimizer, args, epoch):
     for group in optimizer.param_groups:
-        at_peak = group.get("constant_lr")
-        group["lr"] = learning_rate(args, args.warmup_epochs if at_peak else epoch)
+        group["lr"] = learning_rate(args, args.warmup_epochs if "constant_lr" in group else epoch)
 
 
 # ----------------------------------------------------------------------------------------- the loop
-
 def train(args, world, methods=METHODS):
     """Trains, evaluates, writes the run's folder. methods: {name: class}; class(args) is a module
     with .query, .chance, update(fraction) and forward(views, weights, world)."""
-    run = runs.Run(args, world, label(args), defaults(args, methods))
+    run = runs.Run(args, world, label(args))
     images, test = (genview.load_images(args.dataset, args.data_dir, split, args.image_size,
                                         args.limit, args.skip_bad)
                     if split == "train" or args.knn_every else None for split in ("train", "test"))
     if test and not images.num_classes:
         raise UserError(f"{args.data_dir} has no class folders in train/, which kNN needs: add "
                         f"--knn-every 0")
-    runs.limit_queue(args, len(images.names), run.defaults)
+    runs.limit_queue(args, len(images.names))
     torch.manual_seed(args.seed)
     method = methods[args.method](args).to(world.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args, method)
@@ -308,7 +299,6 @@ def distribute(method, loader, args, world, fresh):
 
 
 # --------------------------------------------------------------------------------- what to train on
-
 def prepare(args, images, world):
     """The pairs to train on: PairLoader and quality_of (or None), see train_step."""
     views = encoder = component = None
@@ -357,21 +347,17 @@ def shapes_views(encoder, args, count):
 
 
 # ------------------------------------------------------------------------------------- command line
-
 def parse_args(methods=METHODS, description=None, argv=None):
     """The flags, with the recipe's values where a flag is not given; UserError where they
     contradict each other."""
-    datasets, text = recipes.DATA_DIRS, description or __doc__.split("\n")[0]
-    args = runs.parser_of(text, datasets, methods, recipes.FLAGS).parse_args(argv)
+    args = runs.parser_of(description or __doc__.split("\n")[0], genview.DATA_DIRS, methods,
+                          recipes.FLAGS).parse_args(argv)
+    key = args.dataset, args.method, args.arch, args.epochs, args.batch_size
     if vars(args).pop("print_recipe"):
-        rows = recipes.table(args.dataset, args.method, args.arch, args.epochs, args.batch_size)
-        say("\n".join(f"{flag:16}{value!s:18}{source}" for flag, value, source in rows))
+        say("\n".join("{:16}{!s:18}{}".format(*row) for row in recipes.table(*key)))
         sys.exit()
-    recipe = recipes.training(args.dataset, args.method, args.arch, args.epochs, args.batch_size)
-    runs.apply_recipe(args, recipe, recipes.FLAGS)
-    args.data_dir = args.data_dir or datasets[args.dataset]
-    if args.data_dir is None:
-        raise UserError("--dataset folder needs --data-dir, a folder with train/ and val/ or test/")
+    runs.apply_recipe(args, recipes.training(*key), recipes.FLAGS)
+    args.data_dir = genview.data_dir_of(args.dataset, args.data_dir)
     if args.dataset == "shapes" and args.views_dir not in (None, "none"):
         raise UserError("--dataset shapes makes its views itself: --views-dir can only be none")
     if args.views_dir is None:
@@ -393,13 +379,6 @@ def parse_args(methods=METHODS, description=None, argv=None):
     kind = "plain" if args.views_dir == "none" else "genview"
     runs.resolve_folder(args, f"{args.dataset}-{args.method}-{kind}")
     return args
-
-
-def defaults(args, methods):
-    """The flags of a run of this data set, method and architecture if nothing else is given."""
-    parser = runs.parser_of("", recipes.DATA_DIRS, methods, recipes.FLAGS)
-    recipe = recipes.training(args.dataset, args.method, args.arch, args.epochs, args.batch_size)
-    return vars(parser.parse_args([])) | recipe
 
 
 def label(args):

@@ -26,7 +26,6 @@ class SwAV(nn.Module):
 
     A batch smaller than the number of prototypes cannot be spread over them equally. With --queue
     older embeddings of each large view get codes together with the batch (Sec. 3.1)."""
-
     def __init__(self, args):
         super().__init__()
         backbone, features = make_backbone(args.arch, args.image_size)

@@ -98,7 +98,6 @@ def call(jobs, *command, **flags):
 
 
 # -------------------------------------------------------------------------------------- the views
-
 def make_views(args, kind):
     """Writes the views of one noise level, or a control's, into <output-dir>/views-<kind>."""
     folder = args.output_dir / f"views-{kind}"
@@ -136,7 +135,6 @@ def smooth(images, copies, views):
 
 
 # --------------------------------------------------------------------------------------- the runs
-
 def plan(args):
     """The runs that the flags ask for; those of one seed follow each other."""
     parts = PRESETS.get(args.preset) or [(args.transformations, args.epochs, args.rows, args.seeds)]
@@ -195,7 +193,6 @@ def hardware():
 
 
 # -------------------------------------------------------------------------------------- the table
-
 def read_results(path):
     """The lines of finished runs, as dicts."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -29,8 +29,8 @@ import transformers
 from torch import nn
 
 from generate_views import load_pipeline, quieten
-from genview import clip_tokens, load_images
-from recipes import DATA_DIRS, GENERATION
+from genview import clip_tokens, data_dir_of, load_images
+from recipes import GENERATION
 from studies.eval_generator import draw_samples
 from support import augment, checkpoints, files
 from support.data import spaced
@@ -337,7 +337,7 @@ def main():
     add("--log-every", type=whole(1), default=20, help="steps between lines of log.jsonl")
     add("--save-minutes", type=whole(), default=5, help="minutes between checkpoints")
     args = parser.parse_args()
-    args.data_dir = args.data_dir or DATA_DIRS[args.dataset]
+    args.data_dir = data_dir_of(args.dataset, args.data_dir)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     quieten()
     world = setup(args.device)

@@ -45,7 +45,6 @@ class Images(NamedTuple):
 class Files:
     """Paths of image files in two arrays, for workers. Reading a list of strings counts references
     to them, which writes: each forked worker would copy it."""
-
     def __init__(self, paths):
         encoded = [os.fsencode(path or "") for path in paths]
         self.text = np.frombuffer(b"".join(encoded), np.uint8)
@@ -195,7 +194,6 @@ def readable(images, indices, image_size, skip_bad, good=None):
 
 
 # ---------------------------------------------------------------------- generated views on the disk
-
 def find_views(images, views_dir, dataset):
     """The generated view of each image: a list of N paths, None where an image has none.
 
@@ -245,7 +243,6 @@ def views_into_memory(images, paths, skip_bad=False):
 
 class ViewFolder:
     """The folder that generate_views.py writes: the views, manifest.jsonl, settings.json."""
-
     def __init__(self, folder, suffix):
         """suffix: of the views' files, .png or .jpg."""
         self.folder, self.suffix = Path(folder), suffix

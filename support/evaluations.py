@@ -25,7 +25,6 @@ def folder_of(settings):
 
 class Evaluation:
     """One evaluation. Only the first process writes; all processes call the same methods."""
-
     def __init__(self, settings, world, backbone, images):
         """Opens the folder; UserError where it holds something else or cannot be written."""
         self.settings, self.world, self.folder = settings, world, Path(settings.output_dir)

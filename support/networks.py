@@ -131,7 +131,6 @@ class LARS(torch.optim.Optimizer):
     Biases and batch-norm weights get neither this scale nor weight decay, as in MoCo v3.
     Source: You et al. 2017, "Large Batch Training of Convolutional Networks".
     """
-
     def __init__(self, parameters, lr, weight_decay, momentum=0.9, trust=0.001):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay,
                                       "momentum": momentum, "trust": trust})

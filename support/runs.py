@@ -30,7 +30,6 @@ FREE = {"data_dir", "output_dir", "resume", "device", "compile", "workers", "ski
 
 
 # -------------------------------------------------------------------------------------------- flags
-
 def parser_of(description, datasets, methods, recipe_flags):
     """The flags of the training scripts. recipe_flags: {name: (type, help)}, see recipes.py."""
     parser = Parser(description)
@@ -81,6 +80,7 @@ def parser_of(description, datasets, methods, recipe_flags):
 
 def apply_recipe(args, recipe, recipe_flags):
     """Fills in what no flag says; UserError for a flag that the method does not have."""
+    Parser.last.set_defaults(**recipe)
     for name in recipe_flags:
         if getattr(args, name) is None:
             setattr(args, name, recipe.get(name))
@@ -103,9 +103,9 @@ def resolve_batch(args):
                         f"(all processes together): take {fits}")
 
 
-def limit_queue(args, images, recipe):
+def limit_queue(args, images):
     """The recipe's queue is ImageNet's: in other folders it holds at most a tenth of the images."""
-    if args.dataset == "folder" and args.queue and args.queue == recipe["queue"]:
+    if args.dataset == "folder" and args.queue and args.queue == Parser.last.get_default("queue"):
         most = max(images // 10 // args.batch_size, 1) * args.batch_size
         if most < args.queue:
             args.queue = most
@@ -141,15 +141,11 @@ def resolve_folder(args, name):
 
 
 # ------------------------------------------------------------------------------------------ the run
-
 class Run:
     """One training run. Only the first process writes; all processes call the same methods."""
-
-    def __init__(self, args, world, label, defaults):
-        """defaults: {flag: value}, for flags that an old checkpoint does not know."""
+    def __init__(self, args, world, label):
         args.output_dir = world.gather_objects(args.output_dir)[0]   # its name may contain the time
         self.args, self.world, self.label, self.main = args, world, label, world.rank == 0
-        self.defaults = defaults
         self.folder, self.checkpoint = Path(args.output_dir), Path(args.output_dir, "last.pt")
         self.epoch = self.step = 0                 # where the run goes on
 
@@ -187,7 +183,7 @@ class Run:
     def _check_flags(self, then):
         now = vars(self.args)
         for key in now.keys() - FREE:
-            before = then.get(key, self.defaults.get(key))
+            before = then.get(key, Parser.last.get_default(key))     # an old checkpoint lacks some
             moved = key == "views_dir" and "none" not in (before, now[key])
             if before != now[key] and not moved:
                 way = ("its learning rates are of that length; start a new run with yours"

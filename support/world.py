@@ -30,7 +30,6 @@ class Terminated(Exception):
 
 
 # ------------------------------------------------------------------------------- errors as one line
-
 def script(main):
     """Runs a script's main function and turns errors that a user can cause into one line."""
     for stream in (sys.stdout, sys.stderr):        # consoles that lack a letter show its number
@@ -114,7 +113,6 @@ def progress(items, text, unit, **options):
 
 
 # -------------------------------------------------------------------------------------------- flags
-
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in the help texts and errors as one line."""
     last = argparse.ArgumentParser()
@@ -169,7 +167,6 @@ def _number(kind, name, least, most):
 
 
 # ---------------------------------------------------------------------------- processes and devices
-
 class World(NamedTuple):
     """This process among all: torchrun's environment, or one process alone."""
     rank: int

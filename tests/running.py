@@ -41,7 +41,6 @@ def json_lines(path):
 
 
 # ------------------------------------------------------------------------------------------- forks
-
 def start(work, said=os.devnull):
     """Forks a process that does the work, its stderr in the file said; returns its id. Exit status:
     0, that of support.world.script, or 99 after a traceback."""

@@ -61,7 +61,6 @@ def script(*arguments):
 
 
 # ------------------------------------------------------------------------------------- checkpoints
-
 def test_all_formats_give_the_same_features(folder, images):
     features = {}
     for name in ("last.pt", "plain.pt", "release.pth"):
@@ -130,7 +129,6 @@ def test_a_foreign_checkpoint_sees_the_pictures_it_was_trained_on(folder, monkey
 
 
 # ---------------------------------------------------------------------------------------- features
-
 def test_features_are_the_backbones_own(folder, images):
     backbone, _, _ = load_backbone(folder / "last.pt")
     features = ev.extract_features(backbone.train(), images, 32, CPU, batch_size=4)
@@ -168,7 +166,6 @@ def test_unreadable_files(images, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------- kNN
-
 def knn_loop(train, labels, test, truth, num_classes, k, t):
     correct = 0
     for i, x in enumerate(test):
@@ -201,7 +198,6 @@ def test_knn_matches_the_loop(k, t):
 
 
 # ---------------------------------------------------------------------------------- labelled images
-
 def test_balanced_subset():
     labels = torch.cat([torch.full((n,), y) for y, n in enumerate((200, 100, 10, 1))])
     labels = labels[torch.randperm(311, generator=torch.Generator().manual_seed(0))]
@@ -242,7 +238,6 @@ def test_finetuning_on_a_list_of_names(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------ probes
-
 def test_the_linear_probe_learns_what_is_separable():
     generator = torch.Generator().manual_seed(0)
     direction, labels = torch.randn(3, 20, generator=generator), torch.arange(300) % 3
@@ -304,7 +299,6 @@ def test_two_steps_of_the_lars_probe_match_a_plain_loop():
 
 class Mean(torch.nn.Module):
     """A backbone: the mean colour, times a factor to be learned."""
-
     def __init__(self):
         super().__init__()
         self.factor = torch.nn.Parameter(torch.ones(3))
@@ -339,7 +333,6 @@ def test_finetuning_trains_the_whole_network():
 
 
 # ------------------------------------------------------------------------------------- command line
-
 @pytest.mark.parametrize("protocol, options, last, place, count", [
     ("linear", ["--epochs", 2, "--limit", 9], "linear", "linear", 9),
     ("linear", ["--augment", "--epochs", 1, "--lr", 0.1], "linear", "linear", 12),

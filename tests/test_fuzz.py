@@ -138,7 +138,6 @@ def refused(name, world, output, **flags):
 
 
 # ---------------------------------------------------------------------------------- command lines
-
 def bad_lines(world, count, seed=0):
     """Seeded command lines, each with one or two values replaced by what does not belong there."""
     draw, things = random.Random(seed), [str(world / name) for name in THINGS]
@@ -190,7 +189,6 @@ def test_what_is_wrong_is_named(name, flags, text, world, tmp_path):
 
 
 # --------------------------------------------------------------------------------------- pictures
-
 def png(side):
     """A PNG file that promises side x side pixels and holds none."""
     def chunk(kind, data):
@@ -281,7 +279,6 @@ def test_60_bad_images(world, tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------- folders
-
 @pytest.mark.parametrize("change, trains, generates", [
     ("rm -r train", False, False), ("rm -r test", False, True),      # generation needs train/ only
     ("rm -r $PWD", False, False), ("rm -r $PWD; touch $PWD", False, False),
@@ -342,7 +339,6 @@ def test_bad_records_of_a_views_folder(world, tmp_path):
 
 class Bomb:
     """Its pickle opens a file for writing when it is read."""
-
     def __init__(self, path):
         self.path = path
 

@@ -87,7 +87,6 @@ def only_line(text):
 
 
 # ------------------------------------------------------------------------------------- the formulas
-
 def test_foreground_proportion_matches_a_plain_loop():
     rng, alpha = np.random.default_rng(0), 0.4
     tokens, v1 = rng.normal(size=(5, 9, 7)).astype("float32"), rng.normal(size=7).astype("float32")
@@ -157,7 +156,6 @@ def test_tokens_do_not_depend_on_the_other_images_of_a_batch(world, images, dtyp
 
 
 # ------------------------------------------------------------------------------------------ the set
-
 def test_files_settings_and_levels(world, images):
     views = world / "views"
     found = find_views(images, views, "folder")
@@ -276,7 +274,6 @@ def test_another_solver_draws_other_pictures_of_the_same_noise(world, capsys):
 
 
 # ------------------------------------------------------------------------------------------- errors
-
 @pytest.mark.parametrize("flags, texts", [
     ("--steps=3", ["steps is 4 there and 3 here", "--views-dir"]),
     ("--noise=7", ["noise is adaptive there and 7 here"]),

@@ -49,7 +49,6 @@ def picture(path, size=8, colour="white"):
 
 
 # ------------------------------------------------------------------------------------ augmentations
-
 FACTORS = ("brightness", "contrast", "saturation", "hue")
 X = random_pixels() / 255
 
@@ -161,7 +160,6 @@ def test_crop_boxes_without_a_fit_is_the_central_square():
 
 
 # -------------------------------------------------------------------------------------------- pairs
-
 def batches(images, views, epoch=0, world=CPU, seed=3, batch_size=4, augmentations=(FULL, FULL),
             **options):
     loader = PairLoader(images, views, augmentations, 16, batch_size, seed, world,
@@ -316,7 +314,6 @@ def test_step_generators_of_different_numbers_differ():
 
 
 # --------------------------------------------------------------------------------- images and views
-
 def test_unreadable_images_are_named_or_left_out(tmp_path, capsys):
     tiny.save_images(tmp_path, per_class=3)
     cats = tmp_path / "train/cat"
@@ -378,7 +375,6 @@ def test_views_of_another_set_of_the_same_name_are_refused(six, tmp_path):
 
 
 # ------------------------------------------------------------------------------- the frozen encoder
-
 def test_frozen_encoder_on_a_clip_folder(encoder_folder):
     encoder = FrozenEncoder(encoder_folder)
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
@@ -428,7 +424,6 @@ def test_an_encoder_that_is_missing_or_reads_text_is_refused(tmp_path):
 
 
 # ---------------------------------------------------------------------------- files and checkpoints
-
 def test_components_are_read_and_damaged_ones_refused(tmp_path):
     """Pickled code in them: test_fuzz.py."""
     v1 = np.arange(5, dtype=np.float32)
@@ -466,7 +461,6 @@ def test_a_user_error_is_one_line_and_status_2(capsys):
 
 
 # ----------------------------------------------------------------------------------------- networks
-
 @pytest.mark.parametrize("size, stride", [(64, (1, 1)), (65, (2, 2))])
 def test_make_backbone(size, stride):
     backbone, features = make_backbone("resnet18", size)

@@ -31,7 +31,6 @@ DISK = r" could not be written \(.*\): [\d.]+ MB are free in .*, about ([\d.]+) 
 
 
 # ----------------------------------------------------------------------------------- what they do
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, encoder_folder, pipeline_folder):
     """Images, views, a tiny encoder and a tiny pipeline."""
@@ -105,7 +104,6 @@ def same_views(a, b, count):
 
 
 # ------------------------------------------------------------------------------------------ kills
-
 def kill_at_random(work, folder, draw, duration):
     """Starts the work and kills it at an instant drawn from (0, duration). One that has ended by
     then is done again, with a shorter duration: later runs are faster. Returns the duration."""
@@ -224,7 +222,6 @@ def test_generation_killed_at_random(world, tmp_path, instants):
 
 
 # ------------------------------------------------------------------------------ several processes
-
 @pytest.mark.parametrize("lost, how", [(0, die), (1, die), (1, fail)])
 def test_the_others_end_with_a_process_and_name_it(lost, how, world, tmp_path):
     work = training(world, tmp_path / "run", *V2, "--epochs", 500)
@@ -276,7 +273,6 @@ def test_one_of_two_generating_processes_killed(world, tmp_path):
 
 
 # --------------------------------------------------------------------------------------- the disk
-
 def limit_files(size):
     """No file may grow beyond so many bytes: as if the disk were full."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

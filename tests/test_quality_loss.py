@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 # --------------------------------------------------------------------------- the formulas, as loops
-
 def dot(x, y):
     return sum(float(a) * float(b) for a, b in zip(x, y, strict=True))
 
@@ -106,7 +105,6 @@ def swapped_oracle(scores, codes, t, w):
 
 
 # --------------------------------------------------------------------------------------------- data
-
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -146,7 +144,6 @@ each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
 # -------------------------------------------------------------------------------- against the loops
-
 def test_attention_and_quality_match_the_loops():
     features, _, v1 = maps()
     oracle = attention_oracle(features.numpy(), v1.numpy())
@@ -198,7 +195,6 @@ def test_sinkhorn_matches_the_loop(iterations):
 
 
 # ---------------------------------------------------------------------------- properties of weights
-
 @each_loss
 def test_weights_of_one_and_gamma_zero_are_the_base_loss_exactly(name):
     ones = ql.quality_weights(torch.randn(5), gamma=0.0)
@@ -225,7 +221,6 @@ def test_constant_maps_are_uniform():
 
 
 # ---------------------------------------------------------------------- precision, extremes, errors
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_computes_in_float32_whatever_the_input(dtype, autocast):
@@ -317,7 +312,6 @@ def test_temperature_must_be_given_by_name(function, count):
 
 
 # ---------------------------------------------------------------------- the foreground component v1
-
 def planted(n=40, side=7, k=12, sign=1):
     """Tokens with one strong direction, stronger at the centre of the images. Returns tokens and
     the direction."""
@@ -393,7 +387,6 @@ def test_the_threshold_looks_at_all_columns_of_many_tokens():
 
 
 # ------------------------------------------------------------------------------------ two processes
-
 Q, SCORES = torch.linspace(-2, 2, 8), torch.linspace(-2, 2, 24).view(8, 3).sin()
 CUTS = {"even": 4, "uneven": 3}
 
@@ -416,7 +409,6 @@ def test_two_processes_weight_like_one(tmp_path):
 
 
 # ------------------------------------------------------------------------------- the file by itself
-
 ALONE = """
 import runpy, sys
 import torch, torch.distributed

@@ -1,6 +1,7 @@
 """recipes.py against values typed in by hand from the papers, their code and the release."""
 import pytest
 
+import genview
 import recipes
 
 # (method, architecture, epochs): peak learning rate, batch, optimiser, weight decay, warm-up,
@@ -96,7 +97,7 @@ def test_the_table_says_values_and_sources():
     assert rows["--weight-decay"] == (1.5e-6, "MoCo v3's code, for 1000 epochs")
     assert "Chen et al. 2021" in rows["--temperature"][1]
     assert rows["--knn-every"][1] == "this project"
-    for dataset in recipes.DATA_DIRS:              # every value of every recipe has a row
+    for dataset in genview.DATA_DIRS:              # every value of every recipe has a row
         for method in ("mocov2", "mocov3", "byol", "simsiam", "swav"):
             table = recipes.table(dataset, method)
             values = {flag[2:].replace("-", "_"): value for flag, value, _ in table}

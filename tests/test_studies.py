@@ -42,7 +42,6 @@ def test_refusals_are_one_line(module, flags, message, capsys):
 
 
 # ------------------------------------------------------------------------------------------- bench
-
 def test_take_turns_gives_medians_of_windows_in_turn(monkeypatch):
     """After a round to warm up, three windows: a takes 1, 3 and 2 s, b takes 5, 10 and 2 s."""
     calls, clock = [], iter([0, 90, 90, 99, 0, 1, 1, 6, 0, 3, 3, 13, 0, 2, 2, 4])
@@ -90,7 +89,6 @@ def test_the_table(capsys, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------- ablation
-
 @pytest.fixture
 def runs(monkeypatch):
     """The ablation's commands are parsed by the scripts themselves; only their work is left out.
@@ -212,7 +210,6 @@ def test_a_failing_row_is_named(tmp_path, monkeypatch):
 
 
 # ----------------------------------------------------------------------- the row of extra samples
-
 def test_originals_and_further_samples_are_one_pool(image_folder, tmp_path):
     """In memory as pixels, from files by their paths; from any folder of pictures."""
     images = genview.load_images("folder", image_folder, "train", 32)

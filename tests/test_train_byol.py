@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from running import CPU, json_lines
 
 import genview
-import recipes
 import train_byol
 import train_moco
 import train_swav
@@ -119,7 +118,6 @@ def test_prototypes_do_not_learn_in_the_first_epoch():
 
 
 # ------------------------------------------------------------------------------ runs, as a user
-
 def run(script, data, folder, *flags):
     flags = ["--dataset", "folder", "--data-dir", data, "--image-size", 32, "--arch",
              "resnet10_narrow", "--batch-size", 8, "--output-dir", folder, "--device", "cpu",
@@ -151,7 +149,7 @@ def test_with_views_and_quality(script, method, more, image_folder, views_folder
 @pytest.mark.parametrize("script", [train_byol, train_moco, train_swav])
 def test_a_recipe_for_each_data_set(script):
     """The network can be built, and there is an augmentation for each view."""
-    for dataset in recipes.DATA_DIRS:
+    for dataset in genview.DATA_DIRS:
         for method, network in script.METHODS.items():
             args = train_moco.parse_args(script.METHODS, argv=[
                 "--dataset", dataset, "--method", method, "--views-dir", "none", "--data-dir", "x"])

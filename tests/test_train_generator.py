@@ -44,7 +44,6 @@ def pipe(trained):
 
 
 # ---------------------------------------------------------------------------------------- formulas
-
 def test_noised_is_what_the_pipeline_tells_the_unet(pipe):
     """For the pipeline against the equation see test_generate_views.py."""
     c, noise = torch.randn(2, 5, train_generator.EMBEDDING)
@@ -109,7 +108,6 @@ def test_spread_of_the_embeddings(pipe):
 
 
 # -------------------------------------------------------------------------------------------- runs
-
 def test_the_folder_is_a_pipeline_that_generate_views_uses(trained, image_folder, tmp_path, capsys):
     call(generate_views, "--dataset", "folder", "--data-dir", image_folder, "--model", trained,
          "--steps", 2, "--guidance", 1, "--views-dir", tmp_path, "--device", "cpu")
@@ -222,7 +220,6 @@ def test_loss_not_finite_is_named(image_folder, tmp_path, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------- the miniature
-
 @pytest.mark.parametrize("dataset, there, model, steps, guidance", [
     ("cifar10", True, "mini", 2, 1.25), ("cifar10", False, generate_views.STABLE, 20, 10.0),
     ("imagenet", True, generate_views.STABLE, 20, 10.0)])
@@ -277,7 +274,6 @@ def test_mini_that_is_not_there_is_named(monkeypatch, tmp_path):
 
 
 # --------------------------------------------------------------------------------------- the judge
-
 def test_tables_of_the_judge():
     truth, original = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 0])
     unit, black = torch.eye(4), torch.zeros(4, 3, 32, 32, dtype=torch.uint8)

@@ -37,7 +37,6 @@ def settings(method="mocov2", **changes):
 
 
 # -------------------------------------------------------------------------------------- the step
-
 def two_steps(name, world):
     """Two weighted steps on fixed views; returns losses, weights, first gradients, final state.
 
@@ -297,7 +296,6 @@ def test_learning_rate_and_lars():
 
 
 # ------------------------------------------------------------------------------ runs, as a user
-
 def parse(*flags):
     return train_moco.parse_args(argv=[str(f) for f in flags])
 
@@ -360,7 +358,6 @@ def test_called_as_a_user_without_views_it_says_that_it_is_plain(image_folder, t
 
 
 # -------------------------------------------------------------------------------------- refusals
-
 @pytest.fixture(scope="module")
 def wrong(views_folder, encoder_folder, tmp_path_factory):
     """Files that do not fit, and the folders of the valid ones, by name."""
@@ -484,20 +481,18 @@ def test_a_run_folder_that_not_all_machines_see_is_refused(tmp_path):
     args = settings(resume=None, output_dir=str(tmp_path))
     world = types.SimpleNamespace(rank=0, size=2, gather_objects=lambda x: [x, (1, 0)])
     with pytest.raises(UserError, match="must be one folder for all machines"):
-        runs.Run(args, world, "", {}).resume(None, None, 24)
+        runs.Run(args, world, "").resume(None, None, 24)
 
 
 def test_the_queue_holds_at_most_a_tenth_of_a_folder(capsys):
     """ImageNet's recipe on other folders; a --queue that is given stays."""
-    recipe = {"queue": 65536}
-    args = types.SimpleNamespace(dataset="folder", queue=65536, batch_size=256)
-    runs.limit_queue(args, 100_000, recipe)
-    assert args.queue == 9984 and "--queue 9984" in capsys.readouterr().out
-    runs.limit_queue(args, 10_000, recipe)
-    assert args.queue == 9984
-    args = types.SimpleNamespace(dataset="imagenet", queue=65536, batch_size=256)
-    runs.limit_queue(args, 100_000, recipe)
-    assert args.queue == 65536
+    for flags, images, queue in (("--dataset folder --data-dir x", 100_000, 9984),
+                                 ("--dataset folder --data-dir x --queue 2560", 10_000, 2560),
+                                 ("--dataset imagenet", 100_000, 65536)):
+        args = parse(*flags.split(), "--views-dir", "none")
+        runs.limit_queue(args, images)
+        assert args.queue == queue
+        assert ("--queue 9984" in capsys.readouterr().out) == (queue == 9984)
 
 
 def test_print_recipe_needs_no_data(capsys):

@@ -166,7 +166,6 @@ def test_the_component_is_fitted_once(image_folder, encoder_folder, tmp_path, mo
 
 
 # ------------------------------------------------------------------------ pipelines and encoders
-
 @pytest.mark.parametrize("steps", [1000, 2000])
 def test_more_steps_than_the_schedule_has(steps, image_folder, pipeline_folder, tmp_path):
     """Before anything is written."""
