@@ -6,12 +6,13 @@ generation").
     torchrun --nproc_per_node=8 generate_views.py --dataset imagenet --data-dir /data/imagenet
 
 A frozen CLIP encoder tells how much of an image is foreground; the more, the stronger the noise on
-the image's embedding, from which a frozen diffusion model (Stable unCLIP) draws a variation of it.
-Read make_view_set first. The file is longer than others because it holds the preview, too.
+the image's embedding, from which a frozen diffusion model (Stable unCLIP) draws a variation of it:
+see make_view_set.
 
 Legend of the shapes: N images, n of a batch, T patch tokens of an image, K features of a token, D
 size of an image embedding.
 """
+import contextlib
 import datetime
 import hashlib
 import math
@@ -19,7 +20,6 @@ import os
 import sys
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -47,14 +47,9 @@ def foreground_proportion(tokens, component, threshold):
 
     Args:
         tokens: (N, T, K), CLIP's patch tokens of each image.
-        component: v1, (K,), see quality_loss.fit_foreground.
-        threshold: alpha, a float.
-    Returns:
-        p (N,), float32, in [0, 1].
-    Raises:
-        ValueError: the shapes do not fit.
+        component, threshold: v1 (K,) and alpha, a float, see quality_loss.fit_foreground.
+    Returns p (N,), float32, in [0, 1]. ValueError: the shapes do not fit.
     Source: GenView, section "adaptive view generation", steps 3 and 4; Eq. 7 for alpha.
-
     >>> tokens = torch.tensor([[[1., 0.], [3., 0.], [0., 9.], [2., 5.]]])
     >>> foreground_proportion(tokens, torch.tensor([1., 0.]), threshold=1.5)
     tensor([0.5000])
@@ -71,19 +66,14 @@ def noise_level(proportion):
 
     p in [0, 0.2] -> 0   (0.2, 0.4] -> 100   (0.4, 0.6] -> 200   (0.6, 0.8] -> 300   (0.8, 1] -> 400
 
-    Args:
-        proportion: p, (N,), in [0, 1].
-    Returns:
-        l (N,), integers, in steps of the 1,000 of the noise schedule.
-    Raises:
-        ValueError: not a vector, or a number outside [0, 1].
+    Args: proportion: p, (N,), in [0, 1].
+    Returns l (N,), integers, in steps of the 1,000 of the noise schedule. ValueError: not a vector,
+    or a number outside [0, 1].
     Source: GenView, section "adaptive view generation", step 5; the levels are the release's.
-
     >>> noise_level(torch.tensor([0.0, 0.2, 0.21, 0.5, 1.0]))
     tensor([  0,   0, 100, 200, 400])
     """
-    p = torch.as_tensor(proportion)
-    p = p if p.is_floating_point() else p.float()
+    p = proportion if proportion.is_floating_point() else proportion.float()
     if p.ndim != 1:
         raise ValueError(f"proportion must be (N,), got {tuple(p.shape)}")
     outside = ~((p >= 0) & (p <= 1))                          # true for NaN, too
@@ -104,32 +94,28 @@ def quieten():
 
 
 def load_pipeline(model, dtype, device, solver="own"):
-    """Stable unCLIP: the generator G, its noise on embeddings, and CLIP's image encoder C.
-
-    solver: of the denoising, the model's own, or dpm (DPM-Solver++ of second order), which needs
-    fewer steps. Raises UserError where the model cannot be loaded.
+    """Stable unCLIP: the generator G, its noise on embeddings, and CLIP's image encoder C. solver:
+    of the denoising, own or dpm (DPM-Solver++, second order). UserError where it cannot be loaded.
     """
     import diffusers
     quieten()
     model = genview.mini() if model == "mini" else model
     new = tuple(int(part) for part in diffusers.__version__.split(".")[:2]) >= (0, 42)
     kind = {"dtype" if new else "torch_dtype": dtype, "use_safetensors": True}
-    there, half = Path(model).is_dir(), "unet/diffusion_pytorch_model"
-    if Path(model, half + ".fp16.safetensors").exists() and not Path(
-            model, half + ".safetensors").exists():
+    there, unet = Path(model).is_dir(), Path(model, "unet/diffusion_pytorch_model.safetensors")
+    if unet.with_suffix(".fp16.safetensors").exists() and not unet.exists():
         kind["variant"] = "fp16"
     try:                                           # safetensors: no pickled code
         pipe = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(model, **kind)
     except Exception as error:                     # of three libraries
-        download = (f"where there is a network run `hf download {model} --exclude '*.ckpt'` and "
-                    f"name the folder it prints by --model")
-        folder = "the folder must hold that pipeline as save_pretrained writes it, in safetensors"
-        if Path(model).is_file() or str(model).startswith((".", "/", "~")) and not there:
-            download = f"it is no folder; {folder}"
-        first = " ".join(str(error).split())[:150]
+        first, is_path = " ".join(str(error).split())[:150], str(model).startswith((".", "/", "~"))
+        way = (f"where there is a network run `hf download {model} --exclude '*.ckpt'` and name "
+               f"the folder it prints by --model")
+        if there or is_path or Path(model).is_file():
+            way = "it must be a folder that save_pretrained has written, in safetensors"
         raise UserError(f"--model {model} could not be loaded as a StableUnCLIPImg2ImgPipeline "
-                        f"({type(error).__name__}: {first}): {folder if there else download}; "
-                        f"train_moco.py --dataset shapes needs no download") from None
+                        f"({type(error).__name__}: {first}): {way}; train_moco.py --dataset shapes "
+                        f"needs no download") from None
     pipe.set_progress_bar_config(disable=True)
     if solver == "dpm":
         pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
@@ -152,13 +138,11 @@ def check(pipe, steps):
             raise UserError(f"the model's parts do not fit: {what} is {here}, its image encoder "
                             f"needs {there}")
     length = pipe.scheduler.config.num_train_timesteps
-    try:
+    with contextlib.suppress(ValueError, IndexError):
         pipe.scheduler.set_timesteps(steps)
-        fits = pipe.scheduler.timesteps.max() < length
-    except (ValueError, IndexError):
-        fits = False
-    if not fits:
-        raise UserError(f"--steps {steps} is too many for the model's schedule of {length} steps")
+        if pipe.scheduler.timesteps.max() < length:
+            return
+    raise UserError(f"--steps {steps} is too many for the model's schedule of {length} steps")
 
 
 @torch.inference_mode()
@@ -188,8 +172,7 @@ def encode_all(pipe, images, indices, on_unreadable=lambda index, error: None):
 
 @torch.inference_mode()
 def generate(pipe, args, level, embeddings, seeds):
-    """Variations of images of one noise level, each from its own seed: c (n, D), n seeds -> n PIL
-    images.
+    """Variations of images, of one noise level, each from its own seed: c (n, D) -> n PIL images.
 
     z_i^l = sqrt(abar_l) c_i + sqrt(1 - abar_l) e,  e ~ N(0, I),    X_i^+ = G(z_i^l)
     Source: GenView, section "framework".
@@ -207,8 +190,8 @@ def generate(pipe, args, level, embeddings, seeds):
         raise UserError(f"the generator returned numbers that are not finite in {args.precision}; "
                         f"--precision float32 helps")
     pixels = (views.float() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    size = (args.save_size, args.save_size)
-    return [Image.fromarray(x).resize(size, Image.Resampling.BICUBIC) for x in pixels]
+    size, bicubic = (args.save_size,) * 2, Image.Resampling.BICUBIC
+    return [Image.fromarray(x).resize(size, bicubic) for x in pixels]
 
 
 def generate_all(pipe, args, level, embeddings, seeds):
@@ -239,23 +222,21 @@ def make_view_set(args, pipe, images, world):
     v1, alpha = shared_foreground(args, pipe, images, world)
     views = Views(args, pipe, images, folder, world)
     waiting = defaultdict(list)                                      # {level: [(index, p, c), ...]}
-    with views.writer:
-        for indices, tokens, c in encode_all(pipe, images, views.todo, views.unreadable):
-            p = foreground_proportion(tokens, v1, alpha)                                      # (n,)
-            adaptive = args.noise == "adaptive"
-            levels = noise_level(p) if adaptive else torch.full_like(p, args.noise).long()    # (n,)
-            for index, proportion, level, embedding in zip(indices, p.tolist(), levels.tolist(), c,
-                                                           strict=True):
-                waiting[level].append((index, proportion, embedding))
-                if len(waiting[level]) >= args.batch_size:
-                    views.make(level, waiting.pop(level))
-        for level in sorted(waiting):
-            views.make(level, waiting[level])
+    for indices, tokens, c in encode_all(pipe, images, views.todo, views.unreadable):
+        p = foreground_proportion(tokens, v1, alpha)                                          # (n,)
+        adaptive = args.noise == "adaptive"
+        levels = noise_level(p) if adaptive else torch.full_like(p, args.noise).long()        # (n,)
+        for level, *image in zip(levels.tolist(), indices, p.tolist(), c, strict=True):
+            waiting[level].append(image)
+            if len(waiting[level]) >= args.batch_size:
+                views.make(level, waiting.pop(level))
+    for level in sorted(waiting):
+        views.make(level, waiting[level])
     views.report()
 
 
 class Views:
-    """Generates batches and writes them; a thread writes one batch while the next is generated."""
+    """Generates batches of views, writes and counts them."""
     def __init__(self, args, pipe, images, folder, world):
         self.args, self.pipe, self.images, self.folder = args, pipe, images, folder
         mine = spaced(len(images.names), args.limit).tolist()[world.rank::world.size]
@@ -263,7 +244,6 @@ class Views:
         self.todo = [i for i in mine if images.names[i] not in made]
         self.there = [made[images.names[i]] for i in mine if images.names[i] in made]
         self.levels, self.skipped, self.start = [], 0, time.time()
-        self.writer, self.written = ThreadPoolExecutor(1), None
         self.bar = progress(None, "views", "image", total=len(self.todo))
 
     def unreadable(self, index, error):
@@ -272,27 +252,18 @@ class Views:
 
     def make(self, level, batch):
         """batch: [(index, p, c), ...] of one level."""
-        names = [self.images.names[index] for index, _, _ in batch]
+        indices, proportions, embeddings = zip(*batch, strict=True)
+        names = [self.images.names[index] for index in indices]
         seeds = [image_seed(self.args.seed, name) for name in names]
-        embeddings = torch.stack([c for _, _, c in batch])
-        views = generate_all(self.pipe, self.args, level, embeddings, seeds)
-        if self.written:
-            self.written.result()                  # at most one batch waits; its error stops us
+        views = generate_all(self.pipe, self.args, level, torch.stack(embeddings), seeds)
         left = len(self.todo) - self.skipped - len(self.levels)
-        lines = [dict(source=name, proportion=p, noise_level=level, seed=seed)
-                 for name, (_, p, _), seed in zip(names, batch, seeds, strict=True)]
-        self.written = self.writer.submit(self._write, views, lines, left)
+        for view, name, p, seed in zip(views, names, proportions, seeds, strict=True):
+            self.folder.write(view, left, source=name, proportion=p, noise_level=level, seed=seed)
         self.levels += [level] * len(batch)
         self.bar.update(len(batch))
 
-    def _write(self, views, lines, left):
-        for view, line in zip(views, lines, strict=True):
-            self.folder.write(view, left, **line)
-
     def report(self):
         """The last line, over all processes."""
-        if self.written:
-            self.written.result()
         self.bar.close()
         seconds, levels = time.time() - self.start, torch.tensor(self.there + self.levels).long()
         numbers = torch.tensor([len(self.levels), len(self.there), self.skipped])
@@ -382,24 +353,18 @@ def parse_args(argv=None):
     add("--data-dir", help="where the data lies; CIFAR is downloaded there")
     add("--views-dir", help="where the views go; default: views/<dataset>")
     add("--limit", type=whole(1), help="make views of so many images only, evenly spaced")
-    add("--save-size", type=whole(1), help="side of the saved views; default: 32 for CIFAR, else "
-                                           "up to 512")
+    add("--save-size", type=whole(1), help="side of saved views; default: CIFAR 32, else up to 512")
     add = parser.add_argument_group("GenView").add_argument
     add("--model", help=f"hub id or folder of a StableUnCLIPImg2ImgPipeline, or mini (weights/); "
                         f"default: mini for CIFAR, else {STABLE}")
-    add("--noise", type=either("adaptive", whole(0, 999)), default="adaptive",
-        help="adaptive, or one level, 0 to 999")
-    add("--solver", choices=["own", "dpm"], default="own",
-        help="the model's own, or DPM-Solver++ for fewer steps")
+    add("--noise", type=either("adaptive", whole(0, 999)), default="adaptive", help="or 0 to 999")
+    add("--solver", choices=["own", "dpm"], default="own", help="the model's own, or DPM-Solver++")
     add("--steps", type=whole(1), help="denoising steps; default: 20 as the release, mini: 2")
-    add("--guidance", type=real(0, 1e4),
-        help="classifier-free guidance scale; default: 10 as the release, mini: 1.25")
-    add("--size", type=whole(1), help="side of the generated image, a multiple of 8; default: the "
-                                      "model's")
+    add("--guidance", type=real(0, 1e4), help="its scale; default: 10 as the release, mini: 1.25")
+    add("--size", type=whole(1), help="side of generated images, 8, 16, ...; default: the model's")
     add("--seed", type=whole(), default=0, help="of all random numbers")
     add("--component", help="foreground.npz or the release's pca_vectors.npy; default: fit one")
-    add("--flip-foreground", action="store_true",
-        help="take the other side of the component as foreground")
+    add("--flip-foreground", action="store_true", help="foreground is the component's other side")
     add("--fit-images", type=whole(1), default=genview.FIT_IMAGES,
         help="images that the component is fitted on")
     add = parser.add_argument_group("runtime").add_argument

@@ -296,14 +296,6 @@ def test_refusals_are_one_line_and_change_nothing(world, capsys, flags, texts):
     assert (snapshot(world), snapshot(world / "images")) == before
 
 
-def test_an_error_of_the_writing_thread_ends_the_run(world, monkeypatch, capsys):
-    def full(*_, **__):
-        raise UserError("no space left")
-    monkeypatch.setattr(gv.ViewFolder, "write", full)
-    line = refusal(capsys, run, world, "full", "--limit", 9, "--batch-size", 2)
-    assert "no space left" in line
-
-
 @pytest.mark.parametrize("count, room, first, largest, sizes, kept", [
     (7, 2, 8, 8, [7, 4, 2, 2, 2, 1], 2),                             # halved until it fits
     (40, 9, 2, 64, [2, 4, 8, 16, 8, 8, 8, 2], 8)])                   # doubled while it fits

@@ -197,7 +197,7 @@ def test_a_pipeline_in_half_precision_files_is_read(pipeline_folder, tmp_path):
 def test_a_model_that_is_not_there_is_named(pipeline_folder, tmp_path):
     (tmp_path / "one.safetensors").touch()
     for name in ("generatr", "one.safetensors"):
-        with pytest.raises(UserError, match="it is no folder; the folder must hold"):
+        with pytest.raises(UserError, match="it must be a folder that save_pretrained"):
             generate_views.load_pipeline(str(tmp_path / name), torch.float32, "cpu")
     folder = shutil.copytree(pipeline_folder, tmp_path / "part")
     next((folder / "vae").glob("*.safetensors")).unlink()
