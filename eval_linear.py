@@ -5,17 +5,14 @@
 
 Reads checkpoints of this project, the authors' release and others. Runs under torchrun, too.
 Writes result.json, head.pt (a linear layer for the backbone's features), log.jsonl and last.pt
-into linear/, knn/ or finetune-<percent>/ beside the checkpoint. The file is longer than others
-because three protocols, on features or on pictures, share it.
+into linear/, knn/ or finetune-<percent>/ beside the checkpoint.
 
 Legend of the shapes: N images, S side of a picture in pixels, D features of an image, C classes.
 """
 import argparse
 import math
-import re
 from collections import OrderedDict
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +23,8 @@ import genview
 import recipes
 from support import augment
 from support import world as flags
-from support.augment import CROP_TRIES, normalise, renormalise
 from support.checkpoints import MEAN_STD, load_backbone
-from support.data import Files, open_image, to_tensor
+from support.data import Files, balanced_subset, listed_subset, open_image, to_tensor
 from support.evaluations import Evaluation, folder_of
 from support.networks import LARS
 from support.world import UserError, progress, say, script, setup, start_worker, step_generator
@@ -53,7 +49,7 @@ class Crops(Dataset):
         height, width = image.shape[1:]
         box = augment.central_box(round(min(height, width) * 224 / 256), height, width)
         if self.draw:
-            u = torch.rand(CROP_TRIES, 4, generator=step_generator(*self.draw, index))
+            u = torch.rand(augment.CROP_TRIES, 4, generator=step_generator(*self.draw, index))
             box = augment.crop_box(u.tolist(), height, width, CROP_SCALE)
         return augment.crop_file(image, box, self.size)
 
@@ -71,7 +67,7 @@ def pictures(images, order, image_size, world, batch_size, workers=4, draw=None,
         x = (images.pixels[index] if in_memory else next(loader)).to(world.device).float()
         if draw:
             generator = step_generator(*draw, step, world.rank)
-            u = torch.rand(len(x), CROP_TRIES + 1, 4, generator=generator)
+            u = torch.rand(len(x), augment.CROP_TRIES + 1, 4, generator=generator)
             tries, flip = u[:, :-1], u[:, -1, 0] < 0.5
             x = torch.where(flip.to(x.device)[:, None, None, None], x.flip(3), x)
         if draw and in_memory:
@@ -79,7 +75,7 @@ def pictures(images, order, image_size, world, batch_size, workers=4, draw=None,
             x = augment.crop(x, boxes, image_size)
         elif x.shape[-1] != image_size:
             x = F.interpolate(x, size=(image_size,) * 2, mode="bilinear", antialias=True)
-        yield normalise(x / 255).contiguous(memory_format=torch.channels_last)
+        yield augment.normalise(x / 255).contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -88,8 +84,7 @@ def features_of(backbone, images, order, image_size, world, batch_size, workers,
     was_training = backbone.training
     backbone.eval()
     batches = pictures(images, order, image_size, world, batch_size, workers, skip_bad=skip_bad)
-    total = math.ceil(len(order) / batch_size)
-    for x in progress(batches, "features", "batch", total=total):
+    for x in progress(batches, "features", "batch", total=math.ceil(len(order) / batch_size)):
         with world.autocast():
             features = backbone(x).float()
         yield features
@@ -118,7 +113,6 @@ def knn_accuracy(chunks, queries, truth, num_classes, k=200, temperature=0.1, wo
         k, temperature: t. The defaults are usual for MoCo.
         world: where each process sees other chunks.
     Source: Wu et al. 2018 (instance discrimination), section 3.4.
-
     >>> labels = torch.tensor([0, 1])
     >>> knn_accuracy([(torch.eye(2), labels)], torch.tensor([[3., 1.], [2., 1.]]), labels, 2)
     50.0
@@ -164,7 +158,7 @@ def decay(done, drops=()):
 def fit(model, optimizer, batches, steps, settings, autocast=nullcontext, run=None, check=dict):
     """Trains a classifier. optimizer: its learning rates are the peaks. batches: function of the
     epoch that yields (input, labels) `steps` times. run: Evaluation, or None. check: called after
-    each epoch, returns accuracies."""
+    each epoch, may return accuracies."""
     peaks = [group["lr"] for group in optimizer.param_groups]
     plain, epochs = getattr(model, "module", model), settings.epochs
     first = run.resume(plain, optimizer) if run else 0
@@ -185,7 +179,7 @@ def fit(model, optimizer, batches, steps, settings, autocast=nullcontext, run=No
         if not mean.isfinite():
             raise UserError(f"the loss is not finite after epoch {epoch + 1}: use a smaller --lr")
         bar.set_postfix(loss=f"{mean.item():.3f}", refresh=False)
-        accuracies = check()
+        accuracies = check() or {}
         if run:
             run.after_epoch(epoch + 1, plain, optimizer, mean, accuracies)
 
@@ -259,7 +253,7 @@ def linear_on_pictures(backbone, dim, images, settings, world, run=None, check=N
     model = DistributedDataParallel(head) if world.size > 1 else head
     batches, steps = augmented(images, settings, world)
     fit(model, optimizer, features, steps, settings, run=run,
-        check=lambda: top(head(check[0]), check[1]) if check else {})
+        check=lambda: top(head(check[0]), check[1]) if check else None)
     return head
 
 
@@ -268,14 +262,12 @@ def finetune(backbone, dim, images, settings, world, run=None):
     def share_statistics():                        # of batch norm, where each process has its own
         for buffer in backbone.buffers() if world.size > 1 else ():
             torch.distributed.broadcast(buffer, 0)
-        return {}
     backbone.requires_grad_(True)                  # MoCo v3's fixed patch projection learns here
     if hasattr(backbone, "encoder"):               # a vision transformer
         backbone.encoder.pos_embedding.requires_grad_(False)
     head = zero_linear(dim, images.num_classes).to(world.device)
-    learning = [p for p in backbone.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(
-        [{"params": learning, "lr": scaled(settings.backbone_lr, settings)},
+    optimizer = torch.optim.SGD(                   # what gets no gradient is left alone
+        [{"params": backbone.parameters(), "lr": scaled(settings.backbone_lr, settings)},
          {"params": head.parameters(), "lr": scaled(settings.lr, settings)}], momentum=0.9)
     query = torch.nn.Sequential(OrderedDict(backbone=backbone))    # last.pt's names in training
     model = torch.nn.Sequential(OrderedDict(query=query, head=head)).train()
@@ -300,47 +292,10 @@ def labelled(images, settings):
     return images.take(index)
 
 
-def balanced_subset(labels, fraction, generator):
-    """A random share of the images of each class, at least one: sorted indices into labels (N,)."""
-    classes = [(labels == label).nonzero().flatten() for label in labels.unique()]
-    shuffled = [members[torch.randperm(len(members), generator=generator)] for members in classes]
-    chosen = [members[:max(1, round(fraction * len(members)))] for members in shuffled]
-    return torch.cat(chosen).sort().values
-
-
-def listed_subset(images, path):
-    """The images that a text file lists: sorted indices. A line holds a name, with or without
-    folders, and perhaps the number of its class, as OpenSelfSup's and mmselfsup's lists do."""
-    try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--labels-file {path} cannot be read as a list ({error})") from None
-    parts = [re.fullmatch(r"\s*(.*?\S)(?:\s+(\d+))?\s*", line) for line in lines]
-    wanted = dict(part.groups() for part in parts if part)      # {name: number or None}
-    chosen, found = [], set()
-    for i, name in enumerate(images.names):
-        fits = wanted.keys() & {name, name.removeprefix("train/"), Path(name).name}
-        if fits:
-            chosen.append(i)
-        found |= fits
-        label = images.labels[i].item()
-        if any(wanted[fit] not in (None, str(label)) for fit in fits):
-            raise UserError(f"--labels-file {path}: {name} is of another class there than "
-                            f"{label}, its folder's place in train/")
-    if not chosen or len(chosen) > len(found):
-        raise UserError(f"--labels-file {path} lists {len(wanted)} names, of which {len(found)} "
-                        f"fit {len(chosen)} images: it must name images of the data set, with "
-                        f"their folders where the names alone are not unique")
-    if missing := len(wanted) - len(found):
-        say(f"*** {path}: {missing} of its {len(wanted)} names are not in the data set")
-    return torch.tensor(chosen)
-
-
 def zero_linear(dim, num_classes):
     """A classifier whose weights start at 0: it begins at chance level, whatever the seed."""
     head = torch.nn.Linear(dim, num_classes)
-    for parameter in head.parameters():
-        torch.nn.init.zeros_(parameter)
+    head.load_state_dict({name: torch.zeros_like(x) for name, x in head.state_dict().items()})
     return head
 
 
@@ -360,19 +315,16 @@ def parse(argv=None):
     add("--arch", help="torchvision's name of the network, e.g. resnet50")
     add("--heads", type=flags.whole(1), help="of a vision transformer; default: its layout's")
     add("--branch", help="which backbone of several, a part of its prefix, such as student")
-    add("--mean-std", choices=list(MEAN_STD), help="of the pictures it was trained on; default: "
-        "its layout's")
+    add("--mean-std", choices=list(MEAN_STD), help="of its pictures; default: its layout's")
     add("--dataset", choices=list(genview.DATA_DIRS), help="data set to evaluate on")
     add("--data-dir", help="CIFAR's files, or a folder with train/ and val/ or test/ below it")
     add("--image-size", type=flags.whole(1), help="side of the pictures in pixels")
     add("--limit", type=flags.whole(1), help="use so many images of each split")
     add("--skip-bad", action="store_true", help="leave out unreadable images (large ones: grey)")
     add = parser.add_argument_group("protocol").add_argument
-    add("--protocol", choices=["linear", "knn", "finetune"], default="linear",
-        help="linear: a linear probe, of small pictures kNN, too; finetune: semi-supervised")
+    add("--protocol", choices=["linear", "knn", "finetune"], default="linear", help="what to fit")
     add("--labels", type=flags.real(1e-6, 1), default=0.01, help="finetune: share of the labels")
-    add("--labels-file", help="finetune: a text file that names the labelled images instead, e.g. "
-        "the public lists of 1%% and 10%% of ImageNet; the recipe depends on --labels")
+    add("--labels-file", help="finetune: a text file that names the labelled images instead")
     add("--k", type=flags.whole(1), default=200, help="neighbours of kNN")
     add = parser.add_argument_group("optimisation (default: the data set's recipe)").add_argument
     add("--epochs", type=flags.whole(1), help="passes over the labelled images")
@@ -380,16 +332,15 @@ def parse(argv=None):
     add("--optimizer", choices=["sgd", "lars"], help="linear: what trains the classifier")
     add("--lr", type=flags.real(0, 1e4), help="learning rate for 256 images; grows with the batch")
     add("--backbone-lr", type=flags.real(0, 1e4), help="finetune: the same of the backbone")
-    add("--drops", type=flags.real(0, 1), nargs="*", help="shares of the training after which "
-        "the learning rate falls to a tenth, e.g. 0.6 0.8; none: a cosine to 0")
+    add("--drops", type=flags.real(0, 1), nargs="*",
+        help="shares of the training after which lr falls to a tenth; none: a cosine to 0")
     add("--augment", action=argparse.BooleanOptionalAction, help="linear: crops and flips in every "
         "epoch, features not standardised: set --lr too")
     add = parser.add_argument_group("runtime").add_argument
     add("--output-dir", help="default: <folder of the checkpoint>/<protocol>")
     add("--resume", action="store_true", help="go on from the output folder's last.pt")
     add("--device", help="cuda, mps or cpu (default: the first that is available)")
-    add("--workers", type=flags.whole(), default=flags.share_of_cores(),
-        help="processes that read image files")
+    add("--workers", type=flags.whole(), default=flags.share_of_cores(), help="that read files")
     add("--seed", type=flags.whole(), default=0, help="of the choice and order of images")
     return parser.parse_args(argv)
 
@@ -400,8 +351,7 @@ def resolve(settings, trained_with):
     if dataset not in genview.DATA_DIRS:
         raise UserError("the checkpoint does not say its data set: name one with --dataset")
     known = trained_with if dataset == trained_with.get("dataset") else {}
-    given = settings.data_dir or known.get("data_dir")
-    settings.data_dir = genview.data_dir_of(dataset, given)
+    settings.data_dir = genview.data_dir_of(dataset, settings.data_dir or known.get("data_dir"))
     usual = 32 if dataset in ("shapes", "cifar10", "cifar100") else 224
     settings.image_size = settings.image_size or known.get("image_size") or usual
     settings.limit = settings.limit or known.get("limit")
@@ -420,12 +370,11 @@ def use_recipe(settings):
         elif flag not in recipe:
             raise UserError(f"--{flag.replace('_', '-')} is not a setting of "
                             f"--protocol {settings.protocol}")
-    if not recipe:
-        return
     if recipe.get("augment") and settings.method not in recipes.LINEAR:
         say(f"*** the checkpoint does not say its method: MoCo v3's probe for {settings.arch}")
-    say(f"learning rate of the classifier: {scaled(settings.lr, settings):g} ({settings.lr:g} for "
-        f"256 images, the batch is {settings.batch_size})")
+    if recipe:
+        say(f"learning rate of the classifier: {scaled(settings.lr, settings):g} "
+            f"({settings.lr:g} for 256 images, the batch is {settings.batch_size})")
 
 
 def evaluate(settings, backbone, dim, world):
@@ -465,7 +414,7 @@ def main():
                                                 settings.branch, settings.mean_std)
     settings.mean_std, mean, std = (trained_with[key] for key in ("mean_std", "mean", "std"))
     if settings.mean_std != "clip":                # pictures come with CLIP's numbers
-        backbone.register_forward_pre_hook(lambda _, x: (renormalise(x[0], mean, std),))
+        backbone.register_forward_pre_hook(lambda _, x: (augment.renormalise(x[0], mean, std),))
     made_for = getattr(backbone, "image_size", None)         # of a vision transformer's positions
     settings.image_size = settings.image_size or made_for
     resolve(settings, trained_with)

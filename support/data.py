@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -191,6 +192,39 @@ def readable(images, indices, image_size, skip_bad, good=None):
                 raise
             print(f"left out: {error}", file=sys.stderr)
     return pixels
+
+
+def balanced_subset(labels, fraction, generator):
+    """A random share of the images of each class, at least one: sorted indices into labels (N,)."""
+    classes = [(labels == label).nonzero().flatten() for label in labels.unique()]
+    shuffled = [members[torch.randperm(len(members), generator=generator)] for members in classes]
+    chosen = [members[:max(1, round(fraction * len(members)))] for members in shuffled]
+    return torch.cat(chosen).sort().values
+
+
+def listed_subset(images, path):
+    """The images that a text file lists: sorted indices. A line holds a name, with or without
+    folders, and perhaps the number of its class, as OpenSelfSup's and mmselfsup's lists do."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--labels-file {path} cannot be read as a list ({error})") from None
+    parts = [re.fullmatch(r"\s*(.*?\S)(?:\s+(\d+))?\s*", line) for line in lines]
+    wanted = dict(part.groups() for part in parts if part)      # {name: number or None}
+    fits = [wanted.keys() & {name, name.removeprefix("train/"), Path(name).name}
+            for name in images.names]
+    chosen, found = [i for i, names in enumerate(fits) if names], set().union(*fits)
+    for i in chosen:
+        if {wanted[name] for name in fits[i]} - {None, str(images.labels[i].item())}:
+            raise UserError(f"--labels-file {path}: {images.names[i]} is of another class there "
+                            f"than {images.labels[i]}, its folder's place in train/")
+    if not chosen or len(chosen) > len(found):
+        raise UserError(f"--labels-file {path} lists {len(wanted)} names, of which {len(found)} "
+                        f"fit {len(chosen)} images: it must name images of the data set, with "
+                        f"their folders where the names alone are not unique")
+    if missing := len(wanted) - len(found):
+        say(f"*** {path}: {missing} of its {len(wanted)} names are not in the data set")
+    return torch.tensor(chosen)
 
 
 # ---------------------------------------------------------------------- generated views on the disk
