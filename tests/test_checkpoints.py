@@ -45,6 +45,10 @@ def under(prefix, state):
     return {prefix + key: x for key, x in state.items()}
 
 
+def without(state, name):
+    return {key: x for key, x in state.items() if key != name}
+
+
 def linear(*names):
     return {f"{name}.{x}": torch.ones(2, 3) for name in names for x in ("weight", "bias")}
 
@@ -184,6 +188,10 @@ def test_solo_learns_stem_for_cifar_and_other_formats(tmp_path):
 
 @pytest.mark.parametrize("content, flags, message", [
     (lambda r, v: linear("encoder.a"), {}, "no conv1.weight, .* first tensor is encoder.a"),
+    (lambda r, v: without(r, "layer2.0.bn1.running_var"), {"arch": "resnet18"},
+     "no layer2.0.bn1.running_var"),
+    (lambda r, v: r, {"arch": "resnet34"}, "another architecture.*layer1.2.conv1.weight.*resnet34"),
+    (lambda r, v: [1, 2], {"arch": "resnet18"}, ""),
     (lambda r, v: {}, {"arch": "vit_tiny"}, "no class_token, which is in vit_tiny.* missing"),
     (lambda r, v: layouts(r, r, "fc")["MoCo v2"], {"branch": "key"}, r"no branch key.*encoder_k"),
     (lambda r, v: r, {"heads": 6}, "--heads 6 does not fit .* resnet18"),

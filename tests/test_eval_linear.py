@@ -61,17 +61,6 @@ def script(*arguments):
 
 
 # ------------------------------------------------------------------------------------- checkpoints
-def test_all_formats_give_the_same_features(folder, images):
-    features = {}
-    for name in ("last.pt", "plain.pt", "release.pth"):
-        backbone, dim, args = load_backbone(folder / name)
-        assert dim == DIM and args.get("dataset") == ("folder" if name == "last.pt" else None)
-        features[name] = ev.extract_features(backbone, images, 32, CPU, batch_size=5)
-        assert features[name].shape == (12, DIM) and features[name].dtype == torch.float32
-    assert torch.equal(features["last.pt"], features["plain.pt"])
-    assert torch.equal(features["last.pt"], features["release.pth"])
-
-
 def test_the_small_stem_is_seen_and_settings_lie_beside_a_backbone(tmp_path):
     state = make_backbone("resnet18", 32)[0].state_dict()
     torch.save(state, tmp_path / "backbone.pt")
@@ -79,25 +68,6 @@ def test_the_small_stem_is_seen_and_settings_lie_beside_a_backbone(tmp_path):
     loaded, _, args = load_backbone(tmp_path / "backbone.pt")
     assert loaded.conv1.kernel_size == (3, 3) and args["dataset"] == "cifar10"
     assert all(torch.equal(x, state[name]) for name, x in loaded.state_dict().items())
-
-
-@pytest.mark.parametrize("name", ["last.pt", "plain.pt", "release.pth"])
-@pytest.mark.parametrize("arch, tensor", [("resnet50", "layer1.0.conv1.weight"),
-                                          ("resnet34", "layer1.2.conv1.weight")])
-def test_another_architecture_is_refused(folder, name, arch, tensor):
-    with pytest.raises(UserError, match=f"another architecture.*{tensor}.*{arch}.*resnet18"):
-        load_backbone(folder / name, arch)
-
-
-def test_a_checkpoint_that_fits_no_architecture_is_refused(folder, tmp_path):
-    state = torch.load(folder / "plain.pt")
-    del state["layer2.0.bn1.running_var"]
-    torch.save(state, tmp_path / "missing.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    for name, arch, message in (("missing.pt", "resnet18", "no layer2.0.bn1.running_var"),
-                                ("missing.pt", None, "--arch"), ("list.pt", "resnet18", "list.pt")):
-        with pytest.raises(UserError, match=message):
-            load_backbone(tmp_path / name, arch)
 
 
 def test_a_vision_transformer_is_recognised(tmp_path):

@@ -8,14 +8,12 @@ import types
 
 import pytest
 import torch
-import torch.nn.functional as F
 from running import CPU, json_lines
 
 import genview
 import train_byol
 import train_moco
 import train_swav
-from quality_loss import sinkhorn, swapped_prediction
 from support.checkpoints import load_backbone
 
 
@@ -87,24 +85,6 @@ def test_the_learning_rate_of_simsiams_predictor_is_constant(monkeypatch, image_
     assert len(rates) == 6 and set(predictor) == {0.8 * 8 / 256}
     assert encoder[0] == predictor[0] and encoder[-1] < 0.2 * encoder[0]
     assert list(encoder) == sorted(encoder, reverse=True)
-
-
-def test_swav_by_hand():
-    """Codes by Sinkhorn from the two large views, without gradient; every other view predicts
-    them; batch statistics of each size apart."""
-    torch.manual_seed(0)
-    method = train_swav.SwAV(settings()).train()
-    large, small = torch.randn(2, 4, 3, 32, 32), torch.randn(2, 4, 3, 16, 16)
-    w = torch.tensor([0.4, 1.6, 1.0, 1.0])
-    method.update(0.5)
-    torch.testing.assert_close(method.prototypes.weight.norm(dim=1), torch.ones(5))
-    loss, readouts = method([*large, *small], w, CPU)
-    embeddings = [F.normalize(method.query(views.flatten(0, 1)), dim=1) for views in (large, small)]
-    scores = torch.cat(embeddings).unflatten(0, (4, 4)) @ method.prototypes.weight.T
-    codes = torch.stack([sinkhorn(s, 0.05) for s in scores[:2]])
-    expected = swapped_prediction(scores, codes, temperature=0.1, weights=w)
-    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
-    assert readouts["std"] > 0 and method.chance == math.log(5)
 
 
 def test_prototypes_do_not_learn_in_the_first_epoch():

@@ -3,6 +3,7 @@
 Two processes: test_train_moco.py; SwAV without a queue: test_train_byol.py.
 """
 import io
+import math
 import types
 
 import numpy as np
@@ -53,7 +54,8 @@ def test_by_numpy():
     method, batches, w = make_method(queue_after=1), make_views(5), np.array([0.4, 1.6, 1.2, 0.8])
     weights = torch.tensor(w).float()
     step(method, batches[0], fraction=0.24, weights=weights)
-    assert not method.queue.any()
+    torch.testing.assert_close(method.prototypes.weight.norm(dim=1), torch.ones(5))
+    assert not method.queue.any() and method.chance == math.log(5)
     past, without = [], []
     for views in batches[1:]:
         loss = step(method, views, fraction=0.25, weights=weights).item()

@@ -32,8 +32,10 @@ def flags(folder, data_dir, *more):
 
 @pytest.mark.parametrize("error, text", [
     (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"), "--shm-size 8g"),
-    (RuntimeError("No working C++ compiler found in torch._inductor"), "needs a C++ compiler")])
-def test_what_the_machine_lacks_is_named(error, text, capsys):
+    (RuntimeError("No working C++ compiler found in torch._inductor"), "needs a C++ compiler"),
+    (UserError("Traceback of a worker\n  file\nsupport.world.UserError: x.png is broken"),
+     "x.png is broken")])
+def test_what_went_wrong_is_one_line(error, text, capsys):
     def work():
         raise error
     assert text in refusal(capsys, work)
