@@ -40,10 +40,10 @@ def main():
     add("--results", type=Path, default=Path("docs/results.jsonl"), help="of studies/ablation.py")
     add("--output", type=Path, default=Path("docs/gain.png"), help="the picture")
     args = parser.parse_args()
-    columns = {f"{transformations},\n{epochs} epochs": lines
-               for (_, _, transformations, epochs, *_), lines
-               in groups(read_results(args.results)).items()
-               if any(gains(lines, row, "knn") for row in CONTROLLED[1:])}
+    columns = {}
+    for (_, _, transformations, epochs, *_), lines in groups(read_results(args.results)).items():
+        if any(gains(lines, row, "knn") for row in CONTROLLED[1:]):    # the first machine counts
+            columns.setdefault(f"{transformations},\n{epochs} epochs", lines)
     if not columns:
         raise UserError(f"{args.results} holds no runs to compare: python -m studies.ablation "
                         f"--preset gain makes them")
