@@ -376,7 +376,7 @@ def parse_args(methods=METHODS, description=None, argv=None):
     if args.noise != "adaptive" and args.dataset != "shapes":
         raise UserError("--noise is for --dataset shapes; for other data generate_views.py sets it")
     runs.resolve_batch(args)
-    kind = "plain" if args.views_dir == "none" else "genview"
+    kind = "genview" if with_views else "plain" if args.views == "pair" else "extra"
     runs.resolve_folder(args, f"{args.dataset}-{args.method}-{kind}")
     return args
 

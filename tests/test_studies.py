@@ -237,3 +237,5 @@ def test_extra_samples_keep_the_number_of_steps(image_folder, views_folder, tmp_
     *_, last, knn = json_lines(tmp_path / "log.jsonl")
     assert last["step"] == 6 and "extra images" in knn["label"]      # 24 in batches of 8, twice
     assert json.loads((tmp_path / "args.json").read_text())["quality"] == "off"
+    args = train_moco.parse_args(argv=["--dataset=cifar10", "--views=extra", "--views-dir=x"])
+    assert args.output_dir.startswith("runs/cifar10-mocov2-extra-")
