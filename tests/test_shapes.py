@@ -75,7 +75,7 @@ def test_views_are_drawn_apart_from_the_pictures():
 
 def test_the_encoder_sees_the_foreground(scenes):
     """Its first principal component is the figure; the proportion found follows the true one."""
-    encoder = shapes.train_encoder(steps=60, batch=128)
+    encoder = shapes.train_encoder(steps=40, batch=64)
     with torch.no_grad():
         tokens = encoder(normalise(shapes.render(scenes) / 255))
     assert tokens.shape == (600, 64, 64) and not any(p.requires_grad for p in encoder.parameters())
