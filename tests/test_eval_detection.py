@@ -68,7 +68,8 @@ def backbone(tmp_path_factory):
 
 FEW = dict(rpn_pre_nms_top_n_train=60, rpn_post_nms_top_n_train=60, rpn_pre_nms_top_n_test=60,
            rpn_post_nms_top_n_test=60, box_detections_per_img=10,
-           box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], 2, 2))      # much less to compute
+           box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], 2, 2),
+           mask_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], 4, 2))     # much less to compute
 
 
 def flags_of(coco, backbone, folder, steps, *more):

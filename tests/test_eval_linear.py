@@ -18,28 +18,21 @@ from support.data import Images, to_tensor
 from support.networks import make_backbone
 from support.world import UserError, setup, step_generator
 
-DIM = 512
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Images of two classes and three checkpoints of one resnet18: ours, a plain state dict, the
-    release's format."""
+    """Images of two classes, and checkpoints: a run's, a plain resnet18, a vision transformer."""
     folder = tmp_path_factory.mktemp("eval")
     tiny.save_images(folder / "data", per_class=6, size=32)
     torch.manual_seed(0)
-    state = make_backbone("resnet18", 224)[0].state_dict()
-    args = {"dataset": "folder", "data_dir": str(folder / "data"), "arch": "resnet18",
+    state = make_backbone("resnet10_narrow", 32)[0].state_dict()
+    args = {"dataset": "folder", "data_dir": str(folder / "data"), "arch": "resnet10_narrow",
             "image_size": 32}
-    ours = {f"query.backbone.{k}": v for k, v in state.items()}
-    ours |= {f"key.backbone.{k}": v + 1 for k, v in state.items()}
-    model = ours | {"queue": torch.ones(4, 2)}
+    model = {f"query.backbone.{k}": v for k, v in state.items()}
+    model |= {f"key.backbone.{k}": v + 1 for k, v in state.items()} | {"queue": torch.ones(4, 2)}
     torch.save({"model": model, "args": args, "epoch": 1}, folder / "last.pt")
-    classifier = {"fc.weight": torch.ones(1000, DIM), "fc.bias": torch.ones(1000)}
-    torch.save(state | classifier, folder / "plain.pt")
-    release = {f"backbone.{k}": v for k, v in state.items() if "num_batches_tracked" not in k}
-    release |= {"neck.fc0.weight": torch.ones(3)}
-    torch.save({"meta": {}, "state_dict": release}, folder / "release.pth")
+    torch.save(make_backbone("resnet18", 224)[0].state_dict() | {
+        "fc.weight": torch.ones(1000, 512), "fc.bias": torch.ones(1000)}, folder / "plain.pt")
     torch.save(make_backbone("vit_narrow", 32)[0].state_dict(), folder / "vit.pt")
     return folder
 
@@ -106,7 +99,7 @@ def test_features_are_the_backbones_own(folder, images):
     with torch.no_grad():
         again = backbone.eval()(normalise(images.pixels.float() / 255))
     torch.testing.assert_close(features, again, atol=1e-4, rtol=1e-4)
-    assert ev.extract_features(backbone, images, 40, CPU).shape == (12, DIM)        # resized
+    assert ev.extract_features(backbone, images, 40, CPU).shape == (12, 128)        # resized
 
 
 def test_the_centre_of_a_file_is_cut(images):
@@ -322,7 +315,7 @@ def test_the_script(folder, capsys, protocol, options, last, place, count):
     result, used = record["results"][last], record["settings"]
     assert f"top-1 {result['top1']:.1f}%" in output.splitlines()[-1]
     assert result["labelled_images"] == count and used["dataset"] == "folder"
-    assert (used["image_size"], used["arch"]) == (32, "resnet18")
+    assert (used["image_size"], used["arch"]) == (32, "resnet10_narrow")
     files = {path.name for path in (folder / place).iterdir()} - {"result.json", "log.jsonl"}
     on_pictures = {"last.pt"} if "--augment" in options or last == "finetune" else set()
     assert files == on_pictures | ({"head.pt"} if last != "kNN" else set())
@@ -380,7 +373,7 @@ def test_killed_and_resumed_gives_the_same_head(folder, tmp_path, capsys, monkey
     if "--augment" not in flags:                   # the fine-tuned network is a checkpoint, too
         network, _, args = load_backbone(tmp_path / "cut/last.pt")
         assert args["dataset"] == "folder" and not torch.equal(
-            network.conv1.weight, load_backbone(folder / "last.pt")[0].conv1.weight)
+            network[0].weight, load_backbone(folder / "last.pt")[0][0].weight)
 
 
 def test_another_backbone_is_not_resumed(folder, tmp_path, capsys):
@@ -388,14 +381,14 @@ def test_another_backbone_is_not_resumed(folder, tmp_path, capsys):
     flags = ["--checkpoint", tmp_path / "last.pt", "--augment", "--epochs=1", "--resume"]
     script(*flags)
     state = torch.load(tmp_path / "last.pt")
-    state["model"]["query.backbone.conv1.weight"] += 1
+    state["model"]["query.backbone.0.weight"] += 1
     torch.save(state, tmp_path / "last.pt")
     line = refusal(capsys, script, *flags)
     assert re.search("of another evaluation: backbone is .* there", line)
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--checkpoint={}/last.pt", "--arch=resnet50"], "another architecture.*resnet50.*resnet18"),
+    (["--checkpoint={}/last.pt", "--arch=resnet50"], "another architecture.*resnet50.*resnet10"),
     (["--checkpoint={}/none.pt"], "none.pt cannot be loaded as a checkpoint"),
     (["--checkpoint={}/plain.pt"], "does not say its data set.*--dataset"),
     (["--checkpoint={}/plain.pt", "--dataset=folder"], "needs --data-dir"),

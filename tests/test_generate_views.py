@@ -33,6 +33,18 @@ def world(tmp_path_factory, image_folder, pipeline_folder):
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def by_torchrun(world, tmp_path_factory):
+    """torchrun's two processes, which need ten seconds: they work while the tests go on. And the
+    folder of their views."""
+    views = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               gv.__file__, *flags_of(world, views), "--batch-size=3"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
+        yield process, views
+
+
 @pytest.fixture(scope="module")
 def pipe(world):
     return gv.load_pipeline(str(world / "model"), torch.float32, "cpu")
@@ -192,16 +204,6 @@ def test_a_killed_run_goes_on_to_the_same_views(world, capsys):
     assert len(list(filter(WHOLE.search, lines))) == 24 and len(lines) == 25
 
 
-def test_torchruns_two_processes_make_the_same_views(world):
-    """By torchrun itself, whose rendezvous forks do not have. The first one says it, for both."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               gv.__file__, *flags_of(world, "ranks"), "--batch-size=3"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "24 views made, 0 there already, 0 skipped" in only_line(done.stdout)
-    assert_same_views(world / "ranks", world / "views")
-
-
 def test_limit_and_batch_size_do_not_change_a_view(world):
     run(world, "few", "--limit", "5", "--batch-size", "2")
     names = sorted(pictures(world / "views"))
@@ -317,3 +319,12 @@ def test_the_batch_size_follows_the_memory(count, room, first, largest, sizes, k
     room = 0
     with pytest.raises(UserError, match="--size"):
         gv.generate_all(None, args, 0, torch.arange(count), list(range(count)))
+
+
+def test_torchruns_two_processes_make_the_same_views(world, by_torchrun):
+    """By torchrun itself, whose rendezvous forks do not have. The first one says it, for both."""
+    process, views = by_torchrun
+    said, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert "24 views made, 0 there already, 0 skipped" in only_line(said)
+    assert_same_views(views, world / "views")

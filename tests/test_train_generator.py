@@ -93,7 +93,7 @@ def test_the_moving_average_has_the_statistics_of_batch_norm():
 def test_spread_of_the_embeddings(pipe):
     """The turned encoder gives what is returned; covariance: 0 off the diagonal, on it the root of
     the old eigenvalues."""
-    x = torch.rand(600, 3, 32, 32) * 2 - 1
+    x = torch.rand(300, 3, 32, 32) * 2 - 1
     with torch.inference_mode():
         before = pipe.image_encoder(x).image_embeds
     encoder, after = train_generator.spread(pipe.image_encoder, before)

@@ -341,19 +341,28 @@ def test_genview_on_a_folder(image_folder, views_folder, encoder_folder, tmp_pat
     assert picture.width > picture.height > 100 and len(picture.getcolors(10 ** 6)) > 50
 
 
-def test_called_as_a_user_without_views_it_says_that_it_is_plain(image_folder, tmp_path):
-    """Neither views nor the flag: banner, folder's name, settings, last line."""
+@pytest.fixture(scope="module", autouse=True)
+def by_a_user(image_folder, tmp_path_factory):
+    """A training in a process of its own, while the tests go on; and where it works."""
     command = [sys.executable, train_moco.__file__, "--dataset", "cifar10", "--data-dir",
                image_folder, "--batch-size=8", "--queue=16", "--epochs=1", "--arch=resnet10_narrow"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=240)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert "this is plain MoCo" in done.stdout
-    assert "python generate_views.py --dataset cifar10" in done.stdout
+    folder = tmp_path_factory.mktemp("user")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          cwd=folder) as process:
+        yield process, folder
+
+
+def test_called_as_a_user_without_views_it_says_that_it_is_plain(by_a_user):
+    """Neither views nor the flag: banner, folder's name, settings, last line."""
+    process, folder = by_a_user
+    said, errors = process.communicate(timeout=240)
+    assert process.returncode == 0 and "Traceback" not in errors, errors
+    assert "this is plain MoCo" in said and "python generate_views.py --dataset cifar10" in said
     last = r"kNN top-1 \d+\.\d% \(plain MoCo v2, no generated views\)"
-    assert re.fullmatch(last, done.stdout.splitlines()[-1])
-    folder, = (tmp_path / "runs").iterdir()
-    assert folder.name.startswith("cifar10-mocov2-plain-")
-    label = json.loads((folder / "args.json").read_text())["label"]
+    assert re.fullmatch(last, said.splitlines()[-1])
+    run_folder, = (folder / "runs").iterdir()
+    assert run_folder.name.startswith("cifar10-mocov2-plain-")
+    label = json.loads((run_folder / "args.json").read_text())["label"]
     assert label.startswith("plain MoCo v2")
 
 
