@@ -42,7 +42,7 @@ def views_folder(image_folder, tmp_path_factory):
 def pytest_addoption(parser):
     parser.addoption("--cuda", action="store_true",
                      help="use the GPU, too; without the tests that fork, which need it unused")
-    parser.addoption("--instants", type=int, default=2,
+    parser.addoption("--instants", type=int, default=1,
                      help="test_kill.py: random instants of each case")
 
 

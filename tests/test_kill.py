@@ -1,6 +1,6 @@
 """Training and generation that are killed, or run out of disk, end as if nothing had happened.
 
-Two random instants of each case; pytest tests/test_kill.py --instants 20 for more. The processes
+One random instant of each case; pytest tests/test_kill.py --instants 20 for more. The processes
 are forks, so that the instants are of the work and not of the imports.
 """
 import errno
