@@ -43,6 +43,7 @@ def by_torchrun(world, tmp_path_factory):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True) as process:
         yield process, views
+        process.terminate()                        # where its test was not chosen
 
 
 @pytest.fixture(scope="module")

@@ -350,6 +350,7 @@ def by_a_user(image_folder, tmp_path_factory):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           cwd=folder) as process:
         yield process, folder
+        process.terminate()                        # where its test was not chosen
 
 
 def test_called_as_a_user_without_views_it_says_that_it_is_plain(by_a_user):
