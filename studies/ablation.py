@@ -6,7 +6,8 @@
     python -m studies.ablation --table                                               # what is there
 
 Runs of one seed see the same images in the same order and steps. Each finished run is one line of
-docs/results.jsonl; the same command goes on after an interruption.
+<output-dir>/results.jsonl; the same command goes on after an interruption. The lines behind
+docs/RESULTS.md were written with --results docs/results.jsonl.
 """
 import json
 import math
@@ -266,9 +267,10 @@ def parse_args():
     add("--epochs", type=whole(1), help="of each run; default: 20, shapes 30, or the preset's")
     add("--seeds", type=whole(), nargs="+", default=[0, 1, 2], help="one run of each row for each")
     add("--jobs", type=whole(1), default=1, help="runs at the same time")
-    add("--results", type=Path, default=Path("docs/results.jsonl"), help="one line a run")
+    add("--results", type=Path, help="one line a run; default: <output-dir>/results.jsonl")
     add("--output-dir", type=Path, default=Path("runs/ablation"), help="views and runs")
     args = parser.parse_args()
+    args.results = args.results or args.output_dir / "results.jsonl"
     gpu, shapes = args.preset == "gpu", args.dataset == "shapes"
     args.arch = args.arch or ("resnet18" if gpu else "resnet10_narrow")
     args.limit = None if shapes else args.limit or (50_000 if gpu else 10_000)

@@ -54,3 +54,13 @@ def pytest_configure(config):
 @pytest.fixture
 def instants(request):
     return request.config.getoption("--instants")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line on what was skipped for want of a package, and how to run it."""
+    reasons = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    missing = [name for name in ("pycocotools", "timm") if any(name in x for x in reasons)]
+    if missing:
+        terminalreporter.write_line(
+            f"not tested here, for {' and '.join(missing)} is not installed (detection needs "
+            f"pycocotools, foreign checkpoints timm): pip install {' '.join(missing)}")

@@ -79,12 +79,12 @@ def pictures(folder):
 
 
 def assert_same_views(folder, reference, names=None):
-    """The same pictures, every pixel within 2 of 255 (rounding), and the same lines in the
+    """The same pictures, every pixel within 1 of 255 (rounding), and the same lines in the
     manifest, in any order."""
     ours, theirs = pictures(folder), pictures(reference)
     names = theirs.keys() if names is None else names
     assert sorted(ours) == sorted(names)
-    assert max(np.abs(ours[name] - theirs[name]).max() for name in names) <= 2
+    assert max(np.abs(ours[name] - theirs[name]).max() for name in names) <= 1
     ours, theirs = read_manifest(folder), read_manifest(reference)
     assert all(ours[source] == theirs[source] for source in ours) and len(ours) == len(names)
 

@@ -100,7 +100,7 @@ def same_views(a, b, count):
     views = [{p.relative_to(folder): np.asarray(Image.open(p)).astype(int)
               for p in folder.rglob("*.png")} for folder in (a, b)]
     assert len(views[0]) == count and views[0].keys() == views[1].keys()
-    assert max(abs(views[0][name] - views[1][name]).max() for name in views[0]) <= 2
+    assert max(abs(views[0][name] - views[1][name]).max() for name in views[0]) <= 1
 
 
 # ------------------------------------------------------------------------------------------ kills

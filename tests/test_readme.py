@@ -30,19 +30,31 @@ def test_every_file_exists():
     assert not [file for file in files if not (ROOT / file).exists()]
 
 
+def commands():
+    """README's commands as (module, the text of its flags); continued lines are one command."""
+    text = re.sub(r"\\\n\s*", " ", README)
+    scripts = re.findall(r"(?:python|nproc_per_node=8) (\w+)\.py([^\n`#]*)", text)
+    studies = re.findall(r"python -m (studies\.\w+)([^\n`#]*)", text)
+    return [(name, flags) for name, flags in scripts + studies if "--" in flags]
+
+
 def test_every_flag_exists(capsys):
     """The flags of each command in the README are flags of its script."""
-    calls = re.findall(r"(?:python|nproc_per_node=8) (\w+)\.py ([^\n`#]*)", README)
-    assert len(calls) >= 7
-    for script in {script for script, _ in calls}:
-        module = importlib.import_module(script)
-        parse = module.parse if script == "eval_linear" else module.parse_args
+    names = {name for name, _ in commands()}
+    assert len(commands()) >= 20 and len({name for name in names if "studies." in name}) >= 3
+    for name in names:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr("sys.argv", [script, "--help"])
-            parse()
+            patch.setattr("sys.argv", [name, "--help"])
+            importlib.import_module(name).main()
         known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
-        used = re.findall(r"--[a-z-]+", " ".join(flags for name, flags in calls if name == script))
-        assert set(used) <= known, (script, set(used) - known)
+        used = re.findall(r"--[a-z-]+", " ".join(flags for script, flags in commands()
+                                                 if script == name))
+        assert set(used) <= known, (name, set(used) - known)
+
+
+def test_a_continued_command_is_read_whole():
+    flags = " ".join(flags for name, flags in commands() if name == "train_moco")
+    assert "--encoder release" in flags and "--component pca_vectors.npy" in flags
 
 
 def test_the_code_for_copying_the_loss_runs():
