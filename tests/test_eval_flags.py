@@ -6,6 +6,7 @@ each: crops and flips leave them as they are, and every number can be predicted.
 """
 import ast
 import contextlib
+import functools
 import json
 import math
 import re
@@ -385,6 +386,14 @@ def test_the_probe_by_hand(flags, rates, augment, colours, sets, tmp_path):
                                rtol=1e-4)
 
 
+def test_the_logged_loss_is_the_mean_of_the_epoch(colours, sets, tmp_path):
+    """With a random classifier that learns nothing: however the pictures are split into batches."""
+    flags = ["--augment", "--optimizer=lars", "--lr=0", "--epochs=2", "--batch-size"]
+    small, whole = ([line["loss"] for line in evaluate(
+        colours, sets / "agree", tmp_path / str(size), *flags, size).log] for size in (2, 12))
+    assert small == pytest.approx(whole, abs=1e-6) and abs(whole[0] - math.log(2)) > 1e-4
+
+
 def test_the_size_of_a_feature_does_not_matter(colours, sets, tmp_path):
     """To the probe on features computed once, which are standardised."""
     state = colour_network()
@@ -480,7 +489,8 @@ def test_batch_norm_trains_while_finetuning_and_not_in_evaluation(resnet, mixed,
 def seen_training(run):
     """The training pictures that a fine-tuning on flat pictures saw: their first pixels. The test
     pictures are the last batch."""
-    return {tuple(x[:, 0, 0].tolist()) for batch in run.seen[:-1] for x in batch}
+    batches = run.seen[:-1]
+    return {tuple(x[:, 0, 0].mul(100).round().tolist()) for batch in batches for x in batch}
 
 
 def test_only_the_labelled_pictures_are_learned_from(vit, sets, tmp_path):
@@ -648,6 +658,17 @@ def test_another_value_gives_another_result(flag, vit, colours, sets, tmp_path):
         assert say(run) == value
 
 
+@functools.cache
+def functions_in(file):
+    """{name: text with decorators} of the functions in a file of this folder."""
+    text = (Path(__file__).parent / file).read_text()
+    found = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    lines = text.splitlines()
+    starts = [min(x.lineno for x in [node, *node.decorator_list]) - 1 for node in found]
+    return {node.name: "\n".join(lines[start:node.end_lineno])
+            for node, start in zip(found, starts, strict=True)}
+
+
 def check_table(module, table, capsys):
     """Each flag of the script has a row, and each row that names a test names one that is there and
     mentions the flag."""
@@ -658,11 +679,8 @@ def check_table(module, table, capsys):
     assert offered - {"--help"} == set(table)
     for flag in names_of(table, str):
         file, _, name = table[flag].partition("::")
-        text = (Path(__file__).parent / file).read_text()
-        test, = (node for node in ast.parse(text).body if getattr(node, "name", "") == name)
-        first = min(node.lineno for node in [test, *test.decorator_list])
-        lines = text.splitlines()[first - 1:test.end_lineno]
-        assert re.search(rf"{flag}(?![\w-])", "\n".join(lines)), f"{table[flag]} lacks {flag}"
+        text = functions_in(file)[name]
+        assert re.search(rf"{flag}(?![\w-])", text), f"{table[flag]} does not mention {flag}"
 
 
 def test_every_flag_has_a_row(capsys):
@@ -799,13 +817,14 @@ def coco(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resnets(tmp_path_factory):
-    """Two networks in one file, each a branch, and their first weights."""
-    path, states = tmp_path_factory.mktemp("resnets") / "two.pt", {}
+    """A folder with one network and with two in one file, each a branch; their first weights."""
+    folder, states = tmp_path_factory.mktemp("resnets"), {}
     for name in ("student", "teacher"):
         states[name] = make_backbone("resnet18", 224)[0].state_dict()
+    torch.save(states["student"], folder / "one.pt")
     torch.save({f"{name}.{key}": x for name, state in states.items() for key, x in state.items()},
-               path)
-    return path, {name: state["conv1.weight"] for name, state in states.items()}
+               folder / "two.pt")
+    return folder, {name: state["conv1.weight"] for name, state in states.items()}
 
 
 @pytest.fixture
@@ -815,11 +834,11 @@ def detect(coco, resnets, tmp_path, monkeypatch):
 
     def run(*flags, output=None):
         output = output or tmp_path / str(len(list(tmp_path.iterdir())))
-        call(eval_detection, "--backbone", resnets[0], "--data-dir", coco, "--device=cpu",
-             "--workers=0", "--output-dir", output, *flags)
+        call(eval_detection, "--backbone", resnets[0] / "one.pt", "--data-dir", coco, "--workers=0",
+             "--device=cpu", "--output-dir", output, *flags)
         return SimpleNamespace(
             log=json_lines(output / "log.jsonl")[:-1], model=Detector.made[-1], output=output,
-            seen=Detector.made[-1].seen, last=torch.load(output / "last.pt"))
+            seen=Detector.made[-1].seen)
     return run
 
 
@@ -842,7 +861,7 @@ def test_detection_by_hand(detect, coco):
         means = [(losses[i] + losses[i + 1]) / 2 for i in (0, 2, 4, 6)] + losses[8:]
         assert [line["loss"] for line in run.log] == pytest.approx(means, abs=1e-5)
         assert run.log[0]["one"] == pytest.approx(means[0] / 1.5)
-        assert run.last["step"] == 9
+        assert torch.load(run.output / "last.pt")["step"] == 9
 
 
 def test_detection_sees_pictures_in_the_order_of_the_seed_and_half_mirrored(detect):
@@ -889,8 +908,9 @@ def test_detection_takes_the_network_that_flags_name(detect, resnets, coco, monk
     short = ["--steps=1", "--batch-size=2"]
     found = loaders(monkeypatch)
     for branch, mean_std in (("student", "half"), ("teacher", "clip")):
-        run = detect(*short, "--branch", branch, "--mean-std", mean_std, "--workers=3", "--lr=0")
-        weights = run.last["model"]["backbone.body.conv1.weight"]
+        run = detect(*short, "--backbone", resnets[0] / "two.pt", "--branch", branch, "--mean-std",
+                     mean_std, "--workers=3", "--lr=0")
+        weights = run.model.backbone.body.conv1.weight.data
         assert torch.equal(weights, resnets[1][branch])
         assert tuple(run.model.image_mean) == MEAN_STD[mean_std][0]
     assert found == [3] * 4

@@ -123,8 +123,9 @@ def test_levels_are_those_of_the_tokens(run, by_hand):
     assert np.mean(shares) == pytest.approx(0.4, abs=0.01)
 
 
-def test_the_embedding_is_that_of_the_picture_named(run, by_hand):
-    made, others = run("--batch-size=4"), torch.stack([c for _, c in by_hand.values()])
+@pytest.mark.parametrize("flag", ["--batch-size=4", "--limit=5"])    # 5 do not fill CLIP's batch
+def test_the_embedding_is_that_of_the_picture_named(run, by_hand, flag):
+    made, others = run(flag), torch.stack([c for _, c in by_hand.values()])
     for one, i, line in arrived(made):
         c = one.image_embeds[i]
         assert torch.allclose(c, by_hand[line["source"]][1], atol=1e-3)
@@ -327,10 +328,10 @@ def test_device_is_where_all_lies(run, capsys):
 # -------------------------------------------------------------------------------------- the preview
 @pytest.fixture(scope="module")
 def preview(run, tmp_path_factory):
-    """preview.png of eight pictures as rows and columns of cells, and the calls that drew it."""
+    """preview.png of ten pictures as rows and columns of cells, and the calls that drew it."""
     folder = tmp_path_factory.mktemp("preview")
     with watched_pipeline() as calls:
-        call(generate_views, *run.usual, "--preview=8", "--views-dir", folder)
+        call(generate_views, *run.usual, "--preview=10", "--views-dir", folder)
     picture = np.asarray(Image.open(folder / "preview.png")).astype(int)
     red = (picture == [255, 0, 0]).all(2)
     # A frame is as high as a row of cells and their gap. Its left edge is that of a column.
@@ -349,7 +350,7 @@ def preview(run, tmp_path_factory):
 
 
 def previewed():
-    return np.linspace(0, COUNT - 1, 8).round().astype(int)
+    return np.linspace(0, COUNT - 1, 10).round().astype(int)
 
 
 def test_preview_frames_the_adaptive_level(run, preview, by_hand):
@@ -403,27 +404,24 @@ def sources(made):
     return sorted(made.lines)
 
 
-def folder_of(made):
-    return made.folder
-
-
-# Two values and what must differ between the runs with them; or the test that shows it.
+# Two values (None: no such flag) and what must differ between the runs with them; or the test that
+# shows it.
 TABLE = {
     "--dataset": "test_defaults_are_the_releases_and_the_miniatures_own",
     "--data-dir": "test_data_dir_names_the_pictures_and_the_default_folder_of_views",
     "--views-dir": "test_data_dir_names_the_pictures_and_the_default_folder_of_views",
-    "--limit": (2, 3, sources),
-    "--save-size": (16, 24, pixels),
+    "--limit": (None, 5, sources),
+    "--save-size": (None, 16, pixels),
     "--model": "test_another_model_draws_other_pictures",
-    "--noise": ("adaptive", 400, pixels),
+    "--noise": (0, 999, pixels),
     "--solver": ("own", "dpm", pixels),
     "--steps": (2, 5, pixels),
-    "--guidance": (1, 9, pixels),
-    "--size": (32, 40, pixels),
-    "--seed": (0, 1, pixels),
+    "--guidance": (None, 9, pixels),
+    "--size": (None, 40, pixels),
+    "--seed": (None, 1, pixels),
     "--component": "test_component_and_threshold_of_a_file_decide_on_the_levels",
     "--flip-foreground": "test_flip_turns_the_component_and_fits_the_threshold_anew",
-    "--fit-images": (3, 24, proportions),
+    "--fit-images": (None, 5, proportions),
     "--preview": "test_generate_views.py::test_preview_draws_one_picture_and_nothing_else",
     "--batch-size": "test_batch_size_is_that_of_the_calls",
     "--device": "test_device_is_where_all_lies",
@@ -442,8 +440,10 @@ def test_every_flag_is_in_the_table(capsys):
 
 @pytest.mark.parametrize("flag", [f for f, row in TABLE.items() if isinstance(row, tuple)])
 def test_another_value_gives_another_result(run, flag):
-    one, other, read = TABLE[flag]
-    assert read(run("--limit=2", f"{flag}={one}")) != read(run("--limit=2", f"{flag}={other}"))
+    *values, read = TABLE[flag]
+    one, other = (run("--limit=2", *([] if value is None else [f"{flag}={value}"]))
+                  for value in values)
+    assert read(one) != read(other)
 
 
 @pytest.mark.parametrize("flag", [f for f, row in TABLE.items() if isinstance(row, str)])
