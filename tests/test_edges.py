@@ -157,6 +157,17 @@ def test_every_image_counts_once(images):
     assert abs(v1.numpy() @ first_eigenvector(tokens)) == pytest.approx(1, abs=1e-4)
 
 
+def test_the_border_is_one_token_wide():
+    """A figure that fills all but the outermost ring of 6 x 6 tokens is at the centre."""
+    a = torch.zeros(6, 6)
+    a[1:-1, 1:-1] = 1.0
+    a[2:-2, 2:-2] = -0.5                           # a ring: the innermost tokens alone mislead
+    noise = 0.01 * torch.randn(50, 36, 3, generator=torch.Generator().manual_seed(0))
+    tokens = a.flatten()[None, :, None] * torch.tensor([1.0, 0, 0]) + noise
+    v1, _ = fit_foreground(tokens, (6, 6), fraction=0.3)
+    assert v1[0] > 0.9
+
+
 @pytest.mark.parametrize("fraction", [0.1, 0.4, 0.75])
 def test_the_fraction_is_the_share_of_tokens_above_the_threshold(fraction):
     """Of all tokens together, not of each image."""

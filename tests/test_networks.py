@@ -1,4 +1,4 @@
-"""Layers of every projector and predictor, the read-outs by hand, formulas at their edges."""
+"""Layers of every projector and predictor, the read-outs by hand, what a step passes on."""
 import numpy as np
 import pytest
 import torch
@@ -6,15 +6,9 @@ import torch.nn.functional as F
 from running import CPU
 from torch import nn
 
-import generate_views
-import genview
-import shapes
 import train_byol
 import train_moco
 import train_swav
-from quality_loss import fit_foreground, foreground_attention, quality_weights
-from support.augment import Augmentation, normalise
-from support.data import Images
 
 METHODS = train_moco.METHODS | train_byol.METHODS | train_swav.METHODS
 FEATURES = 128                                     # of resnet10_narrow; vit_narrow has 96
@@ -163,102 +157,3 @@ def test_a_step_passes_on_what_it_gets():
     w = np.exp(3.0 * np.linspace(-1, 1, 8))
     means = batches[1, 0].mean((1, 2, 3)).double().numpy()
     assert method.p.grad.item() == pytest.approx((w * means).sum() / w.sum(), abs=1e-5)
-
-
-# ------------------------------------------------------------------------------ formulas at edges
-@pytest.mark.parametrize("contrast, constant", [(1e-3, False), (1e-7, True)])
-def test_a_map_of_low_contrast_is_not_constant(contrast, constant):
-    features = 1 + contrast * torch.tensor([0.0, 1.0, 3.0, 4.0]).view(1, 4, 1)
-    fg, bg = foreground_attention(features, torch.ones(1))
-    wanted = [0.25] * 4 if constant else [0, 1 / 8, 3 / 8, 4 / 8]
-    assert fg[0].tolist() == pytest.approx(wanted, abs=2e-3)
-    assert bg[0].tolist() == pytest.approx([0.25] * 4 if constant else [4 / 8, 3 / 8, 1 / 8, 0],
-                                           abs=2e-3)
-
-
-def test_the_covariance_is_centred_where_the_mean_shifts():
-    """After the first 256 images another mean: v1 is NumPy's of the whole set."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(600, 16, 6, generator=generator) * torch.tensor([1, 1, 1, 1, 1, 4.0])
-    tokens[256:] += torch.tensor([3.0, 3, 0, 0, 0, 0])
-    v1, _ = fit_foreground(tokens, (4, 4))
-    covariance = np.cov(tokens.flatten(0, 1).double().numpy().T)
-    expected = np.linalg.eigh(covariance)[1][:, -1]
-    assert abs(v1.double().numpy() @ expected) == pytest.approx(1, abs=1e-6)
-
-
-def test_the_border_is_one_token_wide():
-    """A figure that fills all but the outermost ring of 6 x 6 tokens is at the centre."""
-    a = torch.zeros(6, 6)
-    a[1:-1, 1:-1] = 1.0
-    a[2:-2, 2:-2] = -0.5                           # a ring: the innermost tokens alone mislead
-    noise = 0.01 * torch.randn(50, 36, 3, generator=torch.Generator().manual_seed(0))
-    tokens = a.flatten()[None, :, None] * torch.tensor([1.0, 0, 0]) + noise
-    v1, _ = fit_foreground(tokens, (6, 6), fraction=0.3)
-    assert v1[0] > 0.9
-
-
-def test_weights_at_their_edges():
-    q = torch.tensor([-1.0, 0.5, 2.0])
-    for gamma in (-3.0, 0.0, 0.5, 10.0):
-        w = np.exp(gamma * q.double().numpy())
-        assert quality_weights(q, gamma).tolist() == pytest.approx((3 * w / w.sum()).tolist(),
-                                                                   rel=1e-4)
-    assert quality_weights(q[:1], 5.0).tolist() == [1.0]
-
-
-# ------------------------------------------------------------------- probabilities of augmentation
-N = 2000
-
-
-def augmented(pixels, augmentation):
-    """One view of each of N pictures (N, 3, 8, 8), in [0, 1]."""
-    names = [str(i) for i in range(N)]
-    images = Images(names, torch.zeros(N), 1, pixels)
-    loader = genview.PairLoader(images, None, [augmentation] * 2, 8, N, 0, CPU, workers=0)
-    view, _ = next(iter(loader.epoch(0)))
-    zero, one = (normalise(torch.full((3, 1, 1), x)) for x in (0.0, 1.0))
-    return (view - zero) / (one - zero)
-
-
-def share(condition):
-    return condition.float().mean().item()
-
-
-def test_probabilities_and_strengths_of_the_augmentations():
-    """Shares of 2,000 views within 4 standard deviations; factors within their bounds."""
-    still = Augmentation(scale=(1.0, 1.0), jitter=(0, 0, 0, 0), blur=0.0)
-    colour = torch.tensor([100, 60, 30], dtype=torch.uint8).view(1, 3, 1, 1).expand(N, 3, 8, 8)
-    found = augmented(colour.contiguous(), still)
-    grey = share((found[:, 0] - found[:, 2]).abs().amax((1, 2)) < 1e-3)
-    assert abs(grey - 0.2) < 4 * (0.2 * 0.8 / N) ** 0.5
-    ramp = (torch.arange(8, dtype=torch.uint8) * 30).expand(N, 3, 8, 8)
-    found = augmented(ramp.contiguous(), still)
-    flipped = share(found[:, 0, :, 0].mean(1) > found[:, 0, :, -1].mean(1))
-    assert abs(flipped - 0.5) < 4 * (0.25 / N) ** 0.5
-    level = torch.full((N, 3, 8, 8), 100, dtype=torch.uint8)
-    for augmentation, probability, low, high in (
-            (still._replace(jitter=(0.4, 0, 0, 0)), 0.8, 0.6, 1.4),
-            (still._replace(jitter=(0.4, 0, 0, 0), colour=0.5), 0.4, 0.8, 1.2)):
-        factor = augmented(level, augmentation)[:, 0, 0, 0] / (100 / 255)
-        changed = share((factor - 1).abs() > 1e-3)
-        assert abs(changed - probability * (1 - 1e-3 / 0.4)) < 4 * (0.25 / N) ** 0.5
-        assert low - 1e-3 < factor.min() < low + 0.02 and high - 0.02 < factor.max() < high + 1e-3
-    for value, turned in ((150, True), (110, False)):        # solarised from the middle on
-        level = torch.full((N, 3, 8, 8), value, dtype=torch.uint8)
-        found = augmented(level, still._replace(solarise=0.3))[:, 0, 0, 0]
-        changed = share((found - value / 255).abs() > 0.05)
-        assert abs(changed - 0.3 * turned) < 4 * (0.21 / N) ** 0.5
-
-
-def test_adaptive_levels_of_shapes_are_spread():
-    """Small figures bear no noise, large ones the strongest: four levels or more occur."""
-    encoder = shapes.train_encoder(steps=40, batch=64)
-    scenes = shapes.sample_scenes(300, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        tokens = encoder(normalise(shapes.render(scenes) / 255))
-    p = generate_views.foreground_proportion(tokens, *fit_foreground(tokens, (8, 8)))
-    levels = generate_views.noise_level(p)
-    assert len(levels.unique()) >= 4
-    area = shapes.foreground(scenes).mean((1, 2))
-    assert levels[area > 0.4].float().mean() > levels[area < 0.1].float().mean() + 150

@@ -1,12 +1,10 @@
 """From the disk and from the flags to the step: what arrives in train_step, and what it changes."""
 import math
 import re
-from pathlib import Path
 
 import coded
 import pytest
 import torch
-import torch.nn.functional as F
 from coded import COUNT, decoded, flags_of, pixels_of, record
 from PIL import Image
 
@@ -131,7 +129,7 @@ def test_crop_min_is_the_smallest_area(least, low, high, world, tmp_path):
     assert low < min(areas) < high and max(areas) > 0.8
 
 
-# ----------------------------------------------------------------------------- colours and blur
+# -------------------------------------------------------------------------------------- colours
 def run_flat(flat, output, script, *flags):
     flags = ["--colour=1", "--crop-min=1", "--batch-size=24", "--epochs=4", *flags]
     if script is train_moco and "--method=mocov3" not in flags:
@@ -144,80 +142,12 @@ def colours(steps, view):
     return torch.stack([pixels_of(x).mean((1, 2)) for step in steps for x in step.views[view]])
 
 
-def grey_share(found):
-    return ((found.amax(1) - found.amin(1)) < 2).float().mean().item()
-
-
-def test_colour_scales_strength_and_probability(flat, tmp_path):
-    """Of red-and-green pictures: a fifth of the views is grey, four fifths have other colours."""
-    shares, changes, strengths = [], [], []
-    for colour in (1, 0.5, 0):
-        found = colours(run_flat(flat, tmp_path / str(colour), train_moco, "--colour", colour), 0)
-        shares.append(grey_share(found))
-        change = (found[:, 0] - 180).abs()
-        changes.append((change > 1).float().mean().item())
-        strengths.append(change[change > 1].median().item() if changes[-1] else 0.0)
-    assert 0.08 < shares[0] < 0.35 and 0.02 < shares[1] < 0.2 and shares[2] == 0
-    assert 0.7 < changes[0] < 0.95 and 0.25 < changes[1] < 0.65 and changes[2] == 0
-    assert strengths[0] > 1.4 * strengths[1]
-
-
 def test_the_two_views_have_colours_of_their_own(flat, tmp_path):
     steps = run_flat(flat, tmp_path, train_moco)
     one, two = colours(steps, 0), colours(steps, 1)
     assert ((one - two).abs().amax(1) > 2).float().mean() > 0.7
     assert ((one[:24] - one[24:48]).abs().amax(1) > 2).float().mean() > 0.7       # two epochs
     assert not torch.equal(one[0], one[1])
-
-
-def sharpness(steps, view):
-    """For each view the largest step between neighbours in the coded picture's red."""
-    return torch.stack([pixels_of(x)[0].diff(dim=1).abs().amax() for step in steps
-                        for x in step.views[view]])
-
-
-@pytest.fixture(scope="module")
-def edged(tmp_path_factory):
-    """Pictures with one hard edge, which blur softens."""
-    folder = tmp_path_factory.mktemp("edged")
-    coded.save(folder, flat=True)
-    for path in (folder / "images").rglob("*.png"):
-        picture = Image.new("RGB", (32, 32), (40, 40, 40))
-        picture.paste((90, 90, 90), (16, 0, 32, 32))
-        picture.save(path)
-    return folder
-
-
-def blurred(edged, output, script, *flags):
-    """Shares of blurred views 1 and 2: without blur the edge has no values between its sides."""
-    steps = run_flat(edged, output, script, *flags)
-    shares = []
-    for view in (0, 1):
-        soft = 0
-        for step in steps:
-            for x in step.views[view]:
-                line = pixels_of(x)[0].mean(0)
-                values = (line - line[0]).abs()
-                between = (values > 0.05 * values.max()) & (values < 0.95 * values.max())
-                soft += bool(between.any())
-        shares.append(soft / (len(steps) * 24))
-    return shares
-
-
-def test_blur_is_its_probability(edged, tmp_path):
-    none = blurred(edged, tmp_path / "0", train_moco, "--blur=0")
-    half = blurred(edged, tmp_path / "1", train_moco, "--blur=0.5")
-    both = blurred(edged, tmp_path / "2", train_moco, "--blur=1")
-    assert none == [0, 0]
-    assert all(0.25 < x < 0.6 for x in half) and all(0.7 < x <= 1 for x in both)
-
-
-@pytest.mark.parametrize("script, flags", [(train_moco, ["--method=mocov3"]), (train_byol, [])])
-def test_views_of_v3_and_byol_are_blurred_unequally(script, flags, edged, tmp_path):
-    """With --blur 0.5: all of the first views, a tenth of the second."""
-    flags = [*flags, "--hidden=16", "--optimizer=sgd"]
-    one, two = blurred(edged, tmp_path / "blur", script, *flags, "--blur=0.5")
-    assert one > 0.75 and 0.01 < two < 0.3
 
 
 @pytest.fixture(scope="module")
@@ -249,23 +179,6 @@ def test_strength_of_the_jitters_of_swav_and_byol(pale, tmp_path):
     assert 1.6 < bright["swav"] / bright["v2"] < 2.4
     assert 3.9 < ratios["v2"] < 6
     assert 2.5 < ratios["byol"] < 3.8 and 2.5 < ratios["v3"] < 3.8
-
-
-# ----------------------------------------------------------------------------- SwAV's small crops
-def test_small_crops_of_swav(small, tmp_path):
-    """Their number, side and area; the largest area is --crop-min."""
-    flags = ["--hidden=16", "--prototypes=4", "--optimizer=sgd", "--epochs=4"]
-    steps = record(train_swav, *flags_of(small, tmp_path / "a", 32, *flags, "--small-crops=3",
-                                         "--small-size=24", "--small-min=0.3", "--crop-min=0.5"))
-    assert [x.shape[-1] for x in steps[0].views] == [32, 32, 24, 24, 24]
-    small_ones = [decoded(x).area for step in steps for views in step.views[2:] for x in views]
-    large = [decoded(x).area for step in steps for views in step.views[:2] for x in views]
-    assert 0.25 < min(small_ones) < 0.35 and 0.45 < max(small_ones) < 0.57
-    assert 0.45 < min(large) < 0.6 and max(large) > 0.9
-    steps = record(train_swav, *flags_of(small, tmp_path / "b", 32, *flags, "--small-crops=1",
-                                         "--small-size=16", "--small-min=0.05", "--crop-min=0.5"))
-    assert [x.shape[-1] for x in steps[0].views] == [32, 32, 16]
-    assert min(decoded(x).area for step in steps for x in step.views[2]) < 0.2
 
 
 # ------------------------------------------------------------------------------------- schedules
@@ -322,68 +235,6 @@ def one(script, small, output, *flags, **options):
     return record(script, *flags_of(small, output, 32, "--epochs=1", *flags), **options)
 
 
-def test_flags_of_the_optimiser_arrive(small, tmp_path):
-    step = one(train_moco, small, tmp_path / "sgd", *V2, "--weight-decay=0.125",
-               "--optimizer=sgd")[0]
-    assert step.groups[0]["weight_decay"] == 0.125 and step.groups[0]["momentum"] == 0.9
-    assert isinstance(step.optimizer, torch.optim.SGD)
-    step = one(train_moco, small, tmp_path / "adamw", *V2, "--weight-decay=0.25",
-               "--optimizer=adamw")[0]
-    assert step.groups[0]["weight_decay"] == 0.25
-    assert isinstance(step.optimizer, torch.optim.AdamW)
-    step = one(train_moco, small, tmp_path / "lars", *V2, "--weight-decay=0.5",
-               "--optimizer=lars")[0]
-    assert step.groups[0]["weight_decay"] == 0.5 and step.groups[0]["momentum"] == 0.9
-    assert type(step.optimizer).__name__ == "LARS"
-
-
-def test_flags_of_moco_arrive(small, tmp_path):
-    step = one(train_moco, small, tmp_path / "v2", "--queue=24", "--dim=7", "--momentum=0.5",
-               "--start-batches=0")[0]
-    method = step.method
-    assert method.queue.shape == (24, 7) and method.chance == pytest.approx(math.log(25))
-    torch.testing.assert_close(method.queue.norm(dim=1), torch.ones(24))
-    with torch.no_grad():
-        for key, query in zip(method.key.parameters(), method.query.parameters(), strict=True):
-            key.zero_()
-            query.fill_(1.0)
-    method.update(0.5)
-    assert next(method.key.parameters()).mean().item() == pytest.approx(0.5)
-    step = one(train_moco, small, tmp_path / "v3", "--method=mocov3", "--dim=7", "--hidden=9",
-               "--temperature=0.5", "--optimizer=sgd")[0]
-    assert step.method.chance == pytest.approx(4 * 0.5 * math.log(8))
-
-
-@pytest.mark.parametrize("script, flags, bound", [
-    (train_moco, V2, math.log(17)),
-    (train_moco, ["--method=mocov3", "--hidden=16"], None),
-    (train_swav, SWAV, math.log(4))])
-def test_a_high_temperature_brings_the_loss_to_chance(script, flags, bound, small, tmp_path):
-    losses = {}
-    for temperature in (0.1, 1000):
-        steps = one(script, small, tmp_path / str(temperature), *flags, "--optimizer=sgd",
-                    f"--temperature={temperature}", learn=True)
-        losses[temperature] = steps[0].readouts["loss"].item()
-        chance = steps[0].method.chance if bound is None else bound
-        assert steps[0].method.chance == pytest.approx(chance)
-    assert losses[1000] == pytest.approx(chance, rel=1e-2)
-    assert abs(losses[0.1] / chance - 1) > 0.02 or bound is None
-
-
-def test_epsilon_decides_how_hard_the_codes_of_swav_are(small, tmp_path):
-    """100 makes them uniform: then the loss is the mean of -log p over all prototypes."""
-    losses = {}
-    for epsilon in (0.01, 100):
-        step = one(train_swav, small, tmp_path / str(epsilon), *SWAV, f"--epsilon={epsilon}")[0]
-        step.method.update(0.0)
-        with torch.no_grad():
-            losses[epsilon] = step.method(step.views, None, step.world)[0].item()
-            z = F.normalize(step.method.query(torch.cat(step.views)).float(), dim=1)
-            p = (z @ step.method.prototypes.weight.T / 0.1).log_softmax(1)
-    assert losses[100] == pytest.approx(-p.mean().item(), rel=1e-2)
-    assert abs(losses[0.01] / losses[100] - 1) > 0.02
-
-
 def test_start_batches_set_the_first_statistics(small, tmp_path):
     """Of batch norm: untouched with 0, and another mean with 1 batch than with 3."""
     means = {}
@@ -394,14 +245,6 @@ def test_start_batches_set_the_first_statistics(small, tmp_path):
                             if name.endswith("running_mean")).clone()
     assert not means[0].any() and means[1].any()
     assert not torch.allclose(means[1], means[3])
-
-
-def test_seed_sets_the_first_weights(small, tmp_path):
-    weights = []
-    for seed in (0, 0, 1):
-        step = one(train_moco, small, tmp_path / f"{len(weights)}", *V2, f"--seed={seed}")[0]
-        weights.append(next(step.method.query.parameters()).detach().clone())
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_knn_is_of_the_training_pictures_and_comes_when_asked(small, tmp_path, capsys):
@@ -418,15 +261,3 @@ def test_knn_is_of_the_training_pictures_and_comes_when_asked(small, tmp_path, c
     assert seen == [(COUNT, 4)] * 3
     epochs = re.findall(r"epoch (\d)/5  kNN top-1", capsys.readouterr().out)
     assert epochs == ["2", "4", "5"]
-
-
-def test_log_every_and_means_of_the_log(small, tmp_path):
-    from running import json_lines
-    steps = one(train_moco, small, tmp_path / "a", *V2, "--log-every=3", learn=True)
-    lines = json_lines(Path(tmp_path, "a/log.jsonl"))
-    assert [line["step"] for line in lines] == [3]
-    for name in ("loss", "pos", "neg", "std"):
-        mean = sum(step.readouts[name].item() for step in steps) / 3
-        assert lines[0][name] == pytest.approx(mean, abs=1e-5)
-    one(train_moco, small, tmp_path / "b", *V2, "--log-every=2", learn=True)
-    assert [line["step"] for line in json_lines(Path(tmp_path, "b/log.jsonl"))] == [2, 3]
