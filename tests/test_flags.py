@@ -615,6 +615,13 @@ def test_settings_of_other_methods_are_refused(method, tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------- flags with own tests
+def test_the_usual_encoder_depends_on_the_size():
+    for size, encoder in ((32, "mini"), (64, "clip"), (224, "clip")):
+        args = train_moco.parse_args(argv=["--dataset=folder", "--data-dir=x", "--views-dir=none",
+                                           f"--image-size={size}"])
+        assert args.encoder == encoder
+
+
 each_method = pytest.mark.parametrize("method", EACH.split())
 
 

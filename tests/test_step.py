@@ -226,20 +226,23 @@ def test_small_crops_come_in_turn_from_the_two_large_views(folders, size, tmp_pa
 # ------------------------------------------------------------------------------------ the shapes
 @pytest.fixture(scope="module")
 def of_shapes(tmp_path_factory):
-    """Pairs (64, 2, 3, 32, 32) of runs on 64 of 128 scenes, by --noise; none: without views."""
+    """Pairs (64, 2, 3, 32, 32) of runs on 64 of 128 scenes, by the run's name."""
     few = functools.partial(shapes.train_encoder, steps=10, batch=64)
     split, found = shapes.split, {}
+    runs = {"none": ["--views-dir=none", "--quality=off"],
+            "weighted": ["--views-dir=none", "--quality=exact"],
+            "seed 1": ["--noise=400", "--quality=off", "--seed=1"]}
+    runs |= {noise: ["--noise", noise, "--quality=off"] for noise in ("0", "400", "adaptive")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "train_encoder", few)
         patch.setattr(shapes, "split", lambda name: shapes.Scene(*(x[:128] for x in split(name))))
-        for noise in ("none", "0", "400", "adaptive"):
-            views = ["--views-dir=none"] if noise == "none" else ["--noise", noise]
+        for name, flags in runs.items():
             steps = record(train_moco, "--dataset=shapes", "--limit=64", "--batch-size=64",
                            "--queue=64", "--epochs=1", "--warmup-epochs=0", "--knn-every=0",
-                           "--quality=off", WHOLE, "--colour=0", "--output-dir",
-                           tmp_path_factory.mktemp("shapes") / "run", *views)
-            found[noise] = torch.stack([torch.stack([pixels_of(x) for x in view])
-                                        for view in steps[0].views], 1)
+                           WHOLE, "--colour=0", "--output-dir",
+                           tmp_path_factory.mktemp("shapes") / "run", *flags)
+            found[name] = torch.stack([torch.stack([pixels_of(x) for x in view])
+                                       for view in steps[0].views], 1)
     return found
 
 
@@ -250,8 +253,9 @@ def distance(x, others):
 
 def test_shapes_have_views_of_their_own(of_shapes):
     plain = of_shapes["none"]
-    for one, two in plain:
-        assert distance(one, two[None]) < 1
+    for name in ("none", "weighted"):              # plain pairs stay plain when they are weighted
+        for one, two in of_shapes[name]:
+            assert distance(one, two[None]) < 1
     for noise in ("0", "400", "adaptive"):
         sides = []
         for one, two in of_shapes[noise]:
@@ -259,6 +263,17 @@ def test_shapes_have_views_of_their_own(of_shapes):
             assert sum(known) == 1                 # exactly one is a picture of the set
             sides.append(known[0])
         assert 16 < sum(sides) < 48
+
+
+def test_another_seed_draws_other_views_of_shapes(of_shapes):
+    pictures = of_shapes["none"][:, 0]
+    views = {}
+    for name in ("400", "seed 1"):
+        both = of_shapes[name].flatten(0, 1)
+        views[name] = [x for x in both if distance(x, pictures) >= 1]
+    known = torch.stack(views["400"])
+    assert len(known) == len(views["seed 1"]) == 64
+    assert sum(distance(x, known) < 1 for x in views["seed 1"]) == 0
 
 
 def test_noise_carries_the_views_of_shapes_away(of_shapes):
