@@ -224,12 +224,15 @@ def test_a_second_run_makes_nothing_and_a_lost_view_is_made_again(world, capsys)
     assert_same_views(world / "lost", world / "views")
 
 
-def test_release_component_fixed_noise_and_larger_views(world):
+def test_release_component_fixed_noise_and_larger_views(world, pipe, images):
     vector = np.random.default_rng(1).normal(size=(32, 1)).astype(np.float32)
     np.save(world / "pca_vectors.npy", vector)
     flags = f"--component={world}/pca_vectors.npy --noise=250 --save-size=96 --limit=3".split()
     run(world, "release", *flags)
-    component, _ = read_component(world / "release/foreground.npz")
+    component, alpha = read_component(world / "release/foreground.npz")
+    tokens = torch.cat([t for _, t, _ in gv.encode_all(pipe, images, list(range(24)))])
+    foreground = (tokens.float() @ component > alpha).float().mean()
+    assert foreground.item() == pytest.approx(FRACTION, abs=0.01)    # it brings no threshold
     unit = torch.tensor(vector[:, 0] / np.linalg.norm(vector))       # of either sign
     assert torch.allclose(component * (component @ unit).sign(), unit, atol=1e-5)
     manifest = read_manifest(world / "release")
