@@ -7,7 +7,6 @@ The network is torchvision's and all of it is trained. Pictures are normalised a
 pycocotools reads the annotations and computes COCO's average precision.
 """
 import contextlib
-import hashlib
 import json
 import time
 from pathlib import Path
@@ -18,11 +17,15 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
-from support import world as flags
-from support.checkpoints import MEAN_STD, load_backbone, load_checkpoint
+from support.checkpoint import Checkpoint
+from support.command_line import Parser, UserError, progress, real, say, script, whole
 from support.data import IN_MEMORY_SIZE, open_image, to_tensor
-from support.files import append, write_whole
-from support.world import UserError, progress, say, script, setup, start_worker, step_generator
+from support.evaluations import digest
+from support.files import append
+from support.pretrained import MEAN_STD, load_backbone
+from support.processes import cores_of_process, setup, start_worker
+from support.schedules import linear_warmup, tenth_from
+from support.seeds import epoch_order, step_generator
 
 # The customary 1x schedule: 90,000 steps of 16 pictures, lr drops to a tenth after 2/3 and 8/9.
 # Other batches have as many pictures in all and in the warm-up, and a rate that grows linearly.
@@ -122,70 +125,72 @@ def mirrored(picture, target):
 
 def learning_rate(args, step):
     """Linear warm-up, then two drops to a tenth."""
-    share = args.batch_size / BATCH
-    warmup = min(1, (step + 1) / min(WARMUP_STEPS / share, args.steps))
-    return args.lr * share * warmup * 0.1 ** sum(step >= d * args.steps for d in DROPS)
+    relative = args.batch_size / BATCH
+    warmup = linear_warmup(1.0, step + 1, min(WARMUP_STEPS / relative, args.steps))
+    return args.lr * relative * warmup * tenth_from([d * args.steps for d in DROPS], step)
 
 
 def batches(count, args, world, start):
-    """This process's share of each batch from step start on: yields lists of indices < count."""
-    per_epoch, share = count // args.batch_size, args.batch_size // world.size
-    if per_epoch == 0:
+    """This process's part of each batch from step start on: yields lists of indices < count."""
+    steps_of_epoch = count // args.batch_size
+    n = args.batch_size // world.size
+    if steps_of_epoch == 0:
         raise UserError(f"{count} pictures with objects do not fill one batch of "
                         f"{args.batch_size}: lower --batch-size")
     for step in range(start, args.steps):
-        epoch, i = divmod(step, per_epoch)
+        epoch, i = divmod(step, steps_of_epoch)
         if i == 0 or step == start:
-            order = torch.randperm(count, generator=step_generator(args.seed, epoch)).tolist()
-        yield order[i * args.batch_size + world.rank * share:][:share]
+            order = epoch_order(count, args.seed, epoch).tolist()
+        first = i * args.batch_size + world.rank * n
+        yield order[first:first + n]
 
 
-def run_of(model, args):
+def identity_of(model, args):
     """What a run and its continuation share: some flags and the backbone's first weights."""
-    state = model.backbone.body.state_dict().values()
-    weights = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in state))
     names = "data_dir limit steps batch_size lr seed".split()
-    return {name: getattr(args, name) for name in names} | {"backbone": weights.hexdigest()[:16]}
-
-
-def resume(path, this_run, model, optimizer):
-    """Loads the checkpoint of this run into model and optimizer. Returns the steps done."""
-    state = load_checkpoint(path)
-    if not isinstance(state, dict) or state.get("run") != this_run:
-        raise UserError(f"{path} is of another run than {this_run}: name another --output-dir")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    identity = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
+    return identity | {"backbone": digest(model.backbone.body)}
 
 
 def train(model, data, args, world):
     """Fine-tunes the model for --steps steps; goes on from --output-dir's last.pt."""
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-4)
-    path, this_run = Path(args.output_dir, "last.pt"), run_of(model, args)
-    start = resume(path, this_run, model, optimizer) if path.exists() else 0
+    checkpoint = Checkpoint(Path(args.output_dir, "last.pt"), identity_of(model, args), world)
+    state = checkpoint.load()
+    start = 0
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world.size > 1 else model
     loader = DataLoader(data, batch_sampler=list(batches(len(data), args, world, start)),
                         num_workers=args.workers, worker_init_fn=start_worker, collate_fn=list,
                         pin_memory=world.device.type == "cuda")
-    bar = progress(loader, "training", "step")
-    saved, window = time.time(), []
+    bar = progress(loader, "training", "step", total=args.steps, initial=start)
+    saved = time.time()
+    window = []
     model.train()
     for step, pairs in enumerate(bar, start):
         losses = train_step(wrapped, optimizer, pairs, step, args, world)
         window.append(torch.stack(list(losses.values())))
         last = step + 1 == args.steps
         if last or (step + 1) % args.log_every == 0:
-            means = dict(zip(losses, torch.stack(window).mean(0).tolist(), strict=True))
-            if not torch.tensor(means["loss"]).isfinite():
-                raise UserError(f"the loss is not finite before step {step + 1}: lower --lr")
-            log(args, world, step=step + 1, lr=learning_rate(args, step), **means)
-            bar.set_postfix_str(f"loss {means['loss']:.3f}", refresh=False)
+            log_means(args, world, step, list(losses), torch.stack(window), bar)
             window.clear()
-        if world.rank == 0 and (last or time.time() - saved > 60 * args.save_minutes):
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                     "step": step + 1, "run": this_run}
-            write_whole(path, lambda temporary, state=state: torch.save(state, temporary))
-            saved = time.time()
+            late = time.time() - saved > 60 * args.save_minutes
+            if last or world.any(world.rank == 0 and late):
+                checkpoint.save(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                                step=step + 1)
+                saved = time.time()
+
+
+def log_means(args, world, step, names, losses, bar):
+    """The means of the losses (steps, terms) since the last line; UserError: not finite."""
+    means = dict(zip(names, losses.mean(0).tolist(), strict=True))
+    if not torch.tensor(means["loss"]).isfinite():
+        raise UserError(f"the loss is not finite before step {step + 1}: lower --lr")
+    log(args, world, step=step + 1, lr=learning_rate(args, step), **means)
+    bar.set_postfix_str(f"loss {means['loss']:.3f}", refresh=False)
 
 
 def train_step(model, optimizer, pairs, step, args, world):
@@ -217,8 +222,9 @@ def detect(model, data, args, world):
     """All detections in COCO's format, masks run-length encoded; each process does its share."""
     from pycocotools import mask as coder
     model.eval()
-    found, share = [], Subset(data, range(world.rank, len(data), world.size))
-    loader = DataLoader(share, None, num_workers=args.workers, worker_init_fn=start_worker)
+    found = []
+    mine = Subset(data, range(world.rank, len(data), world.size))
+    loader = DataLoader(mine, None, num_workers=args.workers, worker_init_fn=start_worker)
     for picture, target in progress(loader, "detecting", "image"):
         result = {key: x.cpu() for key, x in model([picture.to(world.device)])[0].items()}
         result["boxes"][:, 2:] -= result["boxes"][:, :2]
@@ -246,24 +252,24 @@ def average_precision(data, found):
 
 
 def parse_args(argv=None):
-    parser = flags.Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--backbone", required=True, help="a checkpoint, as for eval_linear.py --checkpoint")
     add("--arch", help="torchvision's name of the network, where the checkpoint does not tell")
     add("--branch", help="which backbone of several, a part of its prefix, such as student")
     add("--mean-std", choices=list(MEAN_STD), help="of the pictures it was trained on")
     add("--data-dir", default="data/coco", help="has train2017/, val2017/ and annotations/")
-    add("--limit", type=flags.whole(1), help="use so many pictures of each split")
-    add("--steps", type=flags.whole(1), help="default: the 1x schedule, 90000 steps of 16 pictures")
-    add("--batch-size", type=flags.whole(1), default=BATCH, help="of all processes together")
-    add("--lr", type=flags.real(0, 1e4), default=0.02,
+    add("--limit", type=whole(1), help="use so many pictures of each split")
+    add("--steps", type=whole(1), help="default: the 1x schedule, 90000 steps of 16 pictures")
+    add("--batch-size", type=whole(1), default=BATCH, help="of all processes together")
+    add("--lr", type=real(0, 1e4), default=0.02,
         help="for 16 pictures; it grows linearly with the batch")
     add("--output-dir", default="runs/detection", help="a last.pt there is continued")
-    add("--save-minutes", type=flags.real(0, 1e6), default=30, help="minutes between checkpoints")
-    add("--log-every", type=flags.whole(1), default=20, help="steps between lines of log.jsonl")
-    add("--seed", type=flags.whole(0), default=0, help="of all random draws")
+    add("--save-minutes", type=real(0, 1e6), default=30, help="minutes between checkpoints")
+    add("--log-every", type=whole(1), default=20, help="steps between lines of log.jsonl")
+    add("--seed", type=whole(0), default=0, help="of all random draws")
     add("--device", help="cuda or cpu (default: cuda where available)")
-    add("--workers", type=flags.whole(0), default=flags.share_of_cores(),
+    add("--workers", type=whole(0), default=cores_of_process(),
         help="processes that read pictures")
     args = parser.parse_args(argv)
     args.steps = args.steps or round(STEPS * BATCH / args.batch_size)

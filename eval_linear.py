@@ -11,9 +11,11 @@ Legend of the shapes: N images, S side of a picture in pixels, D features of an 
 """
 import argparse
 import math
+import os
 from collections import OrderedDict
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -22,12 +24,20 @@ from torch.utils.data import DataLoader, Dataset
 import genview
 import recipes
 from support import augment
-from support import world as flags
-from support.checkpoints import MEAN_STD, load_backbone
-from support.data import Files, balanced_subset, listed_subset, open_image, to_tensor
+from support.command_line import Parser, UserError, progress, real, say, script, whole
+from support.data import (
+    advise_skip_bad,
+    balanced_subset,
+    listed_subset,
+    open_image,
+    to_tensor,
+)
 from support.evaluations import Evaluation, folder_of
 from support.networks import LARS
-from support.world import UserError, progress, say, script, setup, start_worker, step_generator
+from support.pretrained import MEAN_STD, load_backbone
+from support.processes import cores_of_process, setup, start_worker
+from support.schedules import cosine, tenth_from
+from support.seeds import epoch_order, step_generator
 
 CROP_SCALE = (0.08, 1.0)      # share of the image's area in a crop: torchvision's default
 
@@ -36,45 +46,57 @@ class Crops(Dataset):
     """Image files cut to S x S: a random crop where draw = (seed, epoch), else the central square,
     without the outer eighth (256 pixels to 224). skip_bad: an unreadable file is a grey picture."""
     def __init__(self, images, image_size, draw=None, skip_bad=False):
-        self.files = Files(images.root / name for name in images.names)
-        self.size, self.draw, self.skip_bad = image_size, draw, skip_bad
+        # An array of bytes, not a list: see genview.CropsOfFiles.
+        self.files = np.array([os.fsencode(images.root / name) for name in images.names])
+        self.size = image_size
+        self.draw = draw
+        self.skip_bad = skip_bad
 
     def __getitem__(self, index):
-        try:
-            image = to_tensor(open_image(self.files[index]))
-        except UserError:
-            if not self.skip_bad:
-                raise
-            image = torch.full((3, self.size, self.size), 128, dtype=torch.uint8)
+        image = self.read(os.fsdecode(self.files[index]))
         height, width = image.shape[1:]
-        box = augment.central_box(round(min(height, width) * 224 / 256), height, width)
         if self.draw:
             u = torch.rand(augment.CROP_TRIES, 4, generator=step_generator(*self.draw, index))
             box = augment.crop_box(u.tolist(), height, width, CROP_SCALE)
+        else:
+            side = round(min(height, width) * 224 / 256)
+            box = augment.central_box(side, height, width)
         return augment.crop_file(image, box, self.size)
+
+    def read(self, path):
+        try:
+            return to_tensor(open_image(path))
+        except UserError as error:
+            if not self.skip_bad:
+                raise advise_skip_bad(error) from None
+            return torch.full((3, self.size, self.size), 128, dtype=torch.uint8)
 
 
 def pictures(images, order, image_size, world, batch_size, workers=4, draw=None, skip_bad=False):
     """Yields the images in the given order, (n, 3, S, S), normalised, on the device. draw: (seed,
     epoch) of random crops and flips; None: the central square, of pictures in memory the whole."""
-    batches, in_memory = order.split(batch_size), images.pixels is not None
-    if not in_memory:
-        loader = iter(DataLoader(
+    batches = order.split(batch_size)
+    in_memory = images.pixels is not None
+    if in_memory:
+        source = (images.pixels[index] for index in batches)
+    else:
+        source = DataLoader(
             Crops(images, image_size, draw, skip_bad), batch_sampler=[b.tolist() for b in batches],
             num_workers=workers, worker_init_fn=start_worker,
-            pin_memory=world.device.type == "cuda"))
-    for step, index in enumerate(batches):
-        x = (images.pixels[index] if in_memory else next(loader)).to(world.device).float()
+            pin_memory=world.device.type == "cuda")
+    for step, x in enumerate(source):
+        x = x.to(world.device).float()
         if draw:
             generator = step_generator(*draw, step, world.rank)
             u = torch.rand(len(x), augment.CROP_TRIES + 1, 4, generator=generator)
-            tries, flip = u[:, :-1], u[:, -1, 0] < 0.5
-            x = torch.where(flip.to(x.device)[:, None, None, None], x.flip(3), x)
+            tries = u[:, :-1]                      # of the crops of pictures in memory
+            mirrored = u[:, -1, 0] < 0.5
+            x = torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(3), x)
         if draw and in_memory:
             boxes = augment.crop_boxes(tries, *x.shape[2:], CROP_SCALE).to(x.device)
             x = augment.crop(x, boxes, image_size)
         elif x.shape[-1] != image_size:
-            x = F.interpolate(x, size=(image_size,) * 2, mode="bilinear", antialias=True)
+            x = F.interpolate(x, size=(image_size, image_size), mode="bilinear", antialias=True)
         yield augment.normalise(x / 255).contiguous(memory_format=torch.channels_last)
 
 
@@ -96,10 +118,11 @@ def extract_features(backbone, images, image_size, world, batch_size=256, worker
     """The features of all images: (N, D) on the device, not normalised. All processes must call
     this: each computes its share, and all get the whole."""
     n = len(images.names)
-    share = math.ceil(n / world.size)              # the same in every process: some images repeat
-    order = torch.arange(world.rank * share, (world.rank + 1) * share) % n
-    options = image_size, world, batch_size, workers, skip_bad
-    return world.gather(torch.cat(list(features_of(backbone, images, order, *options))))[:n]
+    part = math.ceil(n / world.size)               # the same in every process: some images repeat
+    order = torch.arange(world.rank * part, (world.rank + 1) * part) % n
+    features = features_of(backbone, images, order, image_size, world, batch_size, workers,
+                           skip_bad)
+    return world.gather(torch.cat(list(features)))[:n]
 
 
 def knn_accuracy(chunks, queries, truth, num_classes, k=200, temperature=0.1, world=None):
@@ -121,7 +144,8 @@ def knn_accuracy(chunks, queries, truth, num_classes, k=200, temperature=0.1, wo
     s = queries.new_full((len(queries), k), -math.inf)          # (N', k), the nearest so far
     classes = torch.zeros_like(s, dtype=torch.long)             # (N', k), theirs
     for features, labels in chunks:
-        train, labels = F.normalize(features, dim=1).T, labels.to(s.device)
+        train = F.normalize(features, dim=1).T
+        labels = labels.to(s.device)
         for i in range(0, len(queries), 512):
             rows = slice(i, i + 512)
             found = torch.cat([s[rows], queries[rows] @ train], 1)                  # (512, k + n)
@@ -129,7 +153,8 @@ def knn_accuracy(chunks, queries, truth, num_classes, k=200, temperature=0.1, wo
             s[rows], place = found.topk(k)
             classes[rows] = both.gather(1, place)
     if world and world.size > 1:                   # the nearest of all processes' nearest
-        s, classes = (torch.cat(world.gather(x).chunk(world.size), 1) for x in (s, classes))
+        s = torch.cat(world.gather(s).chunk(world.size), 1)
+        classes = torch.cat(world.gather(classes).chunk(world.size), 1)
         s, place = s.topk(k)
         classes = classes.gather(1, place)
     weights = ((s - s[:, :1]) / temperature).exp()              # of the greatest 1: no overflow
@@ -148,26 +173,28 @@ def knn_of(backbone, train, test, image_size, world, workers, skip_bad, k=200):
                         train.num_classes, k, world=world)
 
 
-def decay(done, drops=()):
-    """The learning rate as a share of its peak when a share of the training is done: a cosine to 0,
-    or a tenth from each of drops on."""
-    cosine = (1 + math.cos(math.pi * done)) / 2
-    return 0.1 ** sum(done >= drop for drop in drops) if drops else cosine
+def fit_classifier(model, optimizer, batches, steps, settings, autocast=nullcontext, run=None,
+                   check=dict):
+    """Trains a classifier.
 
-
-def fit(model, optimizer, batches, steps, settings, autocast=nullcontext, run=None, check=dict):
-    """Trains a classifier. optimizer: its learning rates are the peaks. batches: function of the
-    epoch that yields (input, labels) `steps` times. run: Evaluation, or None. check: called after
-    each epoch, may return accuracies."""
+    Args:
+        optimizer: its learning rates are the peaks: a cosine to 0, or the drops of settings.
+        batches: function of the epoch that yields (input, labels) `steps` times.
+        run: Evaluation, or None.
+        check: called after each epoch, may return accuracies.
+    """
+    plain = getattr(model, "module", model)
+    epochs = settings.epochs
     peaks = [group["lr"] for group in optimizer.param_groups]
-    plain, epochs = getattr(model, "module", model), settings.epochs
     first = run.resume(plain, optimizer) if run else 0
     bar = progress(range(first, epochs), "training", "epoch", total=epochs, initial=first)
     for epoch in bar:
         losses = []
         for step, (x, labels) in enumerate(batches(epoch), epoch * steps):
+            done = step / (epochs * steps)
+            factor = tenth_from(settings.drops, done) if settings.drops else cosine(done)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * decay(step / (epochs * steps), settings.drops)
+                group["lr"] = peak * factor
             with autocast():
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), labels.to(logits.device))
@@ -185,8 +212,8 @@ def fit(model, optimizer, batches, steps, settings, autocast=nullcontext, run=No
 
 
 def augmented(images, settings, world):
-    """For fit: a function of the epoch that yields this process's share of randomly cropped and
-    flipped pictures and labels; the steps of an epoch."""
+    """For fit_classifier: a function of the epoch that yields this process's part of randomly
+    cropped and flipped pictures and labels; the steps of an epoch."""
     n = len(images.names)
     batch_size = max(1, min(settings.batch_size, n) // world.size)                # of one process
     steps = n // (batch_size * world.size)
@@ -194,9 +221,8 @@ def augmented(images, settings, world):
         raise UserError(f"{n} labelled images are too few for {world.size} processes")
 
     def batches(epoch):
-        order = torch.randperm(n, generator=step_generator(settings.seed, epoch))
-        order = order[:steps * batch_size * world.size].view(steps, world.size, batch_size)
-        order = order[:, world.rank].flatten()
+        order = epoch_order(n, settings.seed, epoch)[:steps * batch_size * world.size]
+        order = order.view(steps, world.size, batch_size)[:, world.rank].flatten()
         xs = pictures(images, order, settings.image_size, world, batch_size, settings.workers,
                       (settings.seed, epoch), settings.skip_bad)
         yield from zip(xs, images.labels[order].split(batch_size), strict=True)
@@ -210,7 +236,8 @@ def scaled(lr, settings):
 
 def probe(dim, num_classes, settings, device):
     """A linear classifier and its optimiser."""
-    head, rate = zero_linear(dim, num_classes), scaled(settings.lr, settings)
+    head = zero_linear(dim, num_classes)
+    rate = scaled(settings.lr, settings)
     if settings.optimizer == "lars":    # its steps are 0.001 |w| long: weights of 0 would not do
         torch.nn.init.normal_(head.weight, std=0.01, generator=step_generator(settings.seed))
         return head.to(device), LARS(head.parameters(), rate, weight_decay=0.0)
@@ -221,19 +248,21 @@ def linear_on_features(features, labels, num_classes, settings, run=None):
     """A linear classifier of features computed once (N, D), standardised for the training and
     divided by sqrt(D), which makes them about unit length: one learning rate suits all checkpoints.
     Every process computes the same on its own."""
-    mean, std = features.mean(0), features.std(0)
+    mean = features.mean(0)
+    std = features.std(0)
     std = std.clamp_min(1e-2 * std.mean().item() + 1e-12)    # of features that hardly vary
     scale = 1 / (std * features.shape[1] ** 0.5)
 
     def batches(epoch):
-        order = torch.randperm(len(x), generator=step_generator(settings.seed, epoch)).to(x.device)
+        order = epoch_order(len(x), settings.seed, epoch).to(x.device)
         for index in order[:steps * batch_size].split(batch_size):
             yield x[index], labels[index]
-    x, labels = (features - mean) * scale, labels.to(features.device)
+    x = (features - mean) * scale
+    labels = labels.to(features.device)
     head, optimizer = probe(features.shape[1], num_classes, settings, features.device)
     batch_size = min(settings.batch_size, len(x))
     steps = len(x) // batch_size
-    fit(head, optimizer, batches, steps, settings, run=run)
+    fit_classifier(head, optimizer, batches, steps, settings, run=run)
     with torch.no_grad():                          # W (z - mean) scale + b = W' z + b'
         head.weight.mul_(scale)
         head.bias.sub_(head.weight @ mean)
@@ -252,16 +281,17 @@ def linear_on_pictures(backbone, dim, images, settings, world, run=None, check=N
     head, optimizer = probe(dim, images.num_classes, settings, world.device)
     model = DistributedDataParallel(head) if world.size > 1 else head
     batches, steps = augmented(images, settings, world)
-    fit(model, optimizer, features, steps, settings, run=run,
-        check=lambda: top(head(check[0]), check[1]) if check else None)
+    fit_classifier(model, optimizer, features, steps, settings, run=run,
+                   check=lambda: top(head(check[0]), check[1]) if check else None)
     return head
 
 
 def finetune(backbone, dim, images, settings, world, run=None):
     """Trains backbone and classifier (semi-supervised: on part of the labels). Returns the head."""
     def share_statistics():                        # of batch norm, where each process has its own
-        for buffer in backbone.buffers() if world.size > 1 else ():
-            torch.distributed.broadcast(buffer, 0)
+        if world.size > 1:
+            for buffer in backbone.buffers():
+                torch.distributed.broadcast(buffer, 0)
     backbone.requires_grad_(True)                  # MoCo v3's fixed patch projection learns here
     if hasattr(backbone, "encoder"):               # a vision transformer
         backbone.encoder.pos_embedding.requires_grad_(False)
@@ -276,15 +306,18 @@ def finetune(backbone, dim, images, settings, world, run=None):
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         model = DistributedDataParallel(model)
     batches, steps = augmented(images, settings, world)
-    fit(model, optimizer, batches, steps, settings, world.autocast, run, share_statistics)
+    fit_classifier(model, optimizer, batches, steps, settings, world.autocast, run,
+                   share_statistics)
     return head
 
 
 def labelled(images, settings):
     """The images whose labels fine-tuning may use: those listed, or a share of each class."""
-    n, generator = len(images.names), step_generator(settings.seed)
-    index = (listed_subset(images, settings.labels_file) if settings.labels_file else
-             balanced_subset(images.labels, settings.labels, generator))
+    n = len(images.names)
+    if settings.labels_file:
+        index = listed_subset(images, settings.labels_file)
+    else:
+        index = balanced_subset(images.labels, settings.labels, step_generator(settings.seed))
     say(f"fine-tuning on {len(index)} labelled images")
     if settings.labels_file and (len(index) < 0.05 * n) != (settings.labels < 0.05):
         say(f"*** the list holds {100 * len(index) / n:.1f}% of the images, but the recipe is that "
@@ -308,31 +341,31 @@ def top(logits, labels):
     return {"top1": 100 * right[0].item() / len(best), "top5": 100 * right.sum().item() / len(best)}
 
 
-def parse(argv=None):
-    parser = flags.Parser(__doc__.splitlines()[0])
+def parse_args(argv=None):
+    parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument_group("model and data (default: the checkpoint's)").add_argument
     add("--checkpoint", required=True, help="last.pt, backbone.pt, or another file of weights")
     add("--arch", help="torchvision's name of the network, e.g. resnet50")
-    add("--heads", type=flags.whole(1), help="of a vision transformer; default: its layout's")
+    add("--heads", type=whole(1), help="of a vision transformer; default: its layout's")
     add("--branch", help="which backbone of several, a part of its prefix, such as student")
     add("--mean-std", choices=list(MEAN_STD), help="of its pictures; default: its layout's")
     add("--dataset", choices=list(genview.DATA_DIRS), help="data set to evaluate on")
     add("--data-dir", help="CIFAR's files, or a folder with train/ and val/ or test/ below it")
-    add("--image-size", type=flags.whole(1), help="side of the pictures in pixels")
-    add("--limit", type=flags.whole(1), help="use so many images of each split")
+    add("--image-size", type=whole(1), help="side of the pictures in pixels")
+    add("--limit", type=whole(1), help="use so many images of each split")
     add("--skip-bad", action="store_true", help="leave out unreadable images (large ones: grey)")
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", choices=["linear", "knn", "finetune"], default="linear", help="what to fit")
-    add("--labels", type=flags.real(1e-6, 1), default=0.01, help="finetune: share of the labels")
+    add("--labels", type=real(1e-6, 1), default=0.01, help="finetune: share of the labels")
     add("--labels-file", help="finetune: a text file that names the labelled images instead")
-    add("--k", type=flags.whole(1), default=200, help="neighbours of kNN")
+    add("--k", type=whole(1), default=200, help="neighbours of kNN")
     add = parser.add_argument_group("optimisation (default: the data set's recipe)").add_argument
-    add("--epochs", type=flags.whole(1), help="passes over the labelled images")
-    add("--batch-size", type=flags.whole(1), help="of all processes together")
+    add("--epochs", type=whole(1), help="passes over the labelled images")
+    add("--batch-size", type=whole(1), help="of all processes together")
     add("--optimizer", choices=["sgd", "lars"], help="linear: what trains the classifier")
-    add("--lr", type=flags.real(0, 1e4), help="learning rate for 256 images; grows with the batch")
-    add("--backbone-lr", type=flags.real(0, 1e4), help="finetune: the same of the backbone")
-    add("--drops", type=flags.real(0, 1), nargs="*",
+    add("--lr", type=real(0, 1e4), help="learning rate for 256 images; grows with the batch")
+    add("--backbone-lr", type=real(0, 1e4), help="finetune: the same of the backbone")
+    add("--drops", type=real(0, 1), nargs="*",
         help="shares of the training after which lr falls to a tenth; none: a cosine to 0")
     add("--augment", action=argparse.BooleanOptionalAction, help="linear: crops and flips in every "
         "epoch, features not standardised: set --lr too")
@@ -340,36 +373,45 @@ def parse(argv=None):
     add("--output-dir", help="default: <folder of the checkpoint>/<protocol>")
     add("--resume", action="store_true", help="go on from the output folder's last.pt")
     add("--device", help="cuda, mps or cpu (default: the first that is available)")
-    add("--workers", type=flags.whole(), default=flags.share_of_cores(), help="that read files")
-    add("--seed", type=flags.whole(), default=0, help="of the choice and order of images")
+    add("--workers", type=whole(), default=cores_of_process(), help="that read files")
+    add("--seed", type=whole(), default=0, help="of the choice and order of images")
     return parser.parse_args(argv)
 
 
-def resolve(settings, trained_with):
-    """Fills in what no flag says: from the checkpoint, then from the recipe."""
-    dataset = settings.dataset = settings.dataset or trained_with.get("dataset")
-    if dataset not in genview.DATA_DIRS:
+def resolve(args, trained_with, made_for=None):
+    """The settings: flags, then what the checkpoint says, then the recipe.
+
+    made_for: the side of the pictures that the backbone takes, where it takes no other.
+    """
+    settings = argparse.Namespace(**vars(args))
+    settings.dataset = args.dataset or trained_with.get("dataset")
+    if settings.dataset not in genview.DATA_DIRS:
         raise UserError("the checkpoint does not say its data set: name one with --dataset")
-    known = trained_with if dataset == trained_with.get("dataset") else {}
-    settings.data_dir = genview.data_dir_of(dataset, settings.data_dir or known.get("data_dir"))
-    usual = 32 if dataset in ("shapes", "cifar10", "cifar100") else 224
-    settings.image_size = settings.image_size or known.get("image_size") or usual
-    settings.limit = settings.limit or known.get("limit")
-    settings.arch, settings.method = trained_with["arch"], trained_with.get("method")
+    same = settings.dataset == trained_with.get("dataset")
+    of_run = trained_with if same else {}
+    settings.data_dir = genview.data_dir_of(settings.dataset,
+                                            args.data_dir or of_run.get("data_dir"))
+    small = settings.dataset in ("shapes", "cifar10", "cifar100")
+    size = args.image_size or made_for or of_run.get("image_size")
+    settings.image_size = size or (32 if small else 224)
+    if made_for not in (None, settings.image_size):
+        raise UserError(f"{args.checkpoint} is a vision transformer for pictures of {made_for} "
+                        f"pixels: leave --image-size out")
+    settings.limit = args.limit or of_run.get("limit")
+    settings.arch = trained_with["arch"]
+    settings.method = trained_with.get("method")
+    settings.mean_std = trained_with.get("mean_std", args.mean_std)
     use_recipe(settings)
-    settings.output_dir = settings.output_dir or folder_of(settings)
+    settings.output_dir = args.output_dir or folder_of(settings)
+    return settings
 
 
 def use_recipe(settings):
     """Fills in the recipe's values and prints the schedule."""
     recipe = recipes.evaluation(settings.protocol, settings.dataset, settings.labels,
                                 settings.method, settings.arch)
-    for flag in ("optimizer", "lr", "backbone_lr", "drops", "epochs", "batch_size", "augment"):
-        if getattr(settings, flag) is None:
-            setattr(settings, flag, recipe.get(flag))
-        elif flag not in recipe:
-            raise UserError(f"--{flag.replace('_', '-')} is not a setting of "
-                            f"--protocol {settings.protocol}")
+    names = ("optimizer", "lr", "backbone_lr", "drops", "epochs", "batch_size", "augment")
+    recipes.apply(settings, recipe, f"--protocol {settings.protocol}", names)
     if recipe.get("augment") and settings.method not in recipes.LINEAR:
         say(f"*** the checkpoint does not say its method: MoCo v3's probe for {settings.arch}")
     if recipe:
@@ -379,23 +421,29 @@ def use_recipe(settings):
 
 def evaluate(settings, backbone, dim, world):
     """Computes and reports the accuracies of a protocol."""
+    def load(split):
+        return genview.load_images(settings.dataset, settings.data_dir, split, settings.image_size,
+                                   settings.limit, settings.skip_bad)
+
     def features(images):
         return extract_features(backbone, images, settings.image_size, world,
                                 workers=settings.workers, skip_bad=settings.skip_bad)
-    train, test = (genview.load_images(settings.dataset, settings.data_dir, split,
-                                       settings.image_size, settings.limit, settings.skip_bad)
-                   for split in ("train", "test"))
+    train = load("train")
+    test = load("test")
     if not train.num_classes:
         raise UserError(f"{settings.data_dir} has no class folders in train/: no labels to fit on")
-    run, n = Evaluation(settings, world, backbone, train), len(train.names)
+    run = Evaluation(settings, world, backbone, train)
+    n = len(train.names)
     if settings.protocol == "finetune":
         train = labelled(train, settings)
         head = finetune(backbone, dim, train, settings, world, run)
         run.report("finetune", len(train.names), top(head(features(test)), test.labels), head)
     elif settings.protocol == "linear" and not settings.augment:
-        x, test_x = features(train), features(test)
-        run.report("kNN", n, {"top1": knn_accuracy([(x, train.labels)], test_x, test.labels,
-                                                   train.num_classes, settings.k)})
+        x = features(train)
+        test_x = features(test)
+        accuracy = knn_accuracy([(x, train.labels)], test_x, test.labels, train.num_classes,
+                                settings.k)
+        run.report("kNN", n, {"top1": accuracy})
         head = linear_on_features(x, train.labels, train.num_classes, settings, run)
         run.report("linear", n, top(head(test_x), test.labels), head)
     elif settings.protocol == "linear":
@@ -403,24 +451,21 @@ def evaluate(settings, backbone, dim, world):
         head = linear_on_pictures(backbone, dim, train, settings, world, run, check)
         run.report("linear", n, top(head(check[0]), check[1]), head)
     else:
-        run.report("kNN", n, {"top1": knn_of(backbone, train, test, settings.image_size, world,
-                                             settings.workers, settings.skip_bad, settings.k)})
+        accuracy = knn_of(backbone, train, test, settings.image_size, world, settings.workers,
+                          settings.skip_bad, settings.k)
+        run.report("kNN", n, {"top1": accuracy})
 
 
 def main():
-    settings = parse()
-    world = setup(settings.device)
-    backbone, dim, trained_with = load_backbone(settings.checkpoint, settings.arch, settings.heads,
-                                                settings.branch, settings.mean_std)
-    settings.mean_std, mean, std = (trained_with[key] for key in ("mean_std", "mean", "std"))
-    if settings.mean_std != "clip":                # pictures come with CLIP's numbers
+    args = parse_args()
+    world = setup(args.device)
+    backbone, dim, trained_with = load_backbone(args.checkpoint, args.arch, args.heads, args.branch,
+                                                args.mean_std)
+    mean, std = trained_with["mean"], trained_with["std"]
+    if trained_with["mean_std"] != "clip":         # pictures come with CLIP's numbers
         backbone.register_forward_pre_hook(lambda _, x: (augment.renormalise(x[0], mean, std),))
-    made_for = getattr(backbone, "image_size", None)         # of a vision transformer's positions
-    settings.image_size = settings.image_size or made_for
-    resolve(settings, trained_with)
-    if made_for not in (None, settings.image_size):
-        raise UserError(f"{settings.checkpoint} is a vision transformer for pictures of {made_for} "
-                        f"pixels: leave --image-size out")
+    # A vision transformer's positions are of one size.
+    settings = resolve(args, trained_with, getattr(backbone, "image_size", None))
     torch.manual_seed(settings.seed)
     say(f"settings: {vars(settings)}")
     evaluate(settings, backbone.to(world.device, memory_format=torch.channels_last), dim, world)

@@ -28,10 +28,11 @@ from PIL import Image
 import genview
 import recipes
 from genview import FRACTION
+from support.command_line import Parser, UserError, either, progress, real, say, script, whole
 from support.data import IN_MEMORY_SIZE, ViewFolder, spaced, square
 from support.files import read_component, write_component, write_whole
 from support.pictures import sheet
-from support.world import Parser, UserError, either, progress, real, say, script, setup, whole
+from support.processes import setup
 
 LEVELS = (0, 100, 200, 300, 400)  # of the 1,000 noising steps (release)
 STABLE = "sd2-community/stable-diffusion-2-1-unclip"
@@ -171,8 +172,9 @@ def encode_all(pipe, images, indices, on_unreadable=lambda index, error: None):
 
 
 @torch.inference_mode()
-def generate(pipe, args, level, embeddings, seeds):
-    """Variations of images, of one noise level, each from its own seed: c (n, D) -> n PIL images.
+def generate(pipe, level, embeddings, seeds, steps, guidance, size):
+    """Variations of images, of one noise level, each from its own seed: c (n, D) -> (n, 3, S, S)
+    uint8.
 
     z_i^l = sqrt(abar_l) c_i + sqrt(1 - abar_l) e,  e ~ N(0, I),    X_i^+ = G(z_i^l)
     Source: GenView, section "framework".
@@ -184,43 +186,63 @@ def generate(pipe, args, level, embeddings, seeds):
     views = pipe(
         image_embeds=embeddings, noise_level=level,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds], prompt_embeds=prompt,
-        negative_prompt_embeds=prompt, num_inference_steps=args.steps, guidance_scale=args.guidance,
-        height=args.size, width=args.size, output_type="pt").images                   # (n, 3, H, W)
+        negative_prompt_embeds=prompt, num_inference_steps=steps, guidance_scale=guidance,
+        height=size, width=size, output_type="pt").images                         # (n, 3, S, S)
     if not views.isfinite().all():
-        raise UserError(f"the generator returned numbers that are not finite in {args.precision}; "
+        dtype = str(pipe.unet.dtype).removeprefix("torch.")
+        raise UserError(f"the generator returned numbers that are not finite in {dtype}; "
                         f"--precision float32 helps")
-    pixels = (views.float() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    size, bicubic = (args.save_size,) * 2, Image.Resampling.BICUBIC
-    return [Image.fromarray(x).resize(size, bicubic) for x in pixels]
+    return (views.float() * 255).round().byte().cpu()
 
 
-def generate_all(pipe, args, level, embeddings, seeds):
-    """generate in batches of at most args.batch_size, which doubles up to args.largest; where
-    memory runs out, both are halved for good."""
-    views = []
-    while len(views) < len(seeds):
-        part = slice(len(views), len(views) + args.batch_size)
-        try:
-            views += generate(pipe, args, level, embeddings[part], seeds[part])
-            if len(seeds[part]) == args.batch_size:
-                args.batch_size = min(2 * args.batch_size, args.largest)
-        except torch.OutOfMemoryError:
-            if args.batch_size == 1:
-                raise UserError("out of memory for one image; a smaller --size helps") from None
-            args.batch_size = args.largest = args.batch_size // 2
-            torch.cuda.empty_cache()
-            say(f"out of memory: at most {args.batch_size} images at once from here on")
-    return views
+class Generator:
+    """generate for any number of images, in batches as large as memory allows."""
+    def __init__(self, pipe, steps, guidance, size, save_size, batch_size, largest):
+        """save_size: side of the pictures it returns. The batch size doubles up to largest."""
+        self.pipe = pipe
+        self.settings = {"steps": steps, "guidance": guidance, "size": size}
+        self.save_size = save_size
+        self.batch_size = batch_size
+        self.largest = largest
+
+    def __call__(self, level, embeddings, seeds):
+        """c (n, D) and n seeds -> n PIL images."""
+        views = []
+        while len(views) < len(seeds):
+            part = slice(len(views), len(views) + self.batch_size)
+            try:
+                pixels = generate(self.pipe, level, embeddings[part], seeds[part], **self.settings)
+            except torch.OutOfMemoryError:
+                self.halve()
+                continue
+            views += [self.picture(x) for x in pixels]
+            if len(pixels) == self.batch_size:
+                self.batch_size = min(2 * self.batch_size, self.largest)
+        return views
+
+    def picture(self, pixels):
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        return image.resize((self.save_size, self.save_size), Image.Resampling.BICUBIC)
+
+    def halve(self):
+        """After memory ran out: half as many at once, for good."""
+        if self.batch_size == 1:
+            raise UserError("out of memory for one image; a smaller --size helps") from None
+        self.batch_size //= 2
+        self.largest = self.batch_size
+        torch.cuda.empty_cache()
+        say(f"out of memory: at most {self.batch_size} images at once from here on")
 
 
 # --------------------------------------------------------------------------------- the set of views
-def make_view_set(args, pipe, images, world):
+def make_view_set(args, pipe, generator, images, world):
     """The method: encode, count the foreground, choose the noise level, generate; a batch holds
     images of one level."""
-    folder = ViewFolder(args.views_dir, ".png" if args.save_size <= 64 else ".jpg")  # png: lossless
-    folder.prepare(settings_of(args, images), images.names, world)
-    v1, alpha = shared_foreground(args, pipe, images, world)
-    views = Views(args, pipe, images, folder, world)
+    suffix = ".png" if generator.save_size <= 64 else ".jpg"                     # png: lossless
+    folder = ViewFolder(args.views_dir, suffix)
+    folder.prepare(settings_of(args, generator, pipe, images), images.names, world)
+    v1, alpha = share_foreground(args, pipe, images, world)
+    views = Views(folder, generator, images, args.seed, args.limit, world)
     waiting = defaultdict(list)                                      # {level: [(index, p, c), ...]}
     for indices, tokens, c in encode_all(pipe, images, views.todo, views.unreadable):
         p = foreground_proportion(tokens, v1, alpha)                                          # (n,)
@@ -228,7 +250,7 @@ def make_view_set(args, pipe, images, world):
         levels = noise_level(p) if adaptive else torch.full_like(p, args.noise).long()        # (n,)
         for level, *image in zip(levels.tolist(), indices, p.tolist(), c, strict=True):
             waiting[level].append(image)
-            if len(waiting[level]) >= args.batch_size:
+            if len(waiting[level]) >= generator.batch_size:
                 views.make(level, waiting.pop(level))
     for level in sorted(waiting):
         views.make(level, waiting[level])
@@ -236,14 +258,20 @@ def make_view_set(args, pipe, images, world):
 
 
 class Views:
-    """Generates batches of views, writes and counts them."""
-    def __init__(self, args, pipe, images, folder, world):
-        self.args, self.pipe, self.images, self.folder = args, pipe, images, folder
-        mine = spaced(len(images.names), args.limit).tolist()[world.rank::world.size]
-        self.world, made = world, folder.made()
+    """Makes batches of views of this process's images, writes and counts them."""
+    def __init__(self, folder, generator, images, seed, limit, world):
+        self.folder = folder
+        self.generator = generator
+        self.images = images
+        self.seed = seed
+        self.world = world
+        made = folder.made()
+        mine = spaced(len(images.names), limit).tolist()[world.rank::world.size]
         self.todo = [i for i in mine if images.names[i] not in made]
         self.there = [made[images.names[i]] for i in mine if images.names[i] in made]
-        self.levels, self.skipped, self.start = [], 0, time.time()
+        self.levels = []                           # of the views made here
+        self.skipped = 0
+        self.start = time.time()
         self.bar = progress(None, "views", "image", total=len(self.todo))
 
     def unreadable(self, index, error):
@@ -254,18 +282,18 @@ class Views:
         """batch: [(index, p, c), ...] of one level."""
         indices, proportions, embeddings = zip(*batch, strict=True)
         names = [self.images.names[index] for index in indices]
-        seeds = [image_seed(self.args.seed, name) for name in names]
-        views = generate_all(self.pipe, self.args, level, torch.stack(embeddings), seeds)
-        left = len(self.todo) - self.skipped - len(self.levels)
+        seeds = [image_seed(self.seed, name) for name in names]
+        views = self.generator(level, torch.stack(embeddings), seeds)
         for view, name, p, seed in zip(views, names, proportions, seeds, strict=True):
-            self.folder.write(view, left, source=name, proportion=p, noise_level=level, seed=seed)
+            self.folder.write(view, source=name, proportion=p, noise_level=level, seed=seed)
         self.levels += [level] * len(batch)
         self.bar.update(len(batch))
 
     def report(self):
         """The last line, over all processes."""
         self.bar.close()
-        seconds, levels = time.time() - self.start, torch.tensor(self.there + self.levels).long()
+        seconds = time.time() - self.start
+        levels = torch.tensor(self.there + self.levels).long()
         numbers = torch.tensor([len(self.levels), len(self.there), self.skipped])
         mine = torch.cat([numbers, torch.bincount(levels, minlength=1000)]).to(self.world.device)
         made, there, skipped, *counts = self.world.gather(mine[None]).sum(0).tolist()
@@ -274,12 +302,13 @@ class Views:
             f"levels {text or 'none'}; {seconds:.1f} s, {made / max(seconds, 1e-9):.2f} images/s")
 
 
-def settings_of(args, images):
+def settings_of(args, generator, pipe, images):
     """What must not change within a folder of views."""
-    names = ("dataset model noise solver steps guidance size save_size seed precision "
-             "flip_foreground component fit_images").split()
-    settings = {name: getattr(args, name) for name in names}
-    return settings | {"classes": images.num_classes, "source": images.source}
+    names = "dataset model noise solver seed flip_foreground component fit_images".split()
+    settings = {name: getattr(args, name) for name in names} | generator.settings
+    return settings | {"save_size": generator.save_size, "classes": images.num_classes,
+                       "precision": str(pipe.unet.dtype).removeprefix("torch."),
+                       "source": images.source}
 
 
 def image_seed(seed, name):
@@ -289,22 +318,24 @@ def image_seed(seed, name):
     return int.from_bytes(digest[:6], "little")
 
 
-def find_foreground(args, pipe, images):
-    """v1 and alpha: from images spread over the data set whatever --limit, or of --component."""
+def clip_foreground(args, pipe, images):
+    """v1 and alpha of CLIP's tokens: of --component, or fitted on images spread over the data set,
+    whatever --limit."""
     indices = spaced(len(images.names), args.fit_images).tolist()
     batches = progress(encode_all(pipe, images, indices), "fitting the foreground", "batch",
                        total=math.ceil(len(indices) / ENCODER_BATCH))
     tokens = (tokens for _, tokens, _ in batches)
     size = pipe.image_encoder.config.hidden_size
-    return genview.find_foreground(tokens, len(indices), size, args.component, args.flip_foreground)
+    return genview.load_or_fit_foreground(tokens, len(indices), size, args.component,
+                                          args.flip_foreground)
 
 
-def shared_foreground(args, pipe, images, world):
+def share_foreground(args, pipe, images, world):
     """The foreground of this folder: found by the first process, once, and kept in foreground.npz.
     Returns v1 (K,) and alpha, on the device."""
     path = args.views_dir / "foreground.npz"
     if world.rank == 0 and not path.exists():
-        v1, alpha = find_foreground(args, pipe, images)
+        v1, alpha = clip_foreground(args, pipe, images)
         write_component(path, component=v1.cpu().numpy(), threshold=alpha, fraction=FRACTION,
                         encoder=args.model)
     world.wait()
@@ -313,25 +344,31 @@ def shared_foreground(args, pipe, images, world):
 
 
 # -------------------------------------------------------------------------------------- the preview
-def preview(args, pipe, images):
+def preview(args, pipe, generator, images):
     """Draws preview.png, a column an image: original, foreground map, views at all levels, the
     adaptive choice framed (the paper's Fig. 3)."""
-    v1, alpha = (torch.as_tensor(x).to(pipe.device) for x in find_foreground(args, pipe, images))
-    cell, names = 128 if args.save_size <= 128 else 224, images.names
-    columns, captions, frames = [], [], {}
-    for indices, tokens, c in encode_all(pipe, images, spaced(len(names), args.preview).tolist()):
+    v1, alpha = clip_foreground(args, pipe, images)
+    v1 = v1.to(pipe.device)
+    alpha = torch.as_tensor(alpha).to(pipe.device)
+    cell = 128 if generator.save_size <= 128 else 224
+    columns = []
+    captions = []
+    frames = {}
+    for indices, tokens, c in encode_all(pipe, images, spaced(len(images.names),
+                                                              args.preview).tolist()):
         p = foreground_proportion(tokens, v1, alpha)
-        seeds = [image_seed(args.seed, names[i]) for i in indices]
-        views = [generate_all(pipe, args, level, c, seeds) for level in LEVELS]     # [level][image]
+        seeds = [image_seed(args.seed, images.names[i]) for i in indices]
+        views = [generator(level, c, seeds) for level in LEVELS]                 # [level][image]
         for i, (index, level) in enumerate(zip(indices, noise_level(p).tolist(), strict=True)):
             original = square(images.pil(index), cell)
             shown = foreground_map(original, tokens[i].float() @ v1, alpha)
             frames[len(columns), 2 + LEVELS.index(level)] = "red"
-            columns.append([original, shown, *(v[i] for v in views)])
+            columns.append([original, shown, *(of_level[i] for of_level in views)])
             captions.append(f"p = {p[i]:.2f}\nlevel {level}")
     labels = ["original", "foreground"] + [f"level {level}" for level in LEVELS]
-    picture, path = sheet(columns, captions, frames, cell, labels), args.views_dir / "preview.png"
-    write_whole(path, lambda temporary: picture.save(temporary, format="PNG"))
+    canvas = sheet(columns, captions, frames, cell, labels)
+    path = args.views_dir / "preview.png"
+    write_whole(path, lambda temporary: canvas.save(temporary, format="PNG"))
     print(f"{path}: {len(columns)} images. If the bright part is not the foreground, add "
           f"--flip-foreground; the same command without --preview {args.preview} makes the views")
 
@@ -379,7 +416,7 @@ def parse_args(argv=None):
 
 
 def resolve(args):
-    """Fills in what no flag says."""
+    """Fills in what no flag says and the model's name decides."""
     args.data_dir = genview.data_dir_of(args.dataset, args.data_dir)
     args.views_dir = Path(args.views_dir or genview.default_views_dir(args.dataset, args.data_dir))
     cifar = args.dataset.startswith("cifar")
@@ -392,28 +429,43 @@ def resolve(args):
     return args
 
 
+def precision_of(args, world):
+    """The dtype of all networks."""
+    if args.precision != "auto":
+        return getattr(torch, args.precision)
+    if world.device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float16
+
+
+def make_generator(args, pipe, device):
+    """The Generator of the flags, and of the model where they say nothing."""
+    size = args.size or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    save_size = args.save_size
+    if not save_size:
+        save_size = 32 if args.dataset.startswith("cifar") else min(512, size)
+    largest = args.batch_size
+    if not largest:
+        on_cpu = 64 if size <= 64 else 1
+        largest = LARGEST_BATCH if device.type == "cuda" else on_cpu
+    batch_size = min(largest, args.batch_size or 64)
+    return Generator(pipe, args.steps, args.guidance, size, save_size, batch_size, largest)
+
+
 def main():
     args = parse_args()
     world = setup(args.device, datetime.timedelta(days=7))         # processes may end days apart
-    if args.precision == "auto":
-        half = "bfloat16" if world.dtype == torch.bfloat16 else "float16"
-        args.precision = half if world.device.type == "cuda" else "float32"
     # A larger size than IN_MEMORY_SIZE: files are opened one by one, when they are needed.
     images = genview.load_images(args.dataset, args.data_dir, "train", IN_MEMORY_SIZE + 1)
-    pipe = load_pipeline(args.model, getattr(torch, args.precision), world.device, args.solver)
+    pipe = load_pipeline(args.model, precision_of(args, world), world.device, args.solver)
     check(pipe, args.steps)
     if args.component:                             # an error in it comes before anything is written
         read_component(args.component, pipe.image_encoder.config.hidden_size)
-    args.size = args.size or pipe.unet.config.sample_size * pipe.vae_scale_factor
-    on_cpu = 64 if args.size <= 64 else 1
-    args.largest = args.batch_size or (LARGEST_BATCH if world.device.type == "cuda" else on_cpu)
-    args.batch_size = min(args.largest, args.batch_size or 64)
-    own_size = 32 if args.dataset.startswith("cifar") else min(512, args.size)
-    args.save_size = args.save_size or own_size
+    generator = make_generator(args, pipe, world.device)
     if not args.preview:
-        make_view_set(args, pipe, images, world)
+        make_view_set(args, pipe, generator, images, world)
     elif world.rank == 0:
-        preview(args, pipe, images)
+        preview(args, pipe, generator, images)
 
 
 if __name__ == "__main__":

@@ -4,25 +4,30 @@ Legend of the shapes: N images, n of a batch, V views of each, S side of a view 
 T tokens (positions of a feature map), K features of a token.
 """
 import hashlib
-import itertools
 import math
-import weakref
+import os
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import shapes
 from quality_loss import fit_foreground, foreground_threshold, orient_foreground, pair_quality
 from support import augment, data
 from support.augment import Augmentation, Draws, normalise, recolour, renormalise
-from support.data import IN_MEMORY_SIZE, Files, Images, spaced, to_tensor
-from support.files import read_component
-from support.world import UserError, progress, say, start_worker, step_generator
+from support.command_line import UserError, progress, say
+from support.data import IN_MEMORY_SIZE, Images, spaced, to_tensor
+from support.files import read_component, write_whole
+from support.pictures import sheet
+from support.processes import World, start_worker
+from support.seeds import epoch_order, step_generator
 
 FIT_IMAGES = 10_000           # images that the foreground component is fitted on (release)
-FRACTION = 0.4                # share of all tokens that is foreground; sets alpha, Eq. 7 (release)
+FRACTION = 0.4                # of all tokens that is foreground; sets alpha, Eq. 7 (release)
 MINI = Path(__file__).with_name("weights") / "mini-unclip"    # by studies/train_generator.py
 DATA_DIRS = {"shapes": "data", "cifar10": "data", "cifar100": "data", "imagenet": "data/imagenet",
              "folder": None}                       # where they lie by default
@@ -72,6 +77,11 @@ def default_views_dir(dataset, data_dir):
 
 
 # ----------------------------------------------------------------------------------- pairs of views
+# Streams of random numbers beside that of the augmentations, which has no number of its own.
+GENERATED_SIDE = 1    # which of the two views is the generated one
+CROPS_OF_FILES = 2    # boxes of crops from files: drawn in the workers, an image at a time
+
+
 def augmentations(args):
     """t1, t2. MoCo v3 blurs and solarises the two views unequally, as BYOL does, and jitters
     saturation less. SwAV jitters twice as strongly and adds small crops."""
@@ -96,7 +106,7 @@ class PairLoader:
     epoch and image), not on the number of processes or interruptions.
     """
     def __init__(self, images, views, augmentations, image_size, batch_size, seed, world, workers=4,
-                 skip_bad=False):
+                 skip_bad=False, steps=None):
         """
         Args:
             images: Images, the X_i.
@@ -104,144 +114,229 @@ class PairLoader:
                 for plain pairs of one image.
             augmentations: t_1 ... t_V, two or more.
             batch_size: of all processes together.
+            steps: of an epoch; None: as many as there are batches.
         """
-        self.images, self.views, self.augmentations = images, views, augmentations
-        self.image_size, self.batch_size, self.seed = image_size, batch_size, seed
-        self.world, self.workers, self.skip_bad = world, workers, skip_bad
-        self.steps = len(images.names) // batch_size
-        n = batch_size // world.size
-        self.share = slice(world.rank * n, (world.rank + 1) * n)       # of this process
-        self.in_memory, self.place = images.pixels is not None, None
-        if self.in_memory:                         # small enough for the device's own memory
-            self.pixels = images.pixels.to(world.device)
-            self.others = self.pixels if views is None else views.to(world.device)
+        count = len(images.names)
+        self.steps = steps or count // batch_size
+        sizes = [t.size or image_size for t in augmentations]
+        plan = BatchPlan(count, batch_size, self.steps, len(augmentations), seed, world)
+        if images.pixels is not None:              # small enough for the device's own memory
+            self.pairs = PairsInMemory(images.pixels, views, augmentations, sizes, plan)
+        else:
+            dataset = CropsOfFiles(images, views, augmentations, sizes, seed, skip_bad)
+            self.pairs = PairsFromFiles(dataset, plan, workers)
 
     def epoch(self, epoch, start=0):
-        """Yields V views, each (n, 3, S, S): this process's share of each batch from step start."""
-        batches = self._batches if self.in_memory else self._crops_of_files
-        for step, batch in enumerate(batches(epoch, start), start):
-            draw, orders = self._draw(epoch, step)
-            views = self._crops_in_memory(*batch, draw) if self.in_memory else batch
-            views = (x.to(self.world.device, non_blocking=True).float() / 255 for x in views)
-            yield [recolour(x, draw.of_view(v), orders[v], self.augmentations[v])     # normalises
-                   .contiguous(memory_format=torch.channels_last) for v, x in enumerate(views)]
+        """Yields V views, each (n, 3, S, S), from step start on: this process's part of a batch."""
+        return self.pairs.epoch(epoch, start)
 
-    def _batches(self, epoch, start):
-        """Yields this process's share of each batch: indices of images (n,), and for each pair: is
-        view 1 the generated one? (n,) bool. Else view 2 is."""
-        order = torch.randperm(len(self.images.names), generator=step_generator(self.seed, epoch))
+
+class BatchPlan(NamedTuple):
+    """Which images are in a batch, and its random numbers: the same in all processes, of which each
+    takes its part."""
+    count: int                                     # of the images
+    batch_size: int
+    steps: int                                     # of an epoch
+    views: int                                     # V, of an image
+    seed: int
+    world: World
+
+    @property
+    def part(self):
+        """Of a batch: this process's."""
+        n = self.batch_size // self.world.size
+        return slice(self.world.rank * n, (self.world.rank + 1) * n)
+
+    def batches(self, epoch, start):
+        """Yields, for each pair of this process, the index of its image (n,) and whether view 1 is
+        the generated one, (n,) bool; else view 2 is."""
+        order = epoch_order(self.count, self.seed, epoch)
         for step in range(start, self.steps):
-            generator = step_generator(self.seed, epoch, step, 1)   # 1: a stream of its own
-            swap = torch.rand(self.batch_size, generator=generator) < 0.5
-            yield order[step * self.batch_size:][:self.batch_size][self.share], swap[self.share]
+            batch = order[step * self.batch_size:(step + 1) * self.batch_size]
+            generator = step_generator(self.seed, epoch, step, GENERATED_SIDE)
+            first = torch.rand(self.batch_size, generator=generator) < 0.5
+            yield batch[self.part], first[self.part]
 
-    def _draw(self, epoch, step):
-        """All other random numbers of a step, the same in every process: Draws of (n, V) of this
-        one's share, and the orders of the colour jitters."""
-        generator, count = step_generator(self.seed, epoch, step), len(self.augmentations)
-        orders = [torch.randperm(4, generator=generator).tolist() for _ in range(count)]
-        u = torch.rand(self.batch_size, count, Draws.COLUMNS, generator=generator)[self.share]
-        return Draws.split(u.to(self.world.device, non_blocking=True)), orders
-
-    def _crops_in_memory(self, index, swap, draw):
-        index, swap = (x.to(self.pixels.device, non_blocking=True) for x in (index, swap))
-        image, other = self.pixels[index], self.others[index]                       # X_i, X_i^+
-        swap = swap[:, None, None, None]
-        pair = torch.where(swap, other, image), torch.where(swap, image, other)
-        for v, t in enumerate(self.augmentations):
-            boxes = augment.crop_boxes(draw.crop[:, v], *image.shape[2:], t.scale)
-            yield augment.crop(pair[v % 2], boxes, t.size or self.image_size)
-
-    def _crops_of_files(self, epoch, start):
-        """Yields the V crops of each batch. The workers live on: they read the next epoch's batches
-        while this one ends and while kNN runs."""
-        if self.place != (epoch, start):           # no workers yet, or they are elsewhere
-            pairs = CropPairs(self.images, self.views, self.augmentations, self.image_size,
-                              self.seed, self.skip_bad)
-            keys = PairLoader._keys(weakref.proxy(self), epoch, start)
-            self.stream = iter(DataLoader(
-                pairs, batch_sampler=keys, num_workers=self.workers,
-                worker_init_fn=start_worker, pin_memory=self.world.device.type == "cuda"))
-        for step in range(start, self.steps):
-            last = step + 1 == self.steps
-            self.place = (epoch + 1, 0) if last else (epoch, step + 1)
-            yield next(self.stream)
-
-    def _keys(self, epoch, start):
-        """Yields the keys of CropPairs of each batch, without end. self: a proxy; the stream holds
-        this generator, and a cycle of references would be collected before its workers end."""
-        for now in itertools.count(epoch):
-            for index, swap in PairLoader._batches(self, now, start if now == epoch else 0):
-                yield [(now, *key) for key in zip(index.tolist(), swap.tolist(), strict=True)]
+    def draws(self, epoch, step):
+        """The random numbers of a step's augmentations: Draws of (n, V), and for each view the
+        order of its colour jitters."""
+        generator = step_generator(self.seed, epoch, step)
+        orders = [torch.randperm(4, generator=generator).tolist() for _ in range(self.views)]
+        u = torch.rand(self.batch_size, self.views, Draws.COLUMNS, generator=generator)
+        return Draws.split(u[self.part].to(self.world.device, non_blocking=True)), orders
 
 
-class CropPairs(Dataset):
+def recoloured(crops, draws, orders, augmentations):
+    """V crops of a batch (n, 3, S, S) in [0, 255] -> views: colours, blur, flip, normalisation."""
+    views = []
+    for v, t in enumerate(augmentations):
+        x = recolour(crops[v].float() / 255, draws.of_view(v), orders[v], t)
+        views.append(x.contiguous(memory_format=torch.channels_last))
+    return views
+
+
+class PairsInMemory:
+    """Pairs of images that lie on the device."""
+    def __init__(self, pixels, views, augmentations, sizes, plan):
+        self.device = plan.world.device
+        self.pixels = pixels.to(self.device)
+        self.views = self.pixels if views is None else views.to(self.device)
+        self.augmentations = augmentations
+        self.sizes = sizes
+        self.plan = plan
+
+    def epoch(self, epoch, start):
+        height, width = self.pixels.shape[2:]
+        for step, (index, first) in enumerate(self.plan.batches(epoch, start), start):
+            draws, orders = self.plan.draws(epoch, step)
+            index = index.to(self.device, non_blocking=True)
+            first = first.to(self.device, non_blocking=True)[:, None, None, None]
+            image = self.pixels[index]                                              # X_i
+            view = self.views[index]                                                # X_i^+
+            pair = torch.where(first, view, image), torch.where(first, image, view)
+            crops = []
+            for v, t in enumerate(self.augmentations):
+                boxes = augment.crop_boxes(draws.crop[:, v], height, width, t.scale)
+                crops.append(augment.crop(pair[v % 2], boxes, self.sizes[v]))
+            yield recoloured(crops, draws, orders, self.augmentations)
+
+
+class PairsFromFiles:
+    """Pairs of image files, read by workers that live as long as this loader."""
+    def __init__(self, dataset, plan, workers):
+        self.augmentations = dataset.augmentations
+        self.plan = plan
+        self.sampler = PairSampler(plan)
+        self.loader = DataLoader(
+            dataset, batch_sampler=self.sampler, num_workers=workers, worker_init_fn=start_worker,
+            persistent_workers=workers > 0, pin_memory=plan.world.device.type == "cuda")
+
+    def epoch(self, epoch, start):
+        self.sampler.set_epoch(epoch, start)
+        for step, crops in enumerate(self.loader, start):
+            draws, orders = self.plan.draws(epoch, step)
+            crops = [x.to(self.plan.world.device, non_blocking=True) for x in crops]
+            yield recoloured(crops, draws, orders, self.augmentations)
+
+
+class PairSampler:
+    """Yields the keys of CropsOfFiles of each batch of an epoch."""
+    def __init__(self, plan):
+        self.plan = plan
+        self.set_epoch(0, 0)
+
+    def set_epoch(self, epoch, start):
+        self.epoch = epoch
+        self.start = start
+
+    def __len__(self):
+        return self.plan.steps - self.start
+
+    def __iter__(self):
+        for index, first in self.plan.batches(self.epoch, self.start):
+            yield [(self.epoch, *key) for key in zip(index.tolist(), first.tolist(), strict=True)]
+
+
+class CropsOfFiles(Dataset):
     """Crops of large images: workers decode and crop; colours and normalisation follow."""
-    def __init__(self, images, views, augmentations, image_size, seed, skip_bad):
-        self.images = Files(images.root / name for name in images.names)
-        self.views = Files(views or [None] * len(images.names))
-        self.augmentations, self.image_size = augmentations, image_size
-        self.seed, self.skip_bad = seed, skip_bad
+    def __init__(self, images, views, augmentations, sizes, seed, skip_bad):
+        # Arrays of bytes: reading a list of strings counts references to them, which writes, and
+        # each forked worker would copy it.
+        self.images = np.array([os.fsencode(images.root / name) for name in images.names])
+        self.views = np.array([os.fsencode(path or "") for path in views or images.names])
+        self.plain = views is None
+        self.augmentations = augmentations
+        self.sizes = sizes
+        self.seed = seed
+        self.skip_bad = skip_bad
 
     def __getitem__(self, key):
         """key: epoch, index of the image, is view 1 the generated one? -> V crops (3, S, S)."""
-        epoch, index, swap = key
-        generator = step_generator(self.seed, epoch, index, 2)      # 2: a stream of its own
-        draws = Draws.split(torch.rand(len(self.augmentations), Draws.COLUMNS, generator=generator))
+        epoch, index, generated_first = key
         try:
-            image = other = to_tensor(data.open_image(self.images[index]))
-            if view := self.views[index]:
-                other = to_tensor(data.open_image(view))
-        except UserError:
+            image = self.read(self.images[index])
+            view = image
+            if not self.plain and self.views[index]:
+                view = self.read(self.views[index])
+        except UserError as error:
             if not self.skip_bad:
-                raise
-            return self[epoch, (index + 1) % len(self.images), swap]
-        pair = (other, image) if swap else (image, other)
-        tries = draws.crop.tolist()
-        views = []
+                raise data.advise_skip_bad(error) from None
+            return self[epoch, (index + 1) % len(self.images), generated_first]
+        pair = (view, image) if generated_first else (image, view)
+        generator = step_generator(self.seed, epoch, index, CROPS_OF_FILES)
+        u = torch.rand(len(self.augmentations), Draws.COLUMNS, generator=generator)
+        tries = Draws.split(u).crop.tolist()                                # V x CROP_TRIES x 4
+        crops = []
         for v, t in enumerate(self.augmentations):
-            box = augment.crop_box(tries[v], *pair[v % 2].shape[1:], t.scale)
-            views.append(augment.crop_file(pair[v % 2], box, t.size or self.image_size))
-        return views
+            height, width = pair[v % 2].shape[1:]
+            box = augment.crop_box(tries[v], height, width, t.scale)
+            crops.append(augment.crop_file(pair[v % 2], box, self.sizes[v]))
+        return crops
+
+    @staticmethod
+    def read(path):
+        return to_tensor(data.open_image(os.fsdecode(path)))
 
 
-def load_views(args, images):
-    """The generated views as PairLoader takes them, or None for plain pairs."""
-    if args.views_dir == "none":
-        return None
-    paths = data.find_views(images, args.views_dir, args.dataset)
+def load_views(images, views_dir, dataset, skip_bad=False):
+    """The generated views as PairLoader takes them."""
+    paths = data.find_views(images, views_dir, dataset)
     missing = sum(path is None for path in paths)
-    say(("*** " if missing else "") +
-        f"generated views of {len(paths) - missing} of {len(paths)} images from {args.views_dir}"
-        + (f"; the other {missing} use themselves" if missing else ""))
-    return paths if images.pixels is None else data.views_into_memory(images, paths, args.skip_bad)
+    text = f"generated views of {len(paths) - missing} of {len(paths)} images from {views_dir}"
+    if missing:
+        text = f"*** {text}; the other {missing} use themselves"
+    say(text)
+    return paths if images.pixels is None else data.views_into_memory(images, paths, skip_bad)
 
 
-def load_extra(args, images):
+def load_extra(images, views_dir, dataset, image_size, skip_bad=False):
     """--views extra: further images, (M, 3, S, S) uint8 or M paths: the views of these images in a
     folder of generate_views.py, all the images of any other folder."""
-    if Path(args.views_dir, "settings.json").exists():
-        paths = [p for p in data.find_views(images, args.views_dir, args.dataset) if p]
+    if Path(views_dir, "settings.json").exists():
+        paths = [path for path in data.find_views(images, views_dir, dataset) if path]
     else:
-        paths = sorted(data.image_files(args.views_dir))
+        paths = sorted(data.image_files(views_dir))
     if not paths:
-        raise UserError(f"{args.views_dir} holds no images for --views extra")
-    say(f"{len(paths)} further training samples from {args.views_dir}")
+        raise UserError(f"{views_dir} holds no images for --views extra")
+    say(f"{len(paths)} further training samples from {views_dir}")
     names = [str(path.resolve()) for path in paths]
-    extra = Images(names, torch.zeros(len(paths)), 0, root=Path())
     if images.pixels is None:
         return names
-    return data.into_memory(extra, args.image_size, args.skip_bad).pixels
+    extra = Images(names, torch.zeros(len(paths)), 0, root=Path())
+    return data.into_memory(extra, image_size, skip_bad).pixels
 
 
 def expand(images, extra):
     """The paper's comparison, naive expansion: further training samples instead of views. extra:
     see load_extra. Their label is -1; the training uses no labels."""
-    in_memory = images.pixels is not None
-    names = [f"extra/{i}" for i in range(len(extra))] if in_memory else extra
-    return images._replace(names=images.names + names,
-                           labels=F.pad(images.labels, (0, len(extra)), value=-1),
-                           pixels=torch.cat([images.pixels, extra]) if in_memory else None)
+    labels = F.pad(images.labels, (0, len(extra)), value=-1)
+    if images.pixels is None:
+        return images._replace(names=images.names + extra, labels=labels)
+    names = [f"extra/{i}" for i in range(len(extra))]
+    pixels = torch.cat([images.pixels, extra])
+    return images._replace(names=images.names + names, labels=labels, pixels=pixels)
+
+
+def draw_pairs(path, views, quality_of, world, count=12):
+    """pairs.png: pairs of a batch from best to worst quality, scores below (cf. Fig. 5)."""
+    order = torch.arange(len(views[0]))
+    captions = [""] * len(order)
+    frames = {}
+    if quality_of:
+        with world.autocast():
+            scores = torch.stack(quality_of(*views)).T.cpu()               # (N, 3): q, s^f, s^b
+        order = scores[:, 0].argsort(descending=True)
+        captions = ["q = {:.2f} =\n{:.2f} - {:.2f}".format(*row) for row in scores.tolist()]
+        last = min(count, len(order)) - 1
+        frames = {(0, 0): "green", (0, 1): "green", (last, 0): "red", (last, 1): "red"}
+    chosen = order[spaced(len(order), count)].tolist()
+    pictures = []
+    for view in views:
+        pixels = (renormalise(view.float()) * 255).round().clamp(0, 255).byte()
+        pictures.append(pixels.permute(0, 2, 3, 1).cpu().numpy())
+    columns = [[Image.fromarray(pixels[i]) for pixels in pictures] for i in chosen]
+    canvas = sheet(columns, [captions[i] for i in chosen], frames, 96, ("view 1", "view 2"))
+    write_whole(path, lambda temporary: canvas.save(temporary, format="PNG"))
 
 
 # ------------------------------------------------------------ the frozen encoder and its foreground
@@ -336,7 +431,7 @@ class PairQuality:
         return pair_quality(features1, features2, self.component)
 
 
-def find_foreground(batches, count, size, path=None, flip=False):
+def load_or_fit_foreground(batches, count, size, path=None, flip=False):
     """The foreground component of a data set and its threshold, from a file or fitted.
 
     Args:
@@ -352,43 +447,60 @@ def find_foreground(batches, count, size, path=None, flip=False):
     v1, alpha = read_component(path, size) if path else (None, None)
     if alpha is not None and not flip:
         return v1, alpha
-    tokens, filled = None, 0
-    for part in batches:                           # 6.5 GB for 10,000 images and ViT-H/14
+    tokens = collect_tokens(batches, count)                                        # (N, T, K)
+    side = math.isqrt(tokens.shape[1])
+    if v1 is None:
+        v1, alpha = fit_foreground(tokens, (side, side), FRACTION)
+    elif alpha is None:
+        v1, alpha = orient_foreground(v1, tokens, (side, side), FRACTION)
+    a = torch.cat([part.float() @ v1 for part in tokens.split(256)])                # (N, T)
+    if len(a) > 1 and a.mean(0).var(correction=0) > 0.9 * a.var(correction=0):
+        say("*** the foreground maps of all images are nearly the same: the tokens of this encoder "
+            "depend on the place, not on the image: noise levels and quality mean little")
+    if flip:
+        return -v1, foreground_threshold(-a, FRACTION)
+    return v1, alpha
+
+
+def collect_tokens(batches, count):
+    """The tokens of all batches, (N, T, K) in half precision: 6.5 GB for 10,000 images of ViT-H/14.
+    count: as many images at most."""
+    tokens = None
+    filled = 0
+    for part in batches:
         if tokens is None:
             tokens = torch.empty(count, *part.shape[1:], dtype=torch.half)
         tokens[filled:filled + len(part)] = part
         filled += len(part)
     if not filled:
         raise UserError(f"none of the {count} images that the foreground is fitted on can be read")
-    tokens, grid = tokens[:filled], (math.isqrt(tokens.shape[1]),) * 2
-    if v1 is None:
-        v1, alpha = fit_foreground(tokens, grid, FRACTION)
-    elif alpha is None:
-        v1, alpha = orient_foreground(v1, tokens, grid, FRACTION)
-    a = torch.cat([part.float() @ v1 for part in tokens.split(256)])                # (n, T)
-    if len(a) > 1 and a.mean(0).var(correction=0) > 0.9 * a.var(correction=0):
-        say("*** the foreground maps of all images are nearly the same: the tokens of this encoder "
-            "depend on the place, not on the image: noise levels and quality mean little")
-    return (-v1, foreground_threshold(-a, FRACTION)) if flip else (v1, alpha)
+    return tokens[:filled]
 
 
 @torch.no_grad()
-def find_component(encoder, images, args, world):
-    """v1 of the frozen encoder's features: fitted by the first process, or of the resumed run."""
-    kept = Path(args.output_dir, "component.npy") if args.resume else None
-    chosen, side = spaced(len(images.names), FIT_IMAGES), args.image_size
-    size = encoder(torch.zeros(1, 3, side, side, device=world.device)).shape[2]
+def component_of_encoder(encoder, images, image_size, world, path=None, kept=None, skip_bad=False):
+    """v1 of the frozen encoder's features, found by the first process for all.
 
-    def tokens():
-        for part in progress(chosen.split(64), "foreground", "batch"):
-            pictures = data.readable(images, part.tolist(), side, args.skip_bad)
-            if pictures:
-                with world.autocast():
-                    x = encoder(normalise(torch.stack(pictures).to(world.device) / 255))
-                yield x.half().cpu()
+    path: a component file; None: fitted on FIT_IMAGES images. kept: the file of a run that is
+    resumed, which has it already.
+    """
+    empty = torch.zeros(1, 3, image_size, image_size, device=world.device)
+    size = encoder(empty).shape[2]
     component = None
-    if world.rank == 0 and kept and kept.exists():
+    if world.rank == 0 and kept and Path(kept).exists():
         component, _ = read_component(kept, size)
     elif world.rank == 0:
-        component, _ = find_foreground(tokens(), len(chosen), size, args.component)
+        chosen = spaced(len(images.names), FIT_IMAGES)
+        tokens = tokens_of(encoder, images, chosen, image_size, world, skip_bad)
+        component, _ = load_or_fit_foreground(tokens, len(chosen), size, path)
     return world.gather_objects(component)[0]
+
+
+def tokens_of(encoder, images, chosen, image_size, world, skip_bad):
+    """Yields the encoder's features (n, T, K) of the chosen images that can be read."""
+    for part in progress(chosen.split(64), "foreground", "batch"):
+        pictures = data.readable(images, part.tolist(), image_size, skip_bad)
+        if pictures:
+            with world.autocast():
+                x = encoder(normalise(torch.stack(pictures).to(world.device) / 255))
+            yield x.half().cpu()

@@ -2,7 +2,7 @@
 
 A recipe is {source: {flag: value}}; each value is also a flag. Learning rates are for 256 images.
 """
-from support.world import real, whole
+from support.command_line import UserError, real, whole
 
 SOURCES = {
     "v2": "MoCo v2 (Chen et al. 2020); for CIFAR-10 the notebook of its authors",
@@ -113,6 +113,27 @@ TRAINING = {
     ("shapes", "swav"): {
         "ours": SHAPES | dict(hidden=512, prototypes=64, temperature=0.1, epsilon=0.01,
                               freeze_epochs=1, small_crops=2, small_size=16, small_min=0.15)}}
+
+
+def add_flags(parser):
+    """A flag for each setting of the training recipes."""
+    add = parser.add_argument_group("recipe; default: that of --dataset and --method").add_argument
+    add("--print-recipe", action="store_true", help="print flags, values, sources; nothing else")
+    add("--colour", type=real(0, 1), default=1.0, help="factor of strength and probability of "
+        "jitter, grey, blur and solarise; 0: crops and flips alone")
+    for name, (kind, text) in FLAGS.items():
+        choices = ["sgd", "adamw", "lars"] if name == "optimizer" else None
+        add(f"--{name.replace('_', '-')}", type=kind, help=text, choices=choices)
+
+
+def apply(args, recipe, owner, names=tuple(FLAGS)):
+    """Fills in the recipe's values where no flag says; UserError for a flag that its owner (a
+    method or protocol) does not have."""
+    for name in names:
+        if getattr(args, name) is None:
+            setattr(args, name, recipe.get(name))
+        elif name not in recipe:
+            raise UserError(f"--{name.replace('_', '-')} is not a setting of {owner}")
 
 
 def with_sources(dataset, method, arch=None, epochs=None, batch_size=None):

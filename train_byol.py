@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from quality_loss import negative_cosine
+from support.command_line import script
 from support.data import IN_MEMORY_SIZE
 from support.networks import make_backbone
-from support.world import script, setup
-from train_moco import Encoder, Momentum, mlp, parse_args, spread, train
+from support.processes import setup
+from train_moco import Encoder, Momentum, embedding_spread, mlp, parse_args, train
 
 
 class BYOL(Momentum):
@@ -29,9 +30,12 @@ class BYOL(Momentum):
         self.predictor = mlp([args.dim, args.hidden, args.dim], norm=True)
 
     def forward(self, views, weights, world):
-        p1, p2 = (self.predictor(self.query(v)) for v in views)                 # (N, D)
+        view1, view2 = views
+        p1 = self.predictor(self.query(view1))                                  # (N, D)
+        p2 = self.predictor(self.query(view2))
         with torch.no_grad():
-            z1, z2 = (self.key(v) for v in views)                               # (N, D)
+            z1 = self.key(view1)                                                # (N, D)
+            z2 = self.key(view2)
         # |p - z|^2 = 2 - 2 cos for unit vectors: the paper's loss up to a constant. Both directions
         # carry the same w.
         loss = 2 * (negative_cosine(p1, z2, weights) + negative_cosine(p2, z1, weights))
@@ -57,8 +61,11 @@ class SimSiam(nn.Module):
         """There is no moving average to update."""
 
     def forward(self, views, weights, world):
-        z1, z2 = (self.query(v) for v in views)                                 # (N, D)
-        p1, p2 = self.predictor(z1), self.predictor(z2)                         # (N, D)
+        view1, view2 = views
+        z1 = self.query(view1)                                                  # (N, D)
+        z2 = self.query(view2)
+        p1 = self.predictor(z1)                                                 # (N, D)
+        p2 = self.predictor(z2)
         loss = 0.5 * (negative_cosine(p1, z2, weights) + negative_cosine(p2, z1, weights))
         return loss, readouts(p1, z2, z1)
 
@@ -67,10 +74,12 @@ class SimSiam(nn.Module):
 def readouts(prediction, target, other):
     """Mean cosine of a prediction with its target (should rise) and with the targets of other
     pairs; the spread of the embeddings."""
-    p, z = F.normalize(prediction.float(), dim=1), F.normalize(target.float(), dim=1)
-    n, pos = len(p), (p * z).sum(1).mean()
+    p = F.normalize(prediction.float(), dim=1)
+    z = F.normalize(target.float(), dim=1)
+    n = len(p)
+    pos = (p * z).sum(1).mean()
     neg = (n * p.mean(0) @ z.mean(0) - pos) / max(n - 1, 1)
-    return {"pos": pos, "neg": neg, "std": spread(F.normalize(other.float(), dim=1))}
+    return {"pos": pos, "neg": neg, "std": embedding_spread(F.normalize(other.float(), dim=1))}
 
 
 METHODS = {"byol": BYOL, "simsiam": SimSiam}

@@ -5,11 +5,23 @@
     torchrun --nproc_per_node=8 train_moco.py --dataset imagenet --data-dir /data/imagenet \\
         --views-dir /data/imagenet-views
 
-Read train_step first: it is the method. To follow it, read also quality_loss.py and genview.py.
+One step, from the images to the queue; read train_step first, it is the method:
+
+    PairLoader.epoch      P_1 = t1(X), P_2 = t2(X^+): crops, colours, one view generated  genview
+    train_step            all of the following                                          here
+      PairQuality         F_1, F_2 of the frozen E, then                                genview
+        pair_quality      M^f, M^b -> z^f, z^b -> s^f, s^b -> q = s^f - s^b             quality_loss
+      quality_weights     w_i = n exp(gamma q_i) / sum_j exp(gamma q_j)                 quality_loss
+      method.update       theta_k <- m theta_k + (1 - m) theta_q                        here
+      method.forward      q = f(P_1), k = f_k(P_2), then                                here
+        info_nce          L = (1/n) sum_i w_i l_i                                       quality_loss
+        enqueue           the newest keys replace the oldest                            here
+      backward, step      the optimiser                                                 here
 
 Legend of the shapes: N pairs of this process (n: of all), S side of a view, T positions and K
 features of the frozen encoder's map, D size of an embedding, M keys in the queue.
 """
+import argparse
 import copy
 import itertools
 import math
@@ -31,9 +43,13 @@ from generate_views import foreground_proportion, noise_level
 from quality_loss import fit_foreground, info_nce, info_nce_in_batch, quality_weights
 from support import runs
 from support.augment import normalise
+from support.command_line import Parser, UserError, either, real, say, script, whole
 from support.data import spaced
+from support.files import write_array
 from support.networks import LARS, make_backbone
-from support.world import UserError, fast_dtype, say, script, setup, step_generator
+from support.processes import fast_dtype, setup
+from support.schedules import cosine, linear_warmup
+from support.seeds import step_generator
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -56,7 +72,8 @@ class Encoder(nn.Module):
     """A backbone and its projector: views (N, 3, S, S) -> embeddings (N, D)."""
     def __init__(self, backbone, head):
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone = backbone
+        self.head = head
 
     def forward(self, views):
         return self.head(self.backbone(views))
@@ -76,17 +93,14 @@ class Momentum(nn.Module):
     def update(self, fraction):
         """theta_k <- m theta_k + (1 - m) theta_q, batch-norm statistics like weights; fraction: of
         the training done."""
-        m = self.momentum_at(fraction)
-        pairs = [(k, q) for k, q in zip(self.key.state_dict().values(),
-                                        self.query.state_dict().values(), strict=True)
-                 if k.is_floating_point()]
-        keys, queries = map(list, zip(*pairs, strict=True))
-        torch._foreach_lerp_(keys, queries, 1 - m)
+        keys = [x for x in self.key.state_dict().values() if x.is_floating_point()]
+        queries = [x for x in self.query.state_dict().values() if x.is_floating_point()]
+        torch._foreach_lerp_(keys, queries, 1 - self.momentum_at(fraction))
 
     def momentum_at(self, fraction):
-        return 1 - (1 - self.momentum) * (1 + math.cos(math.pi * fraction)) / 2   # a cosine up to 1
+        return 1 - (1 - self.momentum) * cosine(fraction)                     # a cosine up to 1
 
-    def start(self, batches):
+    def init_batch_norm(self, batches):
         """Sets batch norm's running statistics to their mean over a few batches. Otherwise the keys
         of the first 1 / (1 - m) steps are computed with wrong statistics: long enough to drive all
         embeddings to one side."""
@@ -131,8 +145,8 @@ class MoCoV2(Momentum):
     @torch.no_grad()
     def enqueue(self, keys):
         """The newest keys (of all processes) take the place of the oldest."""
-        at = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.queue)
-        self.queue[at] = keys
+        places = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue[places] = keys
         self.pointer.add_(len(keys)).remainder_(len(self.queue))
 
 
@@ -148,15 +162,20 @@ class MoCoV3(Momentum):
         self.chance = 4 * args.temperature * math.log(args.batch_size)    # two directions, times 2t
 
     def forward(self, views, weights, world):
-        q1, q2 = (F.normalize(self.predictor(self.query(v)).float()) for v in views)        # (N, D)
-        with torch.no_grad():                                                         # (all N, D)
-            k1, k2 = (world.gather(F.normalize(self.key(v).float())) for v in views)
-        t, offset = self.temperature, world.rank * len(q1)      # where this process's keys begin
+        view1, view2 = views
+        q1 = F.normalize(self.predictor(self.query(view1)).float())                      # (N, D)
+        q2 = F.normalize(self.predictor(self.query(view2)).float())
+        with torch.no_grad():
+            k1 = world.gather(F.normalize(self.key(view1).float()))                  # (all N, D)
+            k2 = world.gather(F.normalize(self.key(view2).float()))
+        t = self.temperature
+        offset = world.rank * len(q1)              # where this process's keys begin
         # Both directions carry the same w. 2t, as in MoCo v3, keeps the gradient's size for any t.
         loss = 2 * t * (
             info_nce_in_batch(q1, k2, temperature=t, weights=weights, offset=offset)
             + info_nce_in_batch(q2, k1, temperature=t, weights=weights, offset=offset))
-        return loss, similarities(q1, k2[offset:][:len(q1)], k2, positives=1)
+        own_keys = k2[offset:offset + len(q1)]
+        return loss, similarities(q1, own_keys, k2, positives=1)
 
 
 METHODS = {"mocov2": MoCoV2, "mocov3": MoCoV3}
@@ -167,12 +186,13 @@ NAMES = dict(mocov2="MoCo v2", mocov3="MoCo v3", byol="BYOL", simsiam="SimSiam",
 def similarities(q, k, negatives, positives=0):
     """Health read-outs: spread, and the mean cosine of positive pairs (should rise) and of others
     (should stay near 0). positives: how many of the negatives of a query are its own positive."""
-    pos, all_pairs = (q * k).sum(1).mean(), (q.mean(0) * negatives.mean(0)).sum()
+    pos = (q * k).sum(1).mean()
+    all_pairs = (q.mean(0) * negatives.mean(0)).sum()          # mean cosine of all queries and keys
     neg = (len(negatives) * all_pairs - positives * pos) / (len(negatives) - positives)
-    return {"pos": pos, "neg": neg, "std": spread(q)}
+    return {"pos": pos, "neg": neg, "std": embedding_spread(q)}
 
 
-def spread(z):
+def embedding_spread(z):
     """Spread of unit embeddings (N, D): std times sqrt(D); 1: they point everywhere, 0: one way."""
     return z.std(0).mean() * z.shape[1] ** 0.5
 
@@ -185,7 +205,7 @@ def train_step(method, optimizer, views, quality_of, gamma, fraction, world):
         method: MoCoV2 or another, or its DistributedDataParallel wrapper.
         views: P_1, P_2 (SwAV: more), each (N, 3, S, S).
         quality_of: P_1, P_2 -> q, s^f, s^b of each pair, or None: equal weights.
-        fraction: share of the training that is done, 0 to 1.
+        fraction: of the training that is done, 0 to 1.
     Returns:
         The loss and the read-outs, {name: scalar on the device}.
     """
@@ -206,65 +226,65 @@ def train_step(method, optimizer, views, quality_of, gamma, fraction, world):
     return {"loss": loss.detach(), **readouts}
 
 
+KNN_QUERIES = 10_000    # test images that kNN labels while training, at most
 OPTIMIZERS = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW,
               "lars": LARS}
 
 
-def make_optimizer(args, method):
-    """The recipe's. method.constant_lr: modules kept at the peak rate (SimSiam's predictor)."""
-    constant = {p for module in getattr(method, "constant_lr", []) for p in module.parameters()}
+def make_optimizer(method, name, weight_decay):
+    """name: a key of OPTIMIZERS. method.constant_lr: modules kept at the peak rate (SimSiam's
+    predictor)."""
+    constant = set()
+    for module in getattr(method, "constant_lr", []):
+        constant |= set(module.parameters())
     learning = [p for p in method.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in learning if p not in constant]},
-              {"params": [p for p in learning if p in constant], "constant_lr": True}]
-    groups = [group for group in groups if group["params"]]
-    return OPTIMIZERS[args.optimizer](groups, lr=0.0, weight_decay=args.weight_decay)
+    groups = [{"params": [p for p in learning if p not in constant]}]
+    if constant:
+        groups.append({"params": [p for p in learning if p in constant], "constant_lr": True})
+    return OPTIMIZERS[name](groups, lr=0.0, weight_decay=weight_decay)
 
 
 def learning_rate(args, epoch):
     """Linear warm-up, then cosine; epoch may be fractional. Peak and end grow with the batch."""
-    peak, end = (lr * args.batch_size / 256 for lr in (args.lr, args.final_lr or 0))
+    peak = args.lr * args.batch_size / 256
+    end = (args.final_lr or 0) * args.batch_size / 256
     if epoch < args.warmup_epochs:
-        return peak * epoch / args.warmup_epochs
+        return linear_warmup(peak, epoch, args.warmup_epochs)
     rest = max(args.epochs - args.warmup_epochs, 1)
-    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (epoch - args.warmup_epochs) / rest))
+    return end + (peak - end) * cosine(epoch - args.warmup_epochs, rest)
 
 
 def set_learning_rate(optimizer, args, epoch):
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(args, args.warmup_epochs if "constant_lr" in group else epoch)
+        constant = "constant_lr" in group
+        group["lr"] = learning_rate(args, args.warmup_epochs if constant else epoch)
 
 
 # ----------------------------------------------------------------------------------------- the loop
 def train(args, world, methods=METHODS):
     """Trains, evaluates, writes the run's folder. methods: {name: class}; class(args) is a module
     with .query, .chance, update(fraction) and forward(views, weights, world)."""
-    run = runs.Run(args, world, label(args))
-    images, test = (genview.load_images(args.dataset, args.data_dir, split, args.image_size,
-                                        args.limit, args.skip_bad)
-                    if split == "train" or args.knn_every else None for split in ("train", "test"))
-    if test and not images.num_classes:
-        raise UserError(f"{args.data_dir} has no class folders in train/, which kNN needs: add "
-                        f"--knn-every 0")
-    runs.limit_queue(args, len(images.names))
+    images, test = load_data(args)
+    args = limit_queue(args, len(images.names))
     torch.manual_seed(args.seed)
     method = methods[args.method](args).to(world.device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(args, method)
-    run.resume(method, optimizer, len(images.names), images.source)
-    loader, quality_of = prepare(args, images, world)
-    known = runs.for_knn(args, images, test) if test else None
-    trained = distribute(method, loader, args, world, fresh=run.epoch == run.step == 0)
-    run.begin(loader.steps, method.chance)
-    if quality_of:
-        run.keep(component=quality_of.component * (-1 if args.flip_foreground else 1))
+    optimizer = make_optimizer(method, args.optimizer, args.weight_decay)
+    run = runs.Run(args, world, label(args), method, optimizer, images)
+    run.resume()
+    loader, quality_of = prepare(args, images, world, kept=run.folder / "component.npy")
+    trained = distribute(method, loader, args, world, fresh=run.is_new)
+    run.begin(loader.steps)
+    if quality_of and run.main:
+        sign = -1 if args.flip_foreground else 1   # as it was fitted: a resumed run turns it again
+        write_array(run.folder / "component.npy", sign * quality_of.component)
+    accuracy = None
     for epoch in range(run.epoch, args.epochs):
         train_epoch(epoch, loader, trained, optimizer, quality_of, run)
-        run.save(epoch, loader.steps)              # first: a crash in kNN must not lose the epoch
-        if args.knn_every and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs):
-            accuracy = knn_of(method.query.backbone, *known, args.image_size, world, args.workers,
-                              args.skip_bad)
-            run.log_knn(epoch + 1, accuracy, len(known[0].names))
+        last = epoch + 1 == args.epochs
+        if args.knn_every and ((epoch + 1) % args.knn_every == 0 or last):
+            accuracy = evaluate_knn(method, images, test, args, run)
     say(f"{run.folder}: last.pt, backbone.pt, log.jsonl, args.json, pairs.png")
-    score = f"kNN top-1 {accuracy:.1f}%" if args.knn_every else "no kNN"
+    score = "no kNN" if accuracy is None else f"kNN top-1 {accuracy:.1f}%"
     say(f"{score} ({run.label})")
 
 
@@ -272,14 +292,34 @@ def train_epoch(epoch, loader, method, optimizer, quality_of, run):
     """One epoch, from where the run goes on."""
     args = run.args
     method.train()
-    for step, views in run.batches(epoch, loader):
-        if epoch == step == 0:
-            run.draw_pairs(views[:2], quality_of)
-        done = epoch + step / loader.steps
-        set_learning_rate(optimizer, args, done)
-        readouts = train_step(method, optimizer, views, quality_of, args.gamma, done / args.epochs,
-                              run.world)
-        run.after_step(epoch, step, readouts)
+    start = run.begin_epoch(epoch)
+    for step, views in enumerate(loader.epoch(epoch, start), start):
+        if epoch == step == 0 and run.main:
+            genview.draw_pairs(run.folder / "pairs.png", views[:2], quality_of, run.world)
+        epochs_done = epoch + step / loader.steps
+        set_learning_rate(optimizer, args, epochs_done)
+        readouts = train_step(method, optimizer, views, quality_of, args.gamma,
+                              epochs_done / args.epochs, run.world)
+        run.after_step(step, readouts)             # logs, saves, stops
+    run.end_epoch()                                # saves before kNN: a crash there loses nothing
+
+
+def evaluate_knn(method, images, test, args, run):
+    """kNN accuracy in percent while training."""
+    images = knn_images(images, args.knn_images)
+    accuracy = knn_of(method.query.backbone, images, test.spaced(KNN_QUERIES), args.image_size,
+                      run.world, args.workers, args.skip_bad)
+    run.log_knn(accuracy, len(images.names))
+    return accuracy
+
+
+def knn_images(images, count=None):
+    """The training images that kNN looks at while training: so many, else a tenth of large images,
+    but 10,000, or all small ones."""
+    n = len(images.names)
+    if not count:
+        count = max(n // 10, 10_000) if images.pixels is None else n
+    return images.spaced(count)
 
 
 def distribute(method, loader, args, world, fresh):
@@ -288,7 +328,7 @@ def distribute(method, loader, args, world, fresh):
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     if fresh and args.start_batches:
         with world.autocast():
-            method.start(itertools.islice(loader.epoch(0), args.start_batches))
+            method.init_batch_norm(itertools.islice(loader.epoch(0), args.start_batches))
     if args.compile:               # the networks alone: the loss and the queue are cheap
         for network in method.children():
             network.compile()
@@ -299,67 +339,164 @@ def distribute(method, loader, args, world, fresh):
 
 
 # --------------------------------------------------------------------------------- what to train on
-def prepare(args, images, world):
-    """The pairs to train on: PairLoader and quality_of (or None), see train_step."""
-    views = encoder = component = None
-    if args.dataset == "shapes" and (args.views_dir != "none" or args.quality != "off"):
-        # Its encoder stands for CLIP, its perturbed scenes for Stable unCLIP's images.
-        encoder = shapes.train_encoder(amp=fast_dtype(torch.device("cpu")) == torch.bfloat16)
-        views, component = shapes_views(encoder, args, len(images.names))
-        views = None if args.views_dir == "none" else views
-    elif args.dataset != "shapes":
-        load = genview.load_extra if args.views == "extra" else genview.load_views
-        views = load(args, images)
+def load_data(args):
+    """Training and test images; no test images (None) where there is no kNN."""
+    def load(split):
+        return genview.load_images(args.dataset, args.data_dir, split, args.image_size, args.limit,
+                                   args.skip_bad)
+    images = load("train")
+    if not args.knn_every:
+        return images, None
+    test = load("test")
+    if not images.num_classes:
+        raise UserError(f"{args.data_dir} has no class folders in train/, which kNN needs: add "
+                        f"--knn-every 0")
+    return images, test
+
+
+def limit_queue(args, count):
+    """The recipe's queue is ImageNet's: in other folders it holds at most a tenth of the images.
+    Returns the flags with that queue."""
+    if args.dataset != "folder" or not args.queue:
+        return args
+    usual = recipes.training(args.dataset, args.method, args.arch, args.epochs, args.batch_size)
+    most = max(count // 10 // args.batch_size, 1) * args.batch_size
+    if args.queue != usual.get("queue") or args.queue <= most:
+        return args
+    say(f"--queue {most}: at most a tenth of the {count} images")
+    return argparse.Namespace(**vars(args) | {"queue": most})
+
+
+def prepare(args, images, world, kept):
+    """The pairs to train on: PairLoader and quality_of (or None), see train_step. kept: the
+    component's file of a run that is resumed."""
+    if len(images.names) < args.batch_size:
+        raise UserError(f"{len(images.names)} images do not fill one batch of {args.batch_size}: "
+                        f"lower --batch-size")
+    if args.dataset == "shapes":
+        views, encoder, component = prepare_shapes(args, len(images.names))
+    else:
+        views = load_views(args, images)
         encoder = genview.FrozenEncoder(args.encoder) if args.quality != "off" else None
+        component = None
     quality_of = None
     if args.quality != "off":
         encoder = encoder.to(world.device, memory_format=torch.channels_last)
         if component is None:
-            component = genview.find_component(encoder, images, args, world)
+            component = genview.component_of_encoder(
+                encoder, images, args.image_size, world, args.component,
+                kept if args.resume else None, args.skip_bad)
         component = -component if args.flip_foreground else component
         quality_of = genview.PairQuality(encoder, component.to(world.device))
         if args.compile:
             encoder.compile()
-    pool = images
+    steps = len(images.names) // args.batch_size             # extra samples add no steps
     if args.views == "extra":
-        pool, views = genview.expand(images, views), None
-    if len(images.names) < args.batch_size:
-        raise UserError(f"{len(images.names)} images do not fill one batch of {args.batch_size}: "
-                        f"lower --batch-size")
-    loader = genview.PairLoader(pool, views, genview.augmentations(args), args.image_size,
-                                args.batch_size, args.seed, world, args.workers, args.skip_bad)
-    loader.steps = len(images.names) // args.batch_size      # extra samples add no steps
+        images = genview.expand(images, views)
+        views = None
+    loader = genview.PairLoader(
+        images, views, genview.augmentations(args), args.image_size, args.batch_size, args.seed,
+        world, args.workers, args.skip_bad, steps)
     return loader, quality_of
 
 
-def shapes_views(encoder, args, count):
+def load_views(args, images):
+    """The generated views or the extra samples of --views-dir, None for plain pairs."""
+    if args.views_dir == "none":
+        return None
+    if args.views == "extra":
+        return genview.load_extra(images, args.views_dir, args.dataset, args.image_size,
+                                  args.skip_bad)
+    return genview.load_views(images, args.views_dir, args.dataset, args.skip_bad)
+
+
+def prepare_shapes(args, count):
+    """Views of count images of the world of shapes or None, the encoder that stands for CLIP, and
+    its component."""
+    if args.views_dir == "none" and args.quality == "off":
+        return None, None, None
+    encoder = shapes.train_encoder(amp=fast_dtype(torch.device("cpu")) == torch.bfloat16)
+    views, component = shapes_views(encoder, args.noise, args.seed, count)
+    if args.views_dir == "none":
+        views = None
+    return views, encoder, component
+
+
+def shapes_views(encoder, noise, seed, count):
     """Adaptive view generation in the world of shapes: tokens -> foreground proportion -> noise
-    level -> perturbed scene. Returns views of count images (count, 3, 32, 32) uint8, and v1."""
+    level -> perturbed scene, which stands for Stable unCLIP's image. noise: "adaptive" or a level.
+    Returns views of count images (count, 3, 32, 32) uint8, and v1."""
     scenes = shapes.split("train")
     with torch.no_grad():
         pictures = shapes.render(scenes).split(512)
         tokens = torch.cat([encoder(normalise(x / 255)) for x in pictures])             # (N, 64, K)
     component, threshold = fit_foreground(tokens, (8, 8))
     adaptive = noise_level(foreground_proportion(tokens, component, threshold))           # (N,)
-    level = adaptive if args.noise == "adaptive" else args.noise
-    views = shapes.render(shapes.perturb(scenes, level, step_generator(args.seed)))
+    level = adaptive if noise == "adaptive" else noise
+    views = shapes.render(shapes.perturb(scenes, level, step_generator(seed)))
     return views[spaced(len(views), count)], component
 
 
 # ------------------------------------------------------------------------------------- command line
+def make_parser(methods, description):
+    """The flags of the training scripts."""
+    parser = Parser(description)
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=sorted(genview.DATA_DIRS), default="cifar10", help="picks the recipe")
+    add("--data-dir", help="where the data lies; for folders the one with train/ and val/ or test/")
+    add("--limit", type=whole(1), help="use so many images of each split")
+    add("--skip-bad", action="store_true", help="leave out images that cannot be read")
+    add = parser.add_argument_group("GenView").add_argument
+    add("--method", choices=sorted(methods), default=next(iter(methods)), help="picks the recipe")
+    add("--views-dir", help="folder of generated views, or none; default: where generate_views.py "
+                            "puts them")
+    add("--views", choices=["pair", "extra"], default="pair",
+        help="pair: a generated view in each pair; extra: the paper's comparison, the images of "
+             "--views-dir (any folder) as further training samples")
+    add("--quality", choices=["exact", "off"], help="weights by quality; default: exact with views")
+    add("--gamma", type=real(-1e3, 1e3), default=1.0, help="how much quality counts (release: 1)")
+    add("--encoder", help="frozen encoder E: mini (weights/), clip, release (the authors', by "
+                          "timm), a hub id or a folder; default: mini for 32 pixels, else clip")
+    add("--component", help="its component, foreground.npz or pca_vectors.npy; default: fit one")
+    add("--flip-foreground", action="store_true", help="turn the component to the other side")
+    add("--noise", type=either("adaptive", whole(0, 999)), default="adaptive",
+        help="shapes only (views made here): adaptive or 0..999")
+    runs.add_flags(parser)
+    recipes.add_flags(parser)
+    return parser
+
+
 def parse_args(methods=METHODS, description=None, argv=None):
     """The flags, with the recipe's values where a flag is not given; UserError where they
     contradict each other."""
-    args = runs.parser_of(description or __doc__.split("\n")[0], genview.DATA_DIRS, methods,
-                          recipes.FLAGS).parse_args(argv)
+    args = make_parser(methods, description or __doc__.split("\n")[0]).parse_args(argv)
     key = args.dataset, args.method, args.arch, args.epochs, args.batch_size
     if vars(args).pop("print_recipe"):
         say("\n".join("{:16}{!s:18}{}".format(*row) for row in recipes.table(*key)))
         sys.exit()
-    runs.apply_recipe(args, recipes.training(*key), recipes.FLAGS)
+    recipes.apply(args, recipes.training(*key), args.method)
     args.data_dir = genview.data_dir_of(args.dataset, args.data_dir)
+    resolve_views(args)
+    with_views = args.views_dir != "none" and args.views == "pair"
+    args.quality = args.quality or ("exact" if with_views else "off")     # exact: of these views
+    args.encoder = args.encoder or ("mini" if args.image_size <= 32 else "clip")
+    runs.check_batch(args.batch_size)
+    if args.queue and args.queue % args.batch_size:
+        fits = args.queue // args.batch_size * args.batch_size or args.batch_size
+        raise UserError(f"--queue {args.queue} is no multiple of --batch-size {args.batch_size} "
+                        f"(all processes together): take {fits}")
+    kind = "genview" if with_views else "plain" if args.views == "pair" else "extra"
+    name = f"{args.dataset}-{args.method}-{kind}"
+    args.output_dir, args.resume = runs.choose_folder(args.output_dir, args.resume, name)
+    return args
+
+
+def resolve_views(args):
+    """--views-dir where it is not given; UserError where the flags about views do not fit."""
     if args.dataset == "shapes" and args.views_dir not in (None, "none"):
         raise UserError("--dataset shapes makes its views itself: --views-dir can only be none")
+    if args.noise != "adaptive" and args.dataset != "shapes":
+        raise UserError("--noise is for --dataset shapes; for other data generate_views.py sets it")
     if args.views_dir is None:
         args.views_dir = genview.default_views_dir(args.dataset, args.data_dir)
         if args.dataset != "shapes" and not Path(args.views_dir, "manifest.jsonl").exists():
@@ -370,24 +507,17 @@ def parse_args(methods=METHODS, description=None, argv=None):
     if args.views == "extra" and args.views_dir == "none":
         raise UserError("--views extra needs images: name any folder of them by --views-dir, or "
                         "make views with generate_views.py")
-    with_views = args.views_dir != "none" and args.views == "pair"
-    args.quality = args.quality or ("exact" if with_views else "off")     # exact: of these views
-    args.encoder = args.encoder or ("mini" if args.image_size <= 32 else "clip")
-    if args.noise != "adaptive" and args.dataset != "shapes":
-        raise UserError("--noise is for --dataset shapes; for other data generate_views.py sets it")
-    runs.resolve_batch(args)
-    kind = "genview" if with_views else "plain" if args.views == "pair" else "extra"
-    runs.resolve_folder(args, f"{args.dataset}-{args.method}-{kind}")
-    return args
 
 
 def label(args):
     """What a run is, in words."""
-    name, pair = NAMES[args.method], args.views == "pair"
+    name = NAMES[args.method]
     if args.views_dir == "none":
         name = f"plain {name}, no generated views"
+    elif args.views == "pair":
+        name += " + GenView's views"
     else:
-        name += " + GenView's views" if pair else ", extra images as samples"
+        name += ", extra images as samples"
     return name + (" + quality weights" if args.quality != "off" else "")
 
 

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from quality_loss import sinkhorn, swapped_prediction
+from support.command_line import UserError, script
 from support.networks import VITS, make_backbone
-from support.world import UserError, script, setup
+from support.processes import setup
 from train_moco import Encoder, mlp, parse_args, similarities, train
 
 
@@ -31,14 +32,17 @@ class SwAV(nn.Module):
         backbone, features = make_backbone(args.arch, args.image_size)
         self.query = Encoder(backbone, mlp([features, args.hidden, args.dim], norm=True))
         self.prototypes = nn.Linear(args.dim, args.prototypes, bias=False)      # rows (P, D)
-        self.temperature, self.epsilon = args.temperature, args.epsilon
+        self.temperature = args.temperature
+        self.epsilon = args.epsilon
         self.chance = math.log(args.prototypes)
-        self.frozen, self.frozen_until = False, args.freeze_epochs / args.epochs
+        self.frozen = False
+        self.frozen_until = args.freeze_epochs / args.epochs
         self.prototypes.weight.register_hook(lambda gradient: gradient * (not self.frozen))
         # The newest first, the same in all processes; zeros: not yet filled.            (2, M, D)
         self.register_buffer("queue", torch.zeros(2, args.queue, args.dim) if args.queue else None)
         self.filled_from = args.queue_after / args.epochs if args.queue else math.inf
-        self.filling = self.full = False
+        self.filling = False
+        self.full = False
 
     @torch.no_grad()
     def update(self, fraction):
@@ -85,8 +89,9 @@ METHODS = {"swav": SwAV}
 
 def main():
     args = parse_args(METHODS, __doc__.split("\n")[0])
-    if args.small_size > (most := args.image_size):
-        raise UserError(f"--small-size {args.small_size} must be at most --image-size {most}")
+    if args.small_size > args.image_size:
+        raise UserError(f"--small-size {args.small_size} must be at most --image-size "
+                        f"{args.image_size}")
     if args.small_min > args.crop_min:
         raise UserError(f"--small-min {args.small_min:g} must be at most --crop-min "
                         f"{args.crop_min:g}: small crops take areas between the two")

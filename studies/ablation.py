@@ -37,9 +37,11 @@ from generate_views import load_pipeline
 from genview import load_images
 from recipes import GENERATION
 from studies.eval_generator import reconstruct
+from support.command_line import Parser, UserError, say, script, whole
 from support.data import find_views, views_into_memory
 from support.files import append, write_whole
-from support.world import Parser, UserError, fast_dtype, say, script, setup, step_generator, whole
+from support.processes import fast_dtype, setup
+from support.seeds import step_generator
 
 # method: (name in the table, training script, its flags)
 METHODS = {

@@ -15,7 +15,6 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 if not __package__:
     sys.stderr.write("error: call it from the root of the repository: python -m studies.bench\n")
@@ -31,10 +30,12 @@ from torchvision.transforms import v2
 
 from eval_linear import knn_accuracy
 from generate_views import encode_all, generate, load_pipeline
-from genview import CropPairs, FrozenEncoder, PairLoader, PairQuality, augmentations
+from genview import CropsOfFiles, FrozenEncoder, PairLoader, PairQuality, augmentations
 from support.augment import CLIP_MEAN, CLIP_STD, Augmentation
+from support.command_line import Parser, UserError, say, script, whole
 from support.data import Images
-from support.world import Parser, UserError, say, script, setup, step_generator, whole
+from support.processes import setup
+from support.seeds import step_generator
 from train_moco import MoCoV2, make_optimizer, parse_args, train_step
 
 
@@ -63,7 +64,8 @@ def training(world, batch=256, n=50_000, quality_of=None, size=32, arch="resnet1
                             f"--image-size={size}", f"--arch={arch}", f"--batch-size={batch}",
                             "--output-dir=runs/bench"])
     method = MoCoV2(args).to(world.device, memory_format=torch.channels_last).train()
-    optimizer, images = make_optimizer(args, method), pictures(n, size)
+    optimizer = make_optimizer(method, args.optimizer, args.weight_decay)
+    images = pictures(n, size)
     loader = PairLoader(images, images.pixels.flip(0), augmentations(args), size, batch, 0, world)
     batches = (views for epoch in itertools.count() for views in loader.epoch(epoch))
 
@@ -206,7 +208,7 @@ def files(world, n=64):
     usual = v2.Compose([v2.RandomResizedCrop(224, (0.2, 1)), v2.PILToTensor()])
 
     def here(views):
-        pairs = CropPairs(images, views, [Augmentation()] * 2, 224, 0, False)
+        pairs = CropsOfFiles(images, views, [Augmentation()] * 2, [224, 224], 0, False)
         return lambda: [pairs[0, i, False] for i in range(n)]
 
     def decode(kind, i):
@@ -228,8 +230,8 @@ def loader(world, n=256, batch=32):
     """Values of two epochs of MoCo v2 on JPEG files at 224 pixels, by ResNet-18."""
     folder, images, views = jpegs(n)
     method, optimizer, *_ = training(world, batch, n=batch, size=224)
-    loader = PairLoader(images, views, [Augmentation()] * 2, 224, batch, 0, world,
-                        workers=torch.get_num_threads())
+    workers = torch.get_num_threads()
+    loader = PairLoader(images, views, [Augmentation()] * 2, 224, batch, 0, world, workers)
     waits, times = [], []
     for epoch in range(2):
         batches = loader.epoch(epoch)
@@ -241,7 +243,7 @@ def loader(world, n=256, batch=32):
             times.append(time.perf_counter() - start)
     once = statistics.median(times)
     kept = slice(2, None)                          # in the first two the workers start
-    yield (f"loader of files, {loader.workers} workers: share of a step spent waiting",
+    yield (f"loader of files, {workers} workers: share of a step spent waiting",
            f"{100 * sum(waits[kept]) / sum(times[kept]):.1f}%")
     yield "... gap between two epochs, in steps", f"{waits[loader.steps] / once:.2f}"
 
@@ -279,11 +281,10 @@ def size(world):
 
 def generation(world, n=32):
     pipe, images = load_pipeline("mini", torch.float32, world.device), pictures(n)
-    args = SimpleNamespace(steps=20, guidance=2.0, size=32, save_size=32, precision="float32")
 
     def batched():
         c = torch.cat([c for *_, c in encode_all(pipe, images, range(n))])
-        generate(pipe, args, 100, c, range(n))
+        generate(pipe, 100, c, range(n), steps=20, guidance=2.0, size=32)
 
     def single():
         for i in range(n):

@@ -23,7 +23,8 @@ from genview import FRACTION, load_images
 from quality_loss import fit_foreground
 from recipes import GENERATION
 from support import augment, data, files, networks
-from support.world import Parser, progress, real, say, script, setup, whole
+from support.command_line import Parser, progress, real, say, script, whole
+from support.processes import setup
 
 
 def train_judge(args, world):
@@ -47,10 +48,12 @@ def train_judge(args, world):
 
 def views_of(pipe, c, seeds, steps, guidance):
     """{level: (n, 3, 32, 32) uint8}, a view for each embedding of c (n, D), at each noise level."""
-    args = SimpleNamespace(steps=steps, guidance=guidance, size=32, save_size=32,
-                           precision="float32", batch_size=100, largest=100)
-    return {level: torch.stack([*map(data.to_tensor, gv.generate_all(pipe, args, level, c, seeds))])
-            for level in progress(gv.LEVELS, "views", "level")}
+    generator = gv.Generator(pipe, steps, guidance, size=32, save_size=32, batch_size=100,
+                             largest=100)
+    views = {}
+    for level in progress(gv.LEVELS, "views", "level"):
+        views[level] = torch.stack([data.to_tensor(view) for view in generator(level, c, seeds)])
+    return views
 
 
 @torch.inference_mode()

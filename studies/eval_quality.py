@@ -16,7 +16,9 @@ from quality_loss import fit_foreground, pair_quality
 from recipes import GENERATION
 from studies.eval_generator import markdown, views_of
 from support.augment import normalise
-from support.world import Parser, say, script, setup, step_generator, whole
+from support.command_line import Parser, say, script, whole
+from support.processes import setup
+from support.seeds import step_generator
 
 
 def area_under_curve(positive, negative):

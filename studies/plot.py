@@ -11,7 +11,7 @@ if not __package__:
     sys.exit(2)
 
 from studies.ablation import CONTROLLED, ROWS, gains, groups, interval, read_results
-from support.world import Parser, UserError, script
+from support.command_line import Parser, UserError, script
 
 
 def draw(columns, path):

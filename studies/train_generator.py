@@ -32,9 +32,13 @@ from generate_views import load_pipeline, quieten
 from genview import clip_tokens, data_dir_of, load_images
 from recipes import GENERATION
 from studies.eval_generator import draw_samples
-from support import augment, checkpoints, files
+from support import augment, files
+from support.checkpoint import Checkpoint
+from support.command_line import Parser, UserError, progress, say, script, whole
 from support.data import spaced
-from support.world import Parser, UserError, progress, say, script, setup, step_generator, whole
+from support.processes import setup
+from support.schedules import cosine, linear_warmup
+from support.seeds import step_generator
 
 SIZE = 32                # side of the pictures
 EMBEDDING = 256          # D
@@ -132,7 +136,7 @@ class ImageEncoder(nn.Module):
 
 
 @torch.no_grad()
-def spread(encoder, c):
+def equalise(encoder, c):
     """Equalises the principal components of c: the U-Net ignores small ones. Not in the paper.
 
     c' = c U diag(lambda)^(-1/4),  Cov(c) = U diag(lambda) U^T: uncorrelated, variances sqrt(lambda)
@@ -195,11 +199,11 @@ def noised(c, level, noise, normalizer, scheduler):
         level, c.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0)], 1)
 
 
-def fit(part, net, *data, args, world, state):
+def fit_part(part, net, *data, args, world, checkpoint, state):
     """Trains a part from its last checkpoint on. Returns the moving average of its weights, frozen.
 
     data: tensors of N rows. net(draw, *batch) returns losses by name; batch: random rows of each;
-    draw: the arguments of random functions. state: content of last.pt, updated.
+    draw: the arguments of random functions. state: of all parts, {part: ...}, updated.
     """
     (steps, batch, rate), saved, device = PARTS[part], state[part], world.device
     steps, batch = max(1, round(steps * args.steps)), max(1, round(batch * args.batch_size))
@@ -215,8 +219,8 @@ def fit(part, net, *data, args, world, state):
     for step in bar:
         seed = step_generator(args.seed, list(PARTS).index(part), step).initial_seed()
         draw = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
-        lr = rate * min(1, (step + 1) / min(200, 0.1 * steps))          # warm-up, cosine
-        lr = adamw.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        lr = linear_warmup(rate, step + 1, min(200, 0.1 * steps)) * cosine(step / steps)
+        adamw.param_groups[0]["lr"] = lr
         index = torch.randint(len(data[0]), (batch,), **draw)
         with world.autocast():
             losses = net(draw, *(rows[index] for rows in data))
@@ -236,7 +240,7 @@ def fit(part, net, *data, args, world, state):
         if save:
             kept = {"ema": ema} if done else modules
             state[part] = {name: m.state_dict() for name, m in kept.items()} | {"step": step + 1}
-            files.write_whole(args.output_dir / "last.pt", partial(torch.save, state))
+            checkpoint.save(parts=state)
             save_time = time.time()
     return ema
 
@@ -254,16 +258,13 @@ def descend(net, ema, optimizer, loss, step):
             mine.copy_(its)                        # batch norm's, which are running averages
 
 
-def load_state(args):
-    """The content of last.pt, or of a new run: {"settings": ..., part: its state}."""
-    names, path = "dataset data_dir limit steps batch_size seed", args.output_dir / "last.pt"
-    settings = {name: getattr(args, name) for name in names.split()} | {"parts": PARTS}
-    new = {"settings": settings} | {part: {} for part in PARTS}
-    state = checkpoints.load_checkpoint(path) if path.exists() else new
-    if state.get("settings") != settings:
-        raise UserError(f"{path} is of other settings ({state.get('settings')}): name another "
-                        f"--output-dir or remove it")
-    return state
+def open_checkpoint(args, world):
+    """The checkpoint of these settings, and the state of each part so far."""
+    names = "dataset data_dir limit steps batch_size seed".split()
+    identity = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
+    checkpoint = Checkpoint(args.output_dir / "last.pt", identity | {"parts": PARTS}, world)
+    state = checkpoint.load().get("parts", {})
+    return checkpoint, {part: {} for part in PARTS} | state
 
 
 def text_side(folder):
@@ -292,7 +293,8 @@ def save_pipeline(folder, vae, encoder, generator):
 
 def train(args, world):
     """The four parts in turn, each with the frozen earlier ones; then saves the pipeline."""
-    learn = partial(fit, args=args, world=world, state=load_state(args))
+    checkpoint, state = open_checkpoint(args, world)
+    learn = partial(fit_part, args=args, world=world, checkpoint=checkpoint, state=state)
     images = load_images(args.dataset, args.data_dir, "train", SIZE, args.limit)
     pixels, labels = images.pixels.to(world.device), images.labels.to(world.device)
     some = pixels[spaced(len(pixels), 16)]
@@ -312,7 +314,7 @@ def train(args, world):
     encoder = learn("encoder", ImageEncoder(targets(pixels, teacher)), pixels).model
     z = encode(lambda x: vae.encode(x).latent_dist.mean)
     c = encode(lambda x: encoder(augment.normalise(x / 2 + 0.5)).image_embeds)
-    encoder, c = spread(encoder, c)
+    encoder, c = equalise(encoder, c)
     vae.register_to_config(scaling_factor=1 / z.float().std().item())          # to variance 1
     normalizer = diffusers.pipelines.stable_diffusion.StableUnCLIPImageNormalizer(EMBEDDING)
     normalizer.requires_grad_(False).mean.copy_(c.mean(0, keepdim=True))

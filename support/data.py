@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageOps
 
+from support.command_line import UserError, progress, say
 from support.files import append, read_settings, sweep, write_json, write_whole
-from support.world import Parser, UserError, progress, say
 
 IN_MEMORY_SIZE = 64   # images up to this side are kept in memory, as one uint8 tensor
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -36,27 +36,15 @@ class Images(NamedTuple):
             return Image.fromarray(self.pixels[index].permute(1, 2, 0).numpy())
         return open_image(self.root / self.names[index])
 
+    def spaced(self, count):
+        """So many of the images at most, evenly spaced over the set."""
+        return self if count >= len(self.names) else self.take(spaced(len(self.names), count))
+
     def take(self, index):
         """The images of index (n,), as Images."""
         pixels = None if self.pixels is None else self.pixels[index]
         names = [self.names[i] for i in index.tolist()]
         return self._replace(names=names, labels=self.labels[index], pixels=pixels)
-
-
-class Files:
-    """Paths of image files in two arrays, for workers. Reading a list of strings counts references
-    to them, which writes: each forked worker would copy it."""
-    def __init__(self, paths):
-        encoded = [os.fsencode(path or "") for path in paths]
-        self.text = np.frombuffer(b"".join(encoded), np.uint8)
-        self.ends = np.cumsum([0, *map(len, encoded)])
-
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def __getitem__(self, i):
-        """The path of file i, a string, or None where there is none."""
-        return os.fsdecode(self.text[self.ends[i]:self.ends[i + 1]].tobytes()) or None
 
 
 def open_image(path):
@@ -71,9 +59,13 @@ def open_image(path):
                     image = Image.fromarray(scaled.astype(np.uint8))
                 return image.convert("RGB")
     except Exception as error:                     # PIL raises many kinds
-        way = ", or leave such images out with --skip-bad" if Parser.offers("--skip-bad") else ""
         raise UserError(f"{path} cannot be read as an image ({' '.join(str(error).split())}); "
-                        f"repair or remove it{way}") from None
+                        f"repair or remove it") from None
+
+
+def advise_skip_bad(error):
+    """The error of open_image with a further way out, where the script has this flag."""
+    return UserError(f"{error}, or leave such images out with --skip-bad")
 
 
 def square(image, size):
@@ -189,7 +181,7 @@ def readable(images, indices, image_size, skip_bad, good=None):
                 good.append(i)
         except UserError as error:
             if not skip_bad:
-                raise
+                raise advise_skip_bad(error) from None
             print(f"left out: {error}", file=sys.stderr)
     return pixels
 
@@ -269,9 +261,9 @@ def views_into_memory(images, paths, skip_bad=False):
         try:
             if path is not None:
                 views[i] = to_tensor(square(open_image(path), views.shape[-1]))
-        except UserError:
+        except UserError as error:
             if not skip_bad:
-                raise
+                raise advise_skip_bad(error) from None
     return views                                                                    # (N, 3, S, S)
 
 
@@ -328,14 +320,12 @@ class ViewFolder:
                 continue                           # a line that a kill cut short
         return levels
 
-    def write(self, view, left, **line):
-        """Writes a view (PIL image), then its line in the manifest. left: views still to be
-        written, for the message where the disk is full."""
+    def write(self, view, **line):
+        """Writes a view (PIL image), then its line in the manifest."""
         path = self.path(line["source"])
         if not path.parent.resolve().is_relative_to(self.folder.resolve()):
             raise UserError(f"{path.parent} leads out of {self.folder}: remove that symbolic link")
         content = io.BytesIO()
         view.save(content, "PNG" if self.suffix == ".png" else "JPEG", quality=95)  # of JPEG only
-        needed = left * len(content.getvalue())
-        write_whole(path, lambda temporary: temporary.write_bytes(content.getvalue()), needed)
-        append(self.manifest, json.dumps(line) + "\n", needed)
+        write_whole(path, lambda temporary: temporary.write_bytes(content.getvalue()))
+        append(self.manifest, json.dumps(line) + "\n")

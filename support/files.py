@@ -1,10 +1,8 @@
 """Files that appear whole or not at all, settings, and component files."""
 import contextlib
-import errno
 import json
 import os
 import re
-import shutil
 import time
 import zipfile
 from pathlib import Path
@@ -12,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.world import UserError
+from support.command_line import UserError
 
 
-def write_whole(path, write, needed=None, sync=False):
+def write_whole(path, write, sync=False):
     """Calls write(temporary path) and renames the result: the file appears whole or not at all.
 
-    needed: bytes, named where the disk is full; None: as many as the file there has.
     sync: the new file is on the disk before it replaces the old one, even if the power fails.
     Raises UserError where the file cannot be written; the file that was there stays.
     """
@@ -32,14 +29,12 @@ def write_whole(path, write, needed=None, sync=False):
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:       # RuntimeError: torch.save's
-        if not (isinstance(error, OSError) or re.search("writ|iostream|inline_con", str(error))):
+    except OSError as error:
+        raise not_written(path, error.strerror) from None
+    except RuntimeError as error:                  # torch.save's
+        if not re.search("writ|iostream|inline_con", str(error)):
             raise
-        why, code = getattr(error, "strerror", None), getattr(error, "errno", None)
-        if code not in (None, errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise UserError(f"{path} cannot be written ({why}): name another folder") from None
-        size = needed or (path.stat().st_size if path.exists() else None)
-        raise full_disk(path, why or "the disk is full?", size) from None
+        raise not_written(path, "the disk is full?") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -49,28 +44,25 @@ def write_json(path, content):
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
 
 
-def full_disk(path, why, needed=None):
-    """UserError: path could not be written. needed: bytes, where that is known."""
-    base = next(p for p in path.absolute().parents if p.exists())
-    free = shutil.disk_usage(base).free / 1e6
-    text = f", about {max(needed / 1e6, 0.01):.2f} MB are needed" if needed else ""
-    return UserError(f"{path} could not be written ({why}): {free:.1f} MB are free in {base}{text}")
+def not_written(path, why):
+    return UserError(f"{path} cannot be written ({why}): make room there, or name another folder")
 
 
-def append(path, text, needed=None):
+def append(path, text):
     """One write to the end of a file: lines of several processes do not mix. A symbolic link is not
-    followed. needed: see write_whole."""
-    path, content = Path(path), text.encode()
+    followed. UserError where the text does not fit."""
+    content = text.encode()
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    file = os.open(path, flags, 0o644)
     try:
-        complete, why = os.write(file, content) == len(content), "the disk is full"
+        file = os.open(path, flags, 0o644)
+        try:
+            written = os.write(file, content)
+        finally:
+            os.close(file)
     except OSError as error:
-        complete, why = False, error.strerror
-    finally:
-        os.close(file)
-    if not complete:
-        raise full_disk(path, why, needed)
+        raise not_written(path, error.strerror) from None
+    if written < len(content):
+        raise not_written(path, "the disk is full")
 
 
 def sweep(folder, pattern="*.tmp", seconds=3600):
@@ -99,6 +91,14 @@ def write_component(path, **content):
     def write(temporary):
         with open(temporary, "wb") as file:        # np.savez would add a suffix to a name
             np.savez(file, **content)
+    write_whole(path, write)
+
+
+def write_array(path, x):
+    """A tensor as .npy."""
+    def write(temporary):
+        with open(temporary, "wb") as file:        # np.save would add a suffix to a name
+            np.save(file, x.cpu().numpy())
     write_whole(path, write)
 
 

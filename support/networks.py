@@ -8,8 +8,8 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
+from support.command_line import UserError
 from support.data import IN_MEMORY_SIZE
-from support.world import UserError
 
 # Width, layers, heads. vit_small and vit_base are MoCo v3's, vit_narrow is for the shapes.
 VITS = {"vit_small": (384, 12, 12), "vit_base": (768, 12, 12), "vit_narrow": (96, 4, 3)}

@@ -7,15 +7,15 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 
 import pytest
 import torch
 from tqdm import tqdm
 
-from support import world
-from support.world import UserError, World
+from support import command_line
+from support.command_line import UserError
+from support.processes import World
 
 CPU = World(0, 1, torch.device("cpu"), torch.float32)
 
@@ -30,7 +30,7 @@ def call(module, *flags):
 def refusal(capsys, work, *arguments):
     """The work ends with exit status 2 and one line on stderr; returns it without "error: "."""
     with pytest.raises(SystemExit) as stop:
-        world.script(lambda: work(*arguments))
+        command_line.script(lambda: work(*arguments))
     said = re.fullmatch("error: (.{10,})\n", capsys.readouterr().err)
     assert stop.value.code == 2 and said
     return said[1]
@@ -43,7 +43,7 @@ def json_lines(path):
 # ------------------------------------------------------------------------------------------- forks
 def start(work, said=os.devnull):
     """Forks a process that does the work, its stderr in the file said; returns its id. Exit status:
-    0, that of support.world.script, or 99 after a traceback."""
+    0, that of support.command_line.script, or 99 after a traceback."""
     if torch.cuda.is_available():
         pytest.skip("a process that uses a GPU cannot be forked")
     pid = os.fork()
@@ -54,7 +54,7 @@ def start(work, said=os.devnull):
         sys.stdout, sys.stderr = open(os.devnull, "w"), open(said, "w")
         torch.set_num_threads(1)
         tqdm.set_lock(threading.RLock())           # a killed fork holds the one that all share
-        world.script(work)
+        command_line.script(work)
         status = 0
     except SystemExit as stop:
         status = stop.code
@@ -79,7 +79,6 @@ def start_two(works, log):
     def one(rank, work):
         os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank),
                            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        sleep, time.sleep = time.sleep, lambda seconds: sleep(min(seconds, 0.3))   # for a lost one
         work()
     return [start(lambda rank=rank, work=work: one(rank, work), log / str(rank))
             for rank, work in enumerate(works)]

@@ -14,9 +14,9 @@ import torchvision
 from safetensors.torch import save_file
 from torchvision.transforms.functional import normalize
 
-from support.checkpoints import MEAN_STD, load_backbone
+from support.command_line import UserError
 from support.networks import make_backbone, sine_positions
-from support.world import UserError
+from support.pretrained import MEAN_STD, load_backbone
 
 timm, SIZE = pytest.importorskip("timm"), 32           # two by two patches of 16 pixels
 CFG = "dict(mean=[\n  123.675,\n  116.28,\n  103.53,\n],\n std=[58.395, 57.12, 57.375])"

@@ -17,10 +17,11 @@ from torchvision.ops import MultiScaleRoIAlign
 
 import eval_detection
 import train_moco
-from support.checkpoints import load_checkpoint
+from support import checkpoint
+from support.command_line import UserError
 from support.files import write_whole
 from support.networks import make_backbone
-from support.world import UserError
+from support.pretrained import load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -106,17 +107,18 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(coco, backbone, tmp_pat
     monkeypatch.setattr(eval_detection, "SHORT_SIDES", (48, 64))
     writes = []
 
-    def stop_after_two(path, function):
-        write_whole(path, function)
+    def stop_after_two(path, function, **options):
+        write_whole(path, function, **options)
         writes.append(path)
         if len(writes) == 2:
             raise KeyboardInterrupt
 
     def run(folder):
-        detect(monkeypatch, *flags_of(coco, backbone, tmp_path / folder, 3, "--save-minutes", 0))
+        detect(monkeypatch, *flags_of(coco, backbone, tmp_path / folder, 3, "--save-minutes", 0,
+                                "--log-every", 1))
         return load_checkpoint(tmp_path / folder / "last.pt")["model"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(eval_detection, "write_whole", stop_after_two)
+        patch.setattr(checkpoint, "write_whole", stop_after_two)
         run("run")
     assert load_checkpoint(tmp_path / "run/last.pt")["step"] == 2
     continued, uninterrupted = run("run"), run("whole")

@@ -23,8 +23,8 @@ from running import call, end, json_lines, refusal, start_two
 import eval_detection
 import eval_linear
 from support.augment import CLIP_MEAN, CLIP_STD
-from support.checkpoints import MEAN_STD, load_backbone
 from support.networks import make_backbone
+from support.pretrained import MEAN_STD, load_backbone
 
 MEAN, STD = (torch.tensor(x).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
 COUNT, TESTS = 24, 4                               # coded pictures of the splits
@@ -885,7 +885,7 @@ def test_detection_sees_pictures_in_the_order_of_the_seed_and_half_mirrored(dete
 
 def test_detection_saves_and_goes_on(detect, tmp_path, monkeypatch):
     """--save-minutes: a killed run has a last.pt in --output-dir where they passed, and goes on."""
-    flags = ["--steps=4", "--batch-size=2", "--lr=1", "--seed=2"]
+    flags = ["--steps=4", "--batch-size=2", "--lr=1", "--seed=2", "--log-every=1"]
     whole = detect(*flags)
     forward = Detector.forward
 

@@ -13,10 +13,13 @@ from running import CPU, call, end, json_lines, refusal, start_two
 import eval_linear as ev
 import genview
 from support.augment import normalise
-from support.checkpoints import MEAN_STD, load_backbone
+from support.command_line import UserError
 from support.data import Images, to_tensor
 from support.networks import make_backbone
-from support.world import UserError, setup, step_generator
+from support.pretrained import MEAN_STD, load_backbone
+from support.processes import setup
+from support.schedules import cosine, tenth_from
+from support.seeds import step_generator
 
 
 @pytest.fixture(scope="module")
@@ -228,8 +231,8 @@ def test_top_1_and_top_5_by_hand():
 
 def test_schedules_by_hand():
     """A cosine, and MoCo v2's: a tenth from epochs 60 and 80 of 100 on."""
-    assert [round(ev.decay(x), 4) for x in (0, 1 / 3, 0.5, 1)] == [1, 0.75, 0.5, 0]
-    steps = [round(ev.decay(epoch / 100, [0.6, 0.8]), 6) for epoch in (0, 59, 60, 79, 80, 99)]
+    assert [round(cosine(x), 4) for x in (0, 1 / 3, 0.5, 1)] == [1, 0.75, 0.5, 0]
+    steps = [round(tenth_from([0.6, 0.8], epoch / 100), 6) for epoch in (0, 59, 60, 79, 80, 99)]
     assert steps == [1, 1, 0.1, 0.1, 0.01, 0.01]
 
 
@@ -239,7 +242,8 @@ def test_two_steps_of_the_lars_probe_match_a_plain_loop():
     w, b = head.weight.tolist(), head.bias.tolist()
     assert b == [0] * 3 and 0.005 < head.weight.std() < 0.02
     x, labels = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
-    ev.fit(head, optimizer, lambda epoch: [(x, labels)], 1, SimpleNamespace(epochs=2, drops=[0.5]))
+    ev.fit_classifier(head, optimizer, lambda epoch: [(x, labels)], 1,
+                      SimpleNamespace(epochs=2, drops=[0.5]))
     mu_w, mu_b = [[0.0] * 5 for _ in range(3)], [0.0] * 3
     for lr in (0.75, 0.075):
         g_w, g_b = [[0.0] * 5 for _ in range(3)], [0.0] * 3
@@ -331,12 +335,12 @@ def test_the_runs_own_limit_and_recipe(folder, tmp_path, capsys):
     assert "fitted on 7 labelled images" in capsys.readouterr().out
     for flags, message in (([], "classifier: 1.6 (0.1 for 256 images, the batch is 4096)"),
                            (["--batch-size=512"], "classifier: 0.2 (0.1 for 256 images")):
-        given = ev.parse(["--checkpoint=last.pt", "--dataset=imagenet", *flags])
-        ev.resolve(given, state["args"])
+        given = ev.parse_args(["--checkpoint=last.pt", "--dataset=imagenet", *flags])
+        given = ev.resolve(given, state["args"])
         said = capsys.readouterr().out
         assert message in said and "***" not in said and given.limit is None
         assert (given.optimizer, given.epochs, given.drops) == ("lars", 90, [])
-    ev.resolve(ev.parse(["--checkpoint=x", "--dataset=imagenet"]), {"arch": "resnet50"})
+    ev.resolve(ev.parse_args(["--checkpoint=x", "--dataset=imagenet"]), {"arch": "resnet50"})
     assert "does not say its method: MoCo v3's probe for resnet50" in capsys.readouterr().out
 
 
@@ -350,15 +354,13 @@ def test_killed_and_resumed_gives_the_same_head(folder, tmp_path, capsys, monkey
     flags = [*flags, "--checkpoint", folder / "last.pt", "--epochs=3", "--batch-size=4",
              "--output-dir"]
     script(*flags, tmp_path / "whole")
-    decay = ev.decay
-
-    def killed_in_the_third_epoch(done, drops):
+    def killed_in_the_third_epoch(done):
         if done > 0.7:
             raise Killed
-        return decay(done, drops)
+        return cosine(done)
     for resume in ([], ["--resume"]):
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(ev, "decay", killed_in_the_third_epoch)
+            patch.setattr(ev, "cosine", killed_in_the_third_epoch)
             script(*flags, tmp_path / "cut", *resume)
     assert not (tmp_path / "cut/head.pt").exists()
     for other, message in (([], "holds a run already: go on with --resume"),
@@ -384,7 +386,7 @@ def test_another_backbone_is_not_resumed(folder, tmp_path, capsys):
     state["model"]["query.backbone.0.weight"] += 1
     torch.save(state, tmp_path / "last.pt")
     line = refusal(capsys, script, *flags)
-    assert re.search("of another evaluation: backbone is .* there", line)
+    assert re.search("of another run: backbone is .* there", line)
 
 
 @pytest.mark.parametrize("flags, message", [

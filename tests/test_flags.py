@@ -28,7 +28,7 @@ import train_byol
 import train_moco
 import train_swav
 from quality_loss import quality_weights
-from support.world import UserError
+from support.command_line import UserError
 
 HERE = Path(__file__).parent
 SCRIPTS = {train_moco: "mocov2 mocov3", train_byol: "byol simsiam", train_swav: "swav"}

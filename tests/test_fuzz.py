@@ -29,7 +29,7 @@ import generate_views
 import train_byol
 import train_moco
 import train_swav
-from support import world as support_world
+from support import command_line
 from support.data import ViewFolder, open_image
 from support.networks import make_backbone
 
@@ -106,7 +106,7 @@ def good(name, world, output):
 
 def call(name, flags, *more):
     """Runs a script in this process; returns its exit status and the last line on stderr. flags: a
-    dict or a list. A traceback is an exception that leaves support.world.script."""
+    dict or a list. A traceback is an exception that leaves support.command_line.script."""
     flags = [x for pair in flags.items() for x in pair] if isinstance(flags, dict) else flags
 
     def hang(*_):
@@ -118,7 +118,7 @@ def call(name, flags, *more):
               pytest.MonkeyPatch.context() as patch):
             patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags), *more])
             try:
-                support_world.script(SCRIPTS[name].main)
+                command_line.script(SCRIPTS[name].main)
                 status = 0
             except SystemExit as stop:
                 status = stop.code or 0

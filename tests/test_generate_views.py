@@ -16,9 +16,9 @@ from running import before_call, call, die, end, refusal, start
 
 import generate_views as gv
 from genview import FRACTION, load_images
+from support.command_line import UserError
 from support.data import Images, find_views, spaced
 from support.files import read_component
-from support.world import UserError
 
 WHOLE = re.compile("}$")                           # a line of a manifest that was not cut short
 
@@ -133,7 +133,7 @@ def test_noise_level_names_what_is_wrong(wrong, text):
 
 def test_embedding_noise_follows_the_equation_for_each_image_alone(world, monkeypatch):
     pipe = gv.load_pipeline(str(world / "model"), torch.float32, "cpu")          # to be changed
-    args = Namespace(steps=1, guidance=2.0, size=32, save_size=32, precision="float32")
+    settings = dict(steps=1, guidance=2.0, size=32)
     mean, std = torch.randn(1, 16), torch.rand(1, 16) + 0.5
     pipe.image_normalizer.mean.data, pipe.image_normalizer.std.data = mean, std
     noisy, original = [], pipe.noise_image_embeddings
@@ -141,7 +141,7 @@ def test_embedding_noise_follows_the_equation_for_each_image_alone(world, monkey
                         lambda **options: noisy.append(original(**options)) or noisy[-1])
     c, seeds, level = torch.randn(3, 16), [5, 6, 7], 300
     for part in (slice(3), slice(2, 3), slice(1)):
-        gv.generate(pipe, args, level, c[part], seeds[part])
+        gv.generate(pipe, level, c[part], seeds[part], **settings)
     assert torch.equal(noisy[0][2], noisy[1][0]) and torch.equal(noisy[0][0], noisy[2][0])
     t = np.arange(level + 2) / 1000                # the squared-cosine schedule
     bar = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
@@ -151,7 +151,7 @@ def test_embedding_noise_follows_the_equation_for_each_image_alone(world, monkey
     assert torch.allclose(noisy[0][:3, :16], (z * std + mean).float(), atol=1e-4)
     pipe.vae.post_quant_conv.weight.data.fill_(float("nan"))         # as half precision can do
     with pytest.raises(UserError, match="--precision float32"):
-        gv.generate(pipe, args, level, c, seeds)
+        gv.generate(pipe, level, c, seeds, **settings)
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
@@ -243,9 +243,9 @@ def test_release_component_fixed_noise_and_larger_views(world, pipe, images):
 
 def test_flip_takes_the_other_side(pipe, images):
     args = Namespace(component=None, flip_foreground=False, fit_images=10)
-    v1, _ = gv.find_foreground(args, pipe, images)
+    v1, _ = gv.clip_foreground(args, pipe, images)
     args.flip_foreground = True
-    flipped, alpha = gv.find_foreground(args, pipe, images)
+    flipped, alpha = gv.clip_foreground(args, pipe, images)
     assert torch.equal(flipped, -v1)
     tokens = torch.cat([t for _, t, _ in gv.encode_all(pipe, images, spaced(24, 10).tolist())])
     p = gv.foreground_proportion(tokens, flipped, alpha)
@@ -259,7 +259,7 @@ def test_maps_that_show_only_the_place_are_named(monkeypatch, capsys, place, war
                         lambda *_: [(None, part, None) for part in tokens.split(8)])
     pipe = Namespace(image_encoder=Namespace(config=Namespace(hidden_size=8)))
     args = Namespace(component=None, flip_foreground=False, fit_images=40)
-    gv.find_foreground(args, pipe, Images(["x"] * 40, torch.zeros(40), 1))
+    gv.clip_foreground(args, pipe, Images(["x"] * 40, torch.zeros(40), 1))
     assert ("depend on the place" in capsys.readouterr().out) == warned
 
 
@@ -308,21 +308,23 @@ def test_refusals_are_one_line_and_change_nothing(world, capsys, flags, texts):
 def test_the_batch_size_follows_the_memory(count, room, first, largest, sizes, kept, monkeypatch,
                                            capsys):
     """With memory for so many images at once."""
-    seen, args = [], Namespace(batch_size=first, largest=largest)
+    seen = []
+    generator = gv.Generator(None, 1, 1.0, 8, 8, first, largest)
+    monkeypatch.setattr(generator, "picture", lambda pixels: pixels)
 
-    def generate(pipe, args, level, embeddings, seeds):
+    def generate(pipe, level, embeddings, seeds, **settings):
         seen.append(len(seeds))
         if len(seeds) > room:
             raise torch.OutOfMemoryError("no")
         return list(zip(embeddings.tolist(), seeds, strict=True))
     monkeypatch.setattr(gv, "generate", generate)
-    made = gv.generate_all(None, args, 0, torch.arange(count), list(range(count)))
+    made = generator(0, torch.arange(count), list(range(count)))
     assert made == [(i, i) for i in range(count)] and seen == sizes
-    assert (args.batch_size, args.largest) == (kept, kept)
+    assert (generator.batch_size, generator.largest) == (kept, kept)
     assert f"at most {kept} images" in capsys.readouterr().out
     room = 0
     with pytest.raises(UserError, match="--size"):
-        gv.generate_all(None, args, 0, torch.arange(count), list(range(count)))
+        generator(0, torch.arange(count), list(range(count)))
 
 
 def test_torchruns_two_processes_make_the_same_views(world, by_torchrun):

@@ -23,11 +23,12 @@ from running import before_call, call, die, end, fail, json_lines, refusal, star
 import generate_views
 import train_moco
 from support import files
-from support.checkpoints import load_checkpoint
-from support.world import UserError, setup
+from support.command_line import UserError
+from support.pretrained import load_checkpoint
+from support.processes import setup
 
 V2, V3 = ["--method", "mocov2", "--queue", 16], ["--method", "mocov3", "--hidden", 16]
-DISK = r" could not be written \(.*\): [\d.]+ MB are free in .*, about ([\d.]+) MB are needed"
+DISK = r" cannot be written \(.*\): make room there"
 
 
 # ----------------------------------------------------------------------------------- what they do
@@ -203,7 +204,7 @@ def test_a_failing_knn_costs_no_training(world, whole, tmp_path):
     assert at(tmp_path / "run") == (0, 4)
     picture = next((tmp_path / "images/train").rglob("*.png"))
     picture.rename(tmp_path / "away.png")
-    with pytest.raises(UserError, match="is of a run on 32 images, here are 31"):
+    with pytest.raises(UserError, match="number of images is 32 there and 31 here"):
         training(world, tmp_path / "run", *flags, "--resume")()
     (tmp_path / "away.png").rename(picture)
     assert end(start(training(world, tmp_path / "run", *flags, "--resume", "--skip-bad"))) == 0
@@ -223,7 +224,7 @@ def test_generation_killed_at_random(world, tmp_path, instants):
 
 # ------------------------------------------------------------------------------ several processes
 @pytest.mark.parametrize("lost, how", [(0, die), (1, die), (1, fail)])
-def test_the_others_end_with_a_process_and_name_it(lost, how, world, tmp_path):
+def test_the_others_end_with_a_process(lost, how, world, tmp_path):
     work = training(world, tmp_path / "run", *V2, "--epochs", 500)
     works = [at_step(3, how, work) if rank == lost else work for rank in (0, 1)]
     began = time.time()
@@ -231,7 +232,7 @@ def test_the_others_end_with_a_process_and_name_it(lost, how, world, tmp_path):
     assert time.time() - began < 60
     assert statuses[lost] == (-signal.SIGKILL if how is die else 2) and statuses[1 - lost] == 1
     said = (tmp_path / str(1 - lost)).read_text()
-    message = f"error: process {1 - lost} stops.* process {lost} of 2 ended"
+    message = f"error: process {1 - lost} stops because another one ended"
     assert re.search(message, said) and "Traceback" not in said
     if how is fail:
         assert "error: the third batch is no good" in (tmp_path / str(lost)).read_text()
@@ -257,14 +258,14 @@ def test_two_processes_killed_go_on_to_the_same_result(world, tmp_path, capsys):
 
 
 def test_one_of_two_generating_processes_killed(world, tmp_path):
-    """The other does its own share, ends and names it; a new start makes the rest."""
+    """The other does its own part and ends; a new start makes the rest."""
     single, broken = (generation(world, tmp_path / name, "--limit", 31) for name in "ab")
     assert end(start(single)) == 0
     killed = before_call(3, die, broken, generate_views, "generate")
     began = time.time()
     assert end(*start_two([killed, broken], tmp_path)) == [-signal.SIGKILL, 1]
     assert time.time() - began < 60
-    message = "error: process 1 stops.* process 0 of 2 ended"
+    message = "error: process 1 stops because another one ended"
     assert re.search(message, (tmp_path / "1").read_text())
     made = len(list((tmp_path / "b").rglob("*.png")))
     assert 15 <= made < 31                         # the other's share and some of the lost one's
@@ -281,12 +282,11 @@ def limit_files(size):
 @pytest.mark.parametrize("step, size, file, kept", [
     (1, 900_000, r"backbone\.pt", None), (6, 2_000_000, r"last\.pt", (0, 4))])
 def test_a_full_disk_keeps_the_last_good_checkpoint(step, size, file, kept, world, whole, tmp_path):
-    """Full from this step on; the message says how much is needed."""
+    """Full from this step on."""
     run, said = tmp_path / "run", tmp_path / "said"
     work = training(world, run, *V2, "--save-minutes", 60 if kept else 0)
     assert end(start(at_step(step, lambda *_: limit_files(size), work), said)) == 2
-    message = re.search(file + DISK, said.read_text())
-    assert message and size / 1e6 < float(message[1]) < 10 and not list(run.glob("*.tmp"))
+    assert re.search(file + DISK, said.read_text()) and not list(run.glob("*.tmp"))
     assert (at(run) if (run / "last.pt").exists() else None) == kept
     assert end(start(training(world, run, *V2, "--resume"))) == 0
     same_run(whole(*V2), run)
@@ -296,8 +296,7 @@ def test_generation_on_a_full_disk(world, tmp_path):
     said, work = tmp_path / "said", generation(world, tmp_path / "views")
     for size, full in ((1500, r"views/train/(?:cat|dog)/\d+\.png"), (3500, r"manifest\.jsonl")):
         assert end(start(lambda size=size: (limit_files(size), work()), said)) == 2
-        message = re.search(full + DISK, said.read_text())
-        assert message and 0 < float(message[1]) <= 32 * 3500 / 1e6
+        assert re.search(full + DISK, said.read_text())
         with open(tmp_path / "views/manifest.jsonl", "a") as file:
             file.write("[]\n" * 600)               # ignored; now it will be larger than a view
     assert end(start(work)) == 0
@@ -311,7 +310,7 @@ def test_generation_into_a_read_only_folder(number, world, tmp_path, monkeypatch
         raise OSError(number, os.strerror(number))
     monkeypatch.setattr(os, "replace", refuse)
     line = refusal(capsys, generation(world, tmp_path / "views"))
-    assert re.fullmatch(r".*views/\S+ cannot be written \(.*\): name another folder", line)
+    assert re.fullmatch(rf".*views/\S+{DISK}, or name another folder", line)
     assert not list((tmp_path / "views").rglob("*.tmp"))
 
 

@@ -1,6 +1,4 @@
 """The world of shapes: pictures, perturbations and the frozen encoder are what their truth says."""
-from types import SimpleNamespace
-
 import pytest
 import torch
 from PIL import Image
@@ -61,7 +59,7 @@ def test_views_are_drawn_apart_from_the_pictures():
     """With any seed: a view at the strongest level differs from its picture as much as that of
     another picture with the same figure would."""
     def views(seed, count):
-        return train_moco.shapes_views(encoder, SimpleNamespace(noise=400, seed=seed), count)[0]
+        return train_moco.shapes_views(encoder, 400, seed, count)[0]
 
     def encoder(x):
         return torch.randn(len(x), 64, 8, generator=torch.Generator().manual_seed(0))

@@ -19,8 +19,8 @@ import genview
 import recipes
 import train_moco
 from studies import ablation, bench
+from support.command_line import UserError
 from support.data import Images, find_views, open_image, to_tensor
-from support.world import UserError
 
 
 @pytest.mark.parametrize("name", ["ablation", "bench", "eval_generator", "train_generator"])
@@ -102,7 +102,7 @@ def runs(monkeypatch):
             return SimpleNamespace(stdout="abc1234\n")
         script = importlib.import_module(name.removesuffix(".py"))
         if name == "eval_linear.py":
-            args = eval_linear.parse(flags)
+            args = eval_linear.parse_args(flags)
             assert args.limit == 10_000
             gain = 1.5 if "adaptive" in args.checkpoint else 0
             stdout = f"kNN top-1 {40 + args.seed + gain}%\nlinear top-1 50.0%, top-5 90.0%\n"
@@ -217,16 +217,15 @@ def test_originals_and_further_samples_are_one_pool(image_folder, tmp_path):
     pool = genview.expand(images, views)
     assert len(pool.names) == 48 and pool.labels[24:].eq(-1).all()
     assert torch.equal(pool.pixels, torch.cat([images.pixels, views]))
-    args = SimpleNamespace(views_dir=f"{image_folder}/test/cat", image_size=32, skip_bad=False)
+    of = f"{image_folder}/test/cat", "folder", 32
     files = Images(images.names, images.labels, 2, root=Path(image_folder))
-    pool = genview.expand(files, genview.load_extra(args, files))
+    pool = genview.expand(files, genview.load_extra(files, *of))
     assert len(pool.names) == len(pool.labels) == 36 and pool.pixels is None
     assert pool.root / pool.names[24] == Path(image_folder).resolve() / "test/cat/0000.png"
     cats = genview.load_images("folder", image_folder, "test", 32).pixels[:12]
-    assert torch.equal(genview.load_extra(args, images), cats)
-    args.views_dir = tmp_path
+    assert torch.equal(genview.load_extra(images, *of), cats)
     with pytest.raises(UserError, match="holds no images for --views extra"):
-        genview.load_extra(args, images)
+        genview.load_extra(images, tmp_path, "folder", 32)
 
 
 def test_extra_samples_keep_the_number_of_steps(image_folder, views_folder, tmp_path):

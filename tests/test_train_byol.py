@@ -14,7 +14,7 @@ import genview
 import train_byol
 import train_moco
 import train_swav
-from support.checkpoints import load_backbone
+from support.pretrained import load_backbone
 
 
 def settings(**changes):
@@ -47,7 +47,7 @@ def test_a_step_on_two_images_by_hand(name):
                 p.add_(torch.randn_like(p) * p.std())
     twin.load_state_dict(method.state_dict())
     twin.update(0.0)                                         # comes before the forward pass
-    optimizer = train_moco.make_optimizer(settings(), method)
+    optimizer = train_moco.make_optimizer(method, "sgd", 1e-4)
     for group in optimizer.param_groups:
         group["lr"] = 0.1
     before = {key: p.detach().clone() for key, p in method.named_parameters()}

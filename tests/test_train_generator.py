@@ -12,11 +12,13 @@ import genview
 from quality_loss import fit_foreground
 from recipes import GENERATION
 from studies import eval_generator, train_generator
+from support import checkpoint
 from support.augment import normalise
-from support.checkpoints import load_checkpoint
+from support.checkpoint import Checkpoint
+from support.command_line import UserError
 from support.data import Images, open_image, to_tensor
 from support.files import write_whole
-from support.world import UserError
+from support.pretrained import load_checkpoint
 
 FLAGS = ["--limit", 16, "--batch-size", 4, "--steps", 6, "--log-every", 1, "--device", "cpu"]
 
@@ -62,7 +64,7 @@ def test_pictures_seen_often_are_also_mirrored(image_folder, tmp_path, monkeypat
         assert len(pixels) == size
         assert torch.equal(pixels[-16:], pixels[:16].flip(3)) == (size == 32)
         raise KeyboardInterrupt
-    monkeypatch.setattr(train_generator, "fit", look)
+    monkeypatch.setattr(train_generator, "fit_part", look)
     with pytest.raises(KeyboardInterrupt):
         train(image_folder, tmp_path, "--steps", steps)
 
@@ -96,7 +98,7 @@ def test_spread_of_the_embeddings(pipe):
     x = torch.rand(300, 3, 32, 32) * 2 - 1
     with torch.inference_mode():
         before = pipe.image_encoder(x).image_embeds
-    encoder, after = train_generator.spread(pipe.image_encoder, before)
+    encoder, after = train_generator.equalise(pipe.image_encoder, before)
     with torch.inference_mode():
         again = encoder(x).image_embeds
     torch.testing.assert_close(again, after, atol=1e-3 * after.std().item(), rtol=1e-3)
@@ -152,18 +154,18 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(trained, image_folder, tmp
     the teacher)."""
     count = [0]
 
-    def stopping(path, function):
-        write_whole(path, function)
+    def stopping(path, function, **options):
+        write_whole(path, function, **options)
         count[0] += path.name == "last.pt"
         if path.name == "last.pt" and count[0] in (2, 7, 10):
             raise KeyboardInterrupt
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_generator.files, "write_whole", stopping)
+        patch.setattr(checkpoint, "write_whole", stopping)
         for _ in range(3):
             with pytest.raises(KeyboardInterrupt):
                 train(image_folder, tmp_path, "--save-minutes", 0)
         train(image_folder, tmp_path, "--save-minutes", 0)
-    whole, ours = (load_checkpoint(folder / "last.pt") for folder in (trained, tmp_path))
+    whole, ours = (load_checkpoint(folder / "last.pt")["parts"] for folder in (trained, tmp_path))
     for part in train_generator.PARTS:
         assert ours[part]["step"] == whole[part]["step"]
         for key, value in whole[part]["ema"].items():
@@ -178,8 +180,9 @@ def test_batch_norm_goes_on_after_an_interruption(tmp_path, monkeypatch):
 
     def fit(state):
         torch.manual_seed(0)
-        return train_generator.fit("teacher", train_generator.Teacher(2), *data, args=args,
-                                   world=CPU, state=state).state_dict()
+        last = Checkpoint(tmp_path / "last.pt", {}, CPU)
+        return train_generator.fit_part("teacher", train_generator.Teacher(2), *data, args=args,
+                                        world=CPU, checkpoint=last, state=state).state_dict()
 
     def stopping(*everything):
         count[0] += 1
@@ -190,14 +193,15 @@ def test_batch_norm_goes_on_after_an_interruption(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_generator, "descend", stopping)
         fit({"teacher": {}})
-    state = load_checkpoint(tmp_path / "last.pt")
+    state = load_checkpoint(tmp_path / "last.pt")["parts"]
     assert state["teacher"]["step"] == 2
     ours = fit(state)
     assert ours.keys() == whole.keys() and all(torch.equal(ours[key], whole[key]) for key in whole)
 
 
 @pytest.mark.parametrize("module, flags, message", [
-    (train_generator, ["--output-dir={trained}", "--seed=1"], "of other settings.*--output-dir"),
+    (train_generator, ["--output-dir={trained}", "--seed=1"],
+     "--seed is 0 there and 1 here.*--output-dir"),
     (train_generator, ["--output-dir={damaged}"], "last.pt cannot be loaded as a checkpoint"),
     (train_generator, ["--output-dir={damaged}/new", "--steps=0"], "--steps: 0 must be from 1 to"),
     (eval_generator, ["--output-dir={damaged}", "--guidance=nan"], "--guidance: nan must be from"),

@@ -21,9 +21,10 @@ import train_byol
 import train_moco
 import train_swav
 from quality_loss import info_nce, pair_quality, quality_weights
-from support import runs
+from support.checkpoint import Checkpoint
+from support.command_line import UserError
 from support.networks import LARS
-from support.world import UserError, setup
+from support.processes import setup
 
 METHODS = train_moco.METHODS | train_byol.METHODS | train_swav.METHODS
 
@@ -65,7 +66,7 @@ def two_steps(name, world):
     wrapped = method
     if world.size > 1:
         wrapped = torch.nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
-    optimizer = train_moco.make_optimizer(settings(), method)
+    optimizer = train_moco.make_optimizer(method, "sgd", 1e-4)
     optimizer.param_groups[0]["lr"] = 0.05
     losses, gradients = [], None
     for step in range(2):
@@ -113,7 +114,7 @@ def test_float16_learns_what_float32_learns():
     for world in (CPU, float16_world(2.0 ** 10)):
         torch.manual_seed(0)
         method = train_moco.MoCoV2(settings()).train()
-        optimizer = train_moco.make_optimizer(settings(), method)
+        optimizer = train_moco.make_optimizer(method, "sgd", 1e-4)
         optimizer.param_groups[0]["lr"] = 0.01
         losses[world.dtype] = torch.stack([train_moco.train_step(
             method, optimizer, pair, None, 1.0, 0.0, world)["loss"] for pair in views])
@@ -124,7 +125,7 @@ def test_float16_learns_what_float32_learns():
 def test_an_infinite_gradient_skips_the_step():
     """The weights stay, and the next loss is scaled by half."""
     method, world = train_moco.MoCoV2(settings()).train(), float16_world(2.0 ** 126)
-    optimizer = train_moco.make_optimizer(settings(), method)
+    optimizer = train_moco.make_optimizer(method, "sgd", 1e-4)
     optimizer.param_groups[0]["lr"] = 0.01
     before = [p.clone() for p in method.query.parameters()]
     views = list(torch.randn(2, 8, 3, 32, 32))
@@ -211,7 +212,8 @@ def test_mocov3_with_a_vision_transformer(image_folder, tmp_path):
     assert (args.optimizer, args.weight_decay, args.crop_min) == ("adamw", 0.1, 0.08)
     torch.manual_seed(args.seed)
     method = train_moco.MoCoV3(args)
-    assert isinstance(train_moco.make_optimizer(args, method), torch.optim.AdamW)
+    optimizer = train_moco.make_optimizer(method, args.optimizer, args.weight_decay)
+    assert isinstance(optimizer, torch.optim.AdamW)
     nets = method.query.head, method.predictor
     sizes = [[(m.in_features, m.out_features) for m in net if isinstance(m, torch.nn.Linear)]
              for net in nets]
@@ -255,15 +257,15 @@ def test_which_methods_begin_with_empty_blocks():
 
 def test_spread_tells_a_collapse():
     z = F.normalize(torch.randn(1000, 64, generator=torch.Generator().manual_seed(0)), dim=1)
-    assert train_moco.spread(z) == pytest.approx(1, abs=0.02)
-    assert train_moco.spread(z[:1].expand(1000, -1)) == pytest.approx(0, abs=1e-5)
+    assert train_moco.embedding_spread(z) == pytest.approx(1, abs=0.02)
+    assert train_moco.embedding_spread(z[:1].expand(1000, -1)) == pytest.approx(0, abs=1e-5)
 
 
 def test_start_gives_the_keys_true_statistics():
     torch.manual_seed(0)
     method = train_moco.MoCoV2(settings())
     batches = list(3 + 2 * torch.randn(3, 8, 3, 32, 32))
-    method.train().start([[views, None] for views in batches])
+    method.train().init_batch_norm([[views, None] for views in batches])
     convolution, norm = method.query.backbone[:2]            # what the first batch norm sees
     mean = torch.stack([convolution(views).detach().mean((0, 2, 3)) for views in batches]).mean(0)
     torch.testing.assert_close(method.key.backbone[1].running_mean, mean, atol=1e-5, rtol=1e-4)
@@ -463,9 +465,9 @@ def test_resume_of_another_run(finished, capsys):
     before = last.read_bytes()
     assert "holds a run already" in refusal(capsys, run, *flags)
     line = refusal(capsys, run, *flags, "--arch", "resnet34", "--resume")
-    assert "another --arch (resnet10_narrow, now resnet34)" in line
+    assert "another run: --arch is resnet10_narrow there and resnet34 here" in line
     line = refusal(capsys, run, *flags, "--epochs", 4, "--resume")
-    assert "(3, now 4): its learning rates are of that length; start a new run" in line
+    assert "--epochs is 3 there and 4 here" in line
     assert last.read_bytes() == before
 
 
@@ -474,24 +476,21 @@ def test_knn_comes_every_so_many_epochs_and_at_the_end(finished):
     assert [line["epoch"] for line in log if "knn" in line] == [2, 3]
 
 
-def test_a_flag_that_an_old_checkpoint_lacks_counts_as_its_default(finished, tmp_path, capsys):
+def test_a_flag_that_an_old_checkpoint_lacks_is_not_compared(finished, tmp_path, capsys):
     flags, last = finished
     state = torch.load(last, weights_only=True)
-    del state["args"]["gamma"], state["args"]["weight_decay"]
+    del state["identity"]["--gamma"], state["identity"]["--weight-decay"]
     torch.save(state, tmp_path / "last.pt")
     flags = [*flags, "--output-dir", tmp_path, "--resume"]
     run(*flags)
     assert "kNN top-1" in capsys.readouterr().out
-    torch.save(state, tmp_path / "last.pt")
-    assert "another --gamma (1.0, now 2.0)" in refusal(capsys, run, *flags, "--gamma", 2)
 
 
 def test_a_run_folder_that_not_all_machines_see_is_refused(tmp_path):
     """Another process resumes at epoch 1, this one finds nothing."""
-    args = settings(resume=None, output_dir=str(tmp_path))
-    world = types.SimpleNamespace(rank=0, size=2, gather_objects=lambda x: [x, (1, 0)])
+    world = types.SimpleNamespace(rank=0, size=2, gather_objects=lambda x: [x, [1, 0]])
     with pytest.raises(UserError, match="must be one folder for all machines"):
-        runs.Run(args, world, "").resume(None, None, 24)
+        Checkpoint(tmp_path / "last.pt", {}, world).load()
 
 
 def test_the_queue_holds_at_most_a_tenth_of_a_folder(capsys):
@@ -500,8 +499,7 @@ def test_the_queue_holds_at_most_a_tenth_of_a_folder(capsys):
                                  ("--dataset folder --data-dir x --queue 2560", 10_000, 2560),
                                  ("--dataset imagenet", 100_000, 65536)):
         args = parse(*flags.split(), "--views-dir", "none")
-        runs.limit_queue(args, images)
-        assert args.queue == queue
+        assert train_moco.limit_queue(args, images).queue == queue
         assert ("--queue 9984" in capsys.readouterr().out) == (queue == 9984)
 
 

@@ -14,7 +14,7 @@ from running import CPU, before_call, fail, json_lines
 
 import train_moco
 import train_swav
-from support.world import UserError
+from support.command_line import UserError
 
 N, QUEUE, EPSILON, T = 4, 8, 0.05, 0.1             # the queue is full after two batches of N
 

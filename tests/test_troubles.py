@@ -17,9 +17,10 @@ from running import call, refusal
 import generate_views
 import genview
 import train_moco
-from support import augment, data, runs, world
-from support.data import find_files, open_image
-from support.world import Parser, UserError, setup
+from support import augment, command_line, data
+from support.command_line import UserError
+from support.data import find_files
+from support.processes import setup
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 
@@ -33,7 +34,7 @@ def flags(folder, data_dir, *more):
 @pytest.mark.parametrize("error, text", [
     (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"), "--shm-size 8g"),
     (RuntimeError("No working C++ compiler found in torch._inductor"), "needs a C++ compiler"),
-    (UserError("Traceback of a worker\n  file\nsupport.world.UserError: x.png is broken"),
+    (UserError("Traceback of a worker\n  file\nsupport.command_line.UserError: x.png is broken"),
      "x.png is broken")])
 def test_what_went_wrong_is_one_line(error, text, capsys):
     def work():
@@ -58,7 +59,7 @@ def test_the_old_launcher_is_named(capsys):
 def test_a_console_without_a_letter(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
-    world.script(lambda: print("50.0 \xb1 1", flush=True))
+    command_line.script(lambda: print("50.0 \xb1 1", flush=True))
     assert raw.getvalue() == b"50.0 \\xb1 1\n"
 
 
@@ -70,7 +71,7 @@ def test_data_may_move_before_a_resume(tmp_path, capsys):
     call(train_moco, *flags(tmp_path / "run", moved, "--resume"))
     first = next(tmp_path.glob("there/train/*/*.png"))
     first.rename(first.with_name("other.png"))
-    with pytest.raises(UserError, match="images of other names"):
+    with pytest.raises(UserError, match="another run: images is 24 images"):
         call(train_moco, *flags(tmp_path / "run", moved, "--resume"))
 
 
@@ -95,11 +96,10 @@ def test_knn_while_training_looks_at_a_part(image_folder, tmp_path, capsys):
     def looked_at(count, pixels, asked=None):
         names = [f"train/{i:06d}" for i in range(count)]
         images = data.Images(names, torch.arange(count), 2, pixels and torch.zeros(count, 1))
-        args = SimpleNamespace(knn_images=asked)
-        return [len(x.names) for x in runs.for_knn(args, images, images)]
-    assert looked_at(200_000, None) == [20_000, 10_000] and looked_at(50_000, None)[0] == 10_000
-    assert looked_at(900, None) == [900, 900] and looked_at(50_000, True) == [50_000, 10_000]
-    assert looked_at(50_000, True, 100) == [100, 10_000]
+        return len(train_moco.knn_images(images, asked).names)
+    assert looked_at(200_000, None) == 20_000 and looked_at(50_000, None) == 10_000
+    assert looked_at(900, None) == 900 and looked_at(50_000, True) == 50_000
+    assert looked_at(50_000, True, 100) == 100
     call(train_moco, *flags(tmp_path / "run", image_folder, "--knn-images=10"))
     assert re.search(r"kNN top-1 [\d.]+% by 10 of 24 images", capsys.readouterr().out)
 
@@ -124,12 +124,12 @@ def test_a_damaged_archive_is_named(tmp_path):
 
 def test_skip_bad_is_advised_where_it_is_offered(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"x")
-    makers = {lambda: runs.parser_of("", ["folder"], ["x"], {}): True, lambda: Parser(""): False}
-    for make, advised in makers.items():
-        parser = make()
-        with pytest.raises(UserError) as error:
-            open_image(tmp_path / "bad.png")
-        assert parser.offers("--skip-bad") == advised == ("--skip-bad" in str(error.value))
+    images = data.Images(["bad.png"], torch.zeros(1), 1, root=tmp_path)
+    with pytest.raises(UserError) as error:        # generate_views.py leaves them out by itself
+        images.pil(0)
+    assert "--skip-bad" not in str(error.value)
+    with pytest.raises(UserError, match="or leave such images out with --skip-bad"):
+        data.into_memory(images, 32, skip_bad=False)
 
 
 def test_views_side_by_side(tmp_path):
@@ -154,16 +154,15 @@ def test_the_component_is_fitted_once(image_folder, encoder_folder, tmp_path, mo
     more = ["--quality=exact", f"--encoder={encoder_folder}", "--knn-every=0", "--flip-foreground"]
     call(train_moco, *flags(tmp_path / "run", image_folder, *more))
     first, fits = np.load(tmp_path / "run/component.npy"), []
-    monkeypatch.setattr(genview, "find_foreground", lambda *_: fits.append(1))
+    monkeypatch.setattr(genview, "load_or_fit_foreground", lambda *_: fits.append(1))
     call(train_moco, *flags(tmp_path / "run", image_folder, *more, "--resume"))
     assert not fits and np.array_equal(np.load(tmp_path / "run/component.npy"), first)
-    args = SimpleNamespace(resume=None, output_dir=tmp_path, image_size=32, component=None)
     sent = []
     second = SimpleNamespace(rank=1, device=torch.device("cpu"),
                              gather_objects=lambda x: sent.append(x) or [first, x])
     images = genview.load_images("folder", image_folder, "train", 32)
     encoder = genview.FrozenEncoder(str(encoder_folder))
-    assert genview.find_component(encoder, images, args, second) is first
+    assert genview.component_of_encoder(encoder, images, 32, second) is first
     assert sent == [None] and not fits
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from support.augment import CLIP_MEAN, CLIP_STD
+from support.command_line import UserError, say
 from support.files import read_settings
 from support.networks import VITS, make_backbone, vision_transformer
-from support.world import UserError, say
 
 MEAN_STD = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
             "clip": (CLIP_MEAN, CLIP_STD), "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}

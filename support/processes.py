@@ -1,0 +1,161 @@
+"""The processes of a run, their devices and their precision."""
+import atexit
+import contextlib
+import ctypes
+import datetime
+import gc
+import multiprocessing
+import os
+import signal
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from support.command_line import UserError
+
+
+class World(NamedTuple):
+    """This process among all: torchrun's environment, or one process alone."""
+    rank: int
+    size: int
+    device: torch.device
+    dtype: torch.dtype                             # of autocast; float32: no autocast
+    scaler: torch.amp.GradScaler = torch.amp.GradScaler("cpu", enabled=False)   # for float16
+
+    @property
+    def group(self):
+        return dist.group.WORLD if self.size > 1 else None
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def gather(self, x):
+        """x of all processes, concatenated in order of rank; no gradient."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    def mean(self, x):
+        """The mean of x over all processes."""
+        if self.size > 1:
+            dist.all_reduce(x)
+            x /= self.size
+        return x
+
+    def any(self, x):
+        """Is x true in any process?"""
+        if self.size == 1:
+            return bool(x)
+        flag = torch.tensor(float(x), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def gather_objects(self, x):
+        """A list of x of all processes."""
+        everywhere = [x] * self.size
+        if self.size > 1:
+            dist.all_gather_object(everywhere, x)
+        return everywhere
+
+    def wait(self):
+        if self.size > 1:
+            dist.barrier()
+
+
+def setup(device=None, patience=datetime.timedelta(minutes=30), precision=None):
+    """Picks the device (cuda, else mps, else cpu) and starts the process group under torchrun.
+
+    patience: how long processes wait for each other before they give up. precision: name of the
+    dtype, or auto: float16 on GPUs without bfloat16, for code that scales its loss; None: float32
+    there. Returns World.
+    """
+    chosen = _choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.backends.cudnn.benchmark = True
+    elif chosen.type == "cpu":
+        _keep_memory()
+        torch.backends.cuda.enable_flash_sdp(False)   # also of CPUs: small ViTs train twice as fast
+    rank = int(os.environ.get("RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+               if name not in os.environ]
+    if missing and (size > 1 or rank > 0):
+        raise UserError(f"the environment says process {rank} of {size}, but not "
+                        f"{', '.join(missing)}: start several processes with torchrun, or unset "
+                        f"RANK and WORLD_SIZE")
+    if size > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=patience)
+    dtype = fast_dtype(chosen)
+    if precision == "auto" and chosen.type == "cuda" and dtype == torch.float32:
+        dtype = torch.float16
+    elif precision not in (None, "auto"):
+        dtype = getattr(torch, precision)
+    scaler = torch.amp.GradScaler(chosen.type, enabled=dtype == torch.float16)
+    return World(rank, size, chosen, dtype, scaler)
+
+
+def _choose_device(device):
+    available = "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = device or ("cuda" if torch.cuda.is_available() else available)
+    try:
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        chosen = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+        torch.empty(1, device=chosen)
+        if chosen.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("not supported")
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if chosen.type == "cuda" and torch.cuda.device_count() < processes:
+            raise RuntimeError(f"{torch.cuda.device_count()} GPUs for {processes} processes")
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0].split(": ")[0]
+        raise UserError(f"--device {kind} is not available ({why}): use cuda, mps or cpu") from None
+    return chosen
+
+
+def _keep_memory():
+    """glibc returns blocks above 32 MB to the system and gets them zeroed again at the next use: a
+    seventh of the time of a training step on a CPU, 40% with large batches. Keep them instead
+    (mallopt's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD)."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):      # no mallopt elsewhere
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2 ** 30)
+        libc.mallopt(-1, 2 ** 31 - 1)
+
+
+def fast_dtype(device):
+    """bfloat16 where it is faster: recent GPUs, CPUs with AMX or AVX512-BF16; else float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        known = device.type == "cpu" and hasattr(torch.cpu, "get_capabilities")
+        features = torch.cpu.get_capabilities() if known else {}
+        fast = features.get("amx_bf16") or features.get("avx512_bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
+def cores_of_process():
+    """The cores of this process, at most 16: as many processes read its images by default."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def start_worker(_):
+    """In each of a loader's processes. Clusters send SIGTERM to all, but the main process saves
+    first. A garbage collection would write to every object of the main process, and so copy it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    gc.freeze()
+
+
+@atexit.register
+def _end_workers():
+    """Ends workers that are left after an error: multiprocessing would send SIGTERM and wait."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it an error
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
