@@ -499,7 +499,7 @@ def component_of_encoder(encoder, images, image_size, world, path=None, kept=Non
 def tokens_of(encoder, images, chosen, image_size, world, skip_bad):
     """Yields the encoder's features (n, T, K) of the chosen images that can be read."""
     for part in progress(chosen.split(64), "foreground", "batch"):
-        pictures = data.readable(images, part.tolist(), image_size, skip_bad)
+        _, pictures = data.read_squares(images, part.tolist(), image_size, skip_bad)
         if pictures:
             with world.autocast():
                 x = encoder(normalise(torch.stack(pictures).to(world.device) / 255))

@@ -19,7 +19,7 @@ CROP_TRIES = 10      # as torchvision's RandomResizedCrop; if none fits, the cen
 
 class Augmentation(NamedTuple):
     """A random augmentation t of MoCo: crop and flip always, the rest with given probabilities."""
-    scale: tuple = (0.2, 1.0)              # share of the image's area in the crop
+    scale: tuple = (0.2, 1.0)              # part of the image's area in the crop
     jitter: tuple = (0.4, 0.4, 0.4, 0.1)   # brightness, contrast, saturation, hue; probability 0.8
     blur: float = 0.5                      # probability; sigma in [0.1, 2] pixels
     solarise: float = 0.0                  # probability
@@ -42,9 +42,10 @@ class Draws(NamedTuple):
 
     @classmethod
     def split(cls, u):
-        """Names the numbers of u (..., COLUMNS)."""
-        jitter, *others = (u[..., k] for k in (-10, *range(-5, 0)))
-        return cls(u[..., :-10].unflatten(-1, (CROP_TRIES, 4)), jitter, u[..., -9:-5], *others)
+        """Names the numbers of u (..., COLUMNS), which lie in the order of the fields."""
+        crop, jitter, strength, *others = u.split([4 * CROP_TRIES, 1, 4, 1, 1, 1, 1, 1], dim=-1)
+        crop = crop.unflatten(-1, (CROP_TRIES, 4))
+        return cls(crop, jitter[..., 0], strength, *(x[..., 0] for x in others))
 
     def of_view(self, v):
         """The numbers of view v of N images."""
@@ -56,18 +57,20 @@ def crop_boxes(u, height, width, scale):
 
     Args:
         u: (N, CROP_TRIES, 4) uniform in [0, 1).
-        scale: (smallest, largest) share of the image's area.
+        scale: (smallest, largest) part of the image's area.
     Returns:
         (N, 4) boxes x1, y1, x2, y2 in pixels, not rounded.
     """
     area = height * width * (scale[0] + (scale[1] - scale[0]) * u[..., 0])          # (N, tries)
     ratio = torch.exp((2 * u[..., 1] - 1) * math.log(4 / 3))
-    w, h = (area * ratio).sqrt(), (area / ratio).sqrt()
+    w = (area * ratio).sqrt()
+    h = (area / ratio).sqrt()
     fits = (w <= width) & (h <= height)
     pick = torch.arange(len(u), device=u.device), fits.int().argmax(1)              # the first
     side = torch.full((), float(min(height, width)), device=u.device)
     any_fits = fits.any(1)
-    w, h = torch.where(any_fits, w[pick], side), torch.where(any_fits, h[pick], side)
+    w = torch.where(any_fits, w[pick], side)
+    h = torch.where(any_fits, h[pick], side)
     left = (width - w) * torch.where(any_fits, u[..., 2][pick], 0.5)
     top = (height - h) * torch.where(any_fits, u[..., 3][pick], 0.5)
     return torch.stack([left, top, left + w, top + h], 1)
@@ -76,19 +79,22 @@ def crop_boxes(u, height, width, scale):
 def crop_box(u, height, width, scale):
     """crop_boxes for one image, in whole pixels as torchvision's: x1, y1, x2, y2. u: CROP_TRIES
     lists of four numbers. Plain numbers: tensor operations would take longer than the crop."""
-    for share, ratio, left, top in u:
-        area = height * width * (scale[0] + (scale[1] - scale[0]) * share)
-        ratio = (4 / 3) ** (2 * ratio - 1)
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    for u_area, u_ratio, u_left, u_top in u:
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * u_area)
+        ratio = (4 / 3) ** (2 * u_ratio - 1)
+        w = round(math.sqrt(area * ratio))
+        h = round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            left, top = int(left * (width - w + 1)), int(top * (height - h + 1))
+            left = int(u_left * (width - w + 1))
+            top = int(u_top * (height - h + 1))
             return left, top, left + w, top + h
     return central_box(min(height, width), height, width)
 
 
 def central_box(side, height, width):
     """The central square, in whole pixels: x1, y1, x2, y2."""
-    left, top = (width - side) // 2, (height - side) // 2
+    left = (width - side) // 2
+    top = (height - side) // 2
     return left, top, left + side, top + side
 
 
@@ -120,9 +126,9 @@ def recolour(x, draws, order, augmentation):
     """
     def over_images(u):
         return u[:, None, None, None]
-    share = augmentation.colour
-    strength = constant(augmentation.jitter, x.device) * share
-    strength = strength * (draws.jitter[:, None] < 0.8 * share)                             # (N, 4)
+    colour = augmentation.colour
+    strength = constant(augmentation.jitter, x.device) * colour
+    strength = strength * (draws.jitter[:, None] < 0.8 * colour)                    # (N, 4)
     factor = (2 * draws.strength - 1) * strength                      # 0 leaves the image as it is
     for jitter in order:
         f = over_images(factor[:, jitter])
@@ -132,14 +138,14 @@ def recolour(x, draws, order, augmentation):
             x = x.lerp_(grey(x).mean((2, 3), keepdim=True), -f).clamp_(0, 1)        # contrast
         elif jitter == 2:
             x = x.lerp_(grey(x), -f).clamp_(0, 1)                                   # saturation
-        elif augmentation.jitter[3] * share:
+        elif augmentation.jitter[3] * colour:
             x = shift_hue(x, f)
-    x = x.lerp_(grey(x), over_images((draws.grey < 0.2 * share).to(x.dtype)))       # grey
-    if augmentation.blur * share:
-        blurred = blur(x, 0.1 + 1.9 * share * draws.sigma)
-        x = torch.where(over_images(draws.blur < augmentation.blur * share), blurred, x)
-    if augmentation.solarise * share:
-        chosen = over_images(draws.solarise < augmentation.solarise * share)
+    x = x.lerp_(grey(x), over_images((draws.grey < 0.2 * colour).to(x.dtype)))       # grey
+    if augmentation.blur * colour:
+        blurred = blur(x, 0.1 + 1.9 * colour * draws.sigma)
+        x = torch.where(over_images(draws.blur < augmentation.blur * colour), blurred, x)
+    if augmentation.solarise * colour:
+        chosen = over_images(draws.solarise < augmentation.solarise * colour)
         x = torch.where(chosen & (x >= 0.5), 1 - x, x)
     x = torch.where(over_images(draws.flip < 0.5), x.flip(3), x)                    # mirrored
     return normalise(x)

@@ -90,13 +90,15 @@ def spaced(n, count=None):
 def read_cifar(dataset, data_dir, split):
     """CIFAR by torchvision; one process of each machine downloads it, then the others read it."""
     kinds = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
-    reader, downloads = kinds[dataset], int(os.environ.get("LOCAL_RANK", 0)) == 0
+    reader = kinds[dataset]
+    downloads = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if dist.is_initialized() and not downloads:
         dist.barrier()
     try:
         data = reader(data_dir, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
-        if (archive := Path(data_dir, reader.filename)).exists():
+        archive = Path(data_dir, reader.filename)
+        if archive.exists():
             raise UserError(f"{archive} is damaged: remove it to have it downloaded") from None
         raise UserError(f"{dataset} is not in {data_dir} and could not be downloaded "
                         f"({type(error).__name__}): put its {reader.filename} there, or name an "
@@ -112,35 +114,57 @@ def read_cifar(dataset, data_dir, split):
 def find_files(root, split):
     """The image files of a split, a folder a class: train/, or val/ or test/ below root. Classes
     are numbered by the folders of train/: a split that lacks some has the same labels."""
-    wanted = [split] if split == "train" else ["val", "test"]
-    folder = next((root / s for s in wanted if (root / s).is_dir()), None)
-    if folder is None:
-        raise UserError(f"no images for the {split} split: {root} needs train/ and val/ or test/ "
-                        f"below it, a folder a class (--data-dir; --knn-every 0 needs no test)")
-    here, train = class_folders(folder), root / "train"
+    folder = folder_of_split(root, split)
+    here = class_folders(folder)
+    train = root / "train"
     classes = class_folders(train) if train.is_dir() else here
-    if unknown := sorted(set(here) - set(classes)):
+    unknown = sorted(set(here) - set(classes))
+    if unknown:
         raise UserError(f"{folder} holds classes that {train} does not: {', '.join(unknown[:5])}")
-    names, labels, others = [], [], []
+    names = []
+    labels = []
+    others = []                                    # files that are no images
     for label, name in enumerate(classes):
-        files = sorted(files_below(folder / name))
-        names += [str(f.relative_to(root)) for f in files if f.suffix.lower() in SUFFIXES]
-        labels += [label] * (len(names) - len(labels))
-        others += [f for f in files if f.suffix.lower() not in SUFFIXES]
-    loose = sorted(e.name for e in os.scandir(folder) if Path(e.name).suffix.lower() in SUFFIXES)
-    if not names and loose and split == "train":
-        say(f"{folder}: {len(loose)} images without class folders, hence without labels")
-        return Images([f"{split}/{name}" for name in loose], torch.full((len(loose),), -1), 0,
-                      root=root)
+        for file in sorted(files_below(folder / name)):
+            if file.suffix.lower() in SUFFIXES:
+                names.append(str(file.relative_to(root)))
+                labels.append(label)
+            else:
+                others.append(file)
     if not names:
-        found = f"; {len(others)} files such as {others[0].name} are not read" if others else ""
-        if loose:
-            found = f"; the {len(loose)} in it need a folder for each class, named as in train/"
-        raise UserError(f"{folder} holds no images in class folders{found} "
-                        f"(--knn-every 0 trains without labels)")
-    say(f"{folder}: {len(names)} images, {len(here)} of {len(classes)} classes" + (
-        f"; {len(others)} other files are left out, such as {others[0].name}" if others else ""))
+        return unlabelled(root, folder, split, others)
+    text = f"{folder}: {len(names)} images, {len(here)} of {len(classes)} classes"
+    if others:
+        text += f"; {len(others)} other files are left out, such as {others[0].name}"
+    say(text)
     return Images(names, torch.tensor(labels), len(classes), root=root)
+
+
+def folder_of_split(root, split):
+    """train/, or val/ or test/ below root; UserError where it is not there."""
+    for name in ["train"] if split == "train" else ["val", "test"]:
+        if (root / name).is_dir():
+            return root / name
+    raise UserError(f"no images for the {split} split: {root} needs train/ and val/ or test/ below "
+                    f"it, a folder a class (--data-dir; --knn-every 0 needs no test)")
+
+
+def unlabelled(root, folder, split, others):
+    """Training images that lie in the folder itself, without labels; UserError where there are
+    none. others: files in class folders that are no images."""
+    loose = sorted(entry.name for entry in os.scandir(folder)
+                   if Path(entry.name).suffix.lower() in SUFFIXES)
+    if loose and split == "train":
+        say(f"{folder}: {len(loose)} images without class folders, hence without labels")
+        names = [f"{split}/{name}" for name in loose]
+        return Images(names, torch.full((len(loose),), -1), 0, root=root)
+    found = ""
+    if loose:
+        found = f"; the {len(loose)} in it need a folder for each class, named as in train/"
+    elif others:
+        found = f"; {len(others)} files such as {others[0].name} are not read"
+    raise UserError(f"{folder} holds no images in class folders{found} "
+                    f"(--knn-every 0 trains without labels)")
 
 
 def files_below(folder):
@@ -163,60 +187,77 @@ def class_folders(folder):
 
 def into_memory(images, image_size, skip_bad):
     """Reads files into one tensor of squares; skip_bad: leaves out and names what is unreadable."""
-    good, bar = [], progress(range(len(images.names)), "reading", "image")
-    pixels = readable(images, bar, image_size, skip_bad, good)
+    bar = progress(range(len(images.names)), "reading", "image")
+    good, pixels = read_squares(images, bar, image_size, skip_bad)
     if not good:
         raise UserError(f"none of the {len(images.names)} images below {images.root} can be read")
     return images.take(torch.tensor(good))._replace(pixels=torch.stack(pixels))
 
 
-def readable(images, indices, image_size, skip_bad, good=None):
-    """The squares (3, S, S) of the images at indices; skip_bad: without those that cannot be read.
-    good: a list that takes the indices of the others."""
+def read_squares(images, indices, image_size, skip_bad):
+    """The squares (3, S, S) of the images at indices, with their indices; skip_bad: without those
+    that cannot be read."""
+    good = []
     pixels = []
     for i in indices:
         try:
             pixels.append(to_tensor(square(images.pil(i), image_size)))
-            if good is not None:
-                good.append(i)
+            good.append(i)
         except UserError as error:
             if not skip_bad:
                 raise advise_skip_bad(error) from None
             print(f"left out: {error}", file=sys.stderr)
-    return pixels
+    return good, pixels
 
 
 def balanced_subset(labels, fraction, generator):
-    """A random share of the images of each class, at least one: sorted indices into labels (N,)."""
-    classes = [(labels == label).nonzero().flatten() for label in labels.unique()]
-    shuffled = [members[torch.randperm(len(members), generator=generator)] for members in classes]
-    chosen = [members[:max(1, round(fraction * len(members)))] for members in shuffled]
+    """A random part of the images of each class, at least one: sorted indices into labels (N,)."""
+    chosen = []
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=generator)]
+        chosen.append(members[:max(1, round(fraction * len(members)))])
     return torch.cat(chosen).sort().values
 
 
 def listed_subset(images, path):
     """The images that a text file lists: sorted indices. A line holds a name, with or without
     folders, and perhaps the number of its class, as OpenSelfSup's and mmselfsup's lists do."""
-    try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--labels-file {path} cannot be read as a list ({error})") from None
-    parts = [re.fullmatch(r"\s*(.*?\S)(?:\s+(\d+))?\s*", line) for line in lines]
-    wanted = dict(part.groups() for part in parts if part)      # {name: number or None}
-    fits = [wanted.keys() & {name, name.removeprefix("train/"), Path(name).name}
-            for name in images.names]
-    chosen, found = [i for i, names in enumerate(fits) if names], set().union(*fits)
-    for i in chosen:
-        if {wanted[name] for name in fits[i]} - {None, str(images.labels[i].item())}:
-            raise UserError(f"--labels-file {path}: {images.names[i]} is of another class there "
-                            f"than {images.labels[i]}, its folder's place in train/")
+    wanted = read_list(path)                       # {name: number or None}
+    chosen = []
+    found = set()
+    for i, name in enumerate(images.names):
+        spellings = wanted.keys() & {name, name.removeprefix("train/"), Path(name).name}
+        if not spellings:
+            continue
+        label = str(images.labels[i].item())
+        if any(wanted[spelling] not in (None, label) for spelling in spellings):
+            raise UserError(f"--labels-file {path}: {name} is of another class there than {label}, "
+                            f"its folder's place in train/")
+        chosen.append(i)
+        found |= spellings
     if not chosen or len(chosen) > len(found):
         raise UserError(f"--labels-file {path} lists {len(wanted)} names, of which {len(found)} "
                         f"fit {len(chosen)} images: it must name images of the data set, with "
                         f"their folders where the names alone are not unique")
-    if missing := len(wanted) - len(found):
+    missing = len(wanted) - len(found)
+    if missing:
         say(f"*** {path}: {missing} of its {len(wanted)} names are not in the data set")
     return torch.tensor(chosen)
+
+
+def read_list(path):
+    """{name: number of its class, as text, or None} of the lines of a text file."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--labels-file {path} cannot be read as a list ({error})") from None
+    wanted = {}
+    for line in lines:
+        parts = re.fullmatch(r"\s*(.*?\S)(?:\s+(\d+))?\s*", line)
+        if parts:
+            wanted[parts[1]] = parts[2]
+    return wanted
 
 
 # ---------------------------------------------------------------------- generated views on the disk
@@ -233,15 +274,11 @@ def find_views(images, views_dir, dataset):
         raise UserError(f"no generated views: {views_dir} is no folder; generate_views.py "
                         f"makes them, --views-dir none trains without")
     files = {str(p.relative_to(views_dir).with_suffix("")): p for p in image_files(views_dir)}
-    keys = [str(Path(name).with_suffix("")) for name in images.names]
-    if not any(os.sep in name for name in files):              # side by side
-        seen = {}
-        for i, key in enumerate(keys):
-            other = seen.setdefault(name := Path(key).name, images.names[i])
-            if name in files and other != images.names[i]:
-                raise UserError(f"{files[name]} could be the view of {other} and of "
-                                f"{images.names[i]}: put views in their sources' folders")
-        keys = [Path(key).name for key in keys]
+    if any(os.sep in name for name in files):
+        keys = [str(Path(name).with_suffix("")) for name in images.names]
+    else:                                                      # side by side
+        keys = [Path(name).stem for name in images.names]
+        check_unique(keys, images.names, files)
     paths = [files.get(key) or files.get(key.removeprefix("train/")) for key in keys]
     settings = views_dir / "settings.json"         # a folder of the release has none
     made_for = read_settings(settings) if settings.exists() else {}
@@ -252,6 +289,16 @@ def find_views(images, views_dir, dataset):
                         f"made for {theirs} (data set, classes, source), here is {dataset}, "
                         f"{images.num_classes}, {images.source}")
     return paths
+
+
+def check_unique(keys, names, files):
+    """UserError where one of the files {key: path} belongs to several names by their keys."""
+    first = {}
+    for key, name in zip(keys, names, strict=True):
+        other = first.setdefault(key, name)
+        if key in files and other != name:
+            raise UserError(f"{files[key]} could be the view of {other} and of {name}: put views "
+                            f"in their sources' folders")
 
 
 def views_into_memory(images, paths, skip_bad=False):
@@ -271,7 +318,8 @@ class ViewFolder:
     """The folder that generate_views.py writes: the views, manifest.jsonl, settings.json."""
     def __init__(self, folder, suffix):
         """suffix: of the views' files, .png or .jpg."""
-        self.folder, self.suffix = Path(folder), suffix
+        self.folder = Path(folder)
+        self.suffix = suffix
         self.manifest = self.folder / "manifest.jsonl"
 
     def path(self, name):
@@ -284,7 +332,8 @@ class ViewFolder:
             other = seen.setdefault(Path(name).with_suffix(""), name)
             if other != name:
                 raise UserError(f"{other} and {name} would have the same view: rename one of them")
-        path, advice = self.folder / "settings.json", "name another --views-dir or remove this one"
+        path = self.folder / "settings.json"
+        advice = "name another --views-dir or remove this one"
         if path.exists():
             before = read_settings(path)
             for key in settings:
@@ -313,7 +362,8 @@ class ViewFolder:
         for line in text.splitlines():
             try:
                 entry = json.loads(line)
-                name, level = entry["source"], entry["noise_level"]
+                name = entry["source"]
+                level = entry["noise_level"]
                 if type(level) is int and 0 <= level < 1000 and self.path(name).exists():
                     levels[name] = level
             except (ValueError, TypeError, KeyError):
