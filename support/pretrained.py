@@ -4,6 +4,7 @@ A checkpoint is a nest of dicts; its tensors get dotted names. A backbone is fou
 tensor that every network of a layout has: what stands before the anchor is the backbone's prefix,
 such as state_dict.module.encoder_q.
 """
+import functools
 import re
 import zipfile
 from collections import OrderedDict
@@ -263,8 +264,9 @@ def settings_of_run(found):
 def choose_arch(found, given, of_run):
     """The architecture: as given, as the run says, or the first that all tensors fit."""
     candidates = SIZES if found.is_vit else RESNETS
-    theirs = of_run or next((x for x in candidates if not misfits(found.state, x)), None)
-    nearest = min(candidates, key=lambda name: len(misfits(found.state, name)))
+    problems = {name: misfits(found.state, name) for name in candidates}
+    theirs = of_run or next((name for name in candidates if not problems[name]), None)
+    nearest = min(candidates, key=lambda name: len(problems[name]))
     arch = given or theirs or nearest
     problems = misfits(found.state, arch)
     if problems:
@@ -335,15 +337,35 @@ def has_stem_of_solo_learn(found):
 
 def build(state, arch, heads=None):
     """An untrained network for pictures of the size that the tensors show, and D."""
+    return network_of(arch, *size_of(state, arch), heads)
+
+
+def network_of(arch, patch, side, heads=None):
+    """An untrained network of an architecture, and D. patch: None: a ResNet."""
+    if patch is None:
+        return make_backbone(arch, side)
+    width, layers, usual = SIZES[arch]
+    return vision_transformer(width, layers, heads or usual, patch, side), width
+
+
+@functools.cache
+def shapes_of_arch(arch, patch, side):
+    """{name: shape} of its tensors, without the memory for them."""
+    with torch.device("meta"):
+        network, _ = network_of(arch, patch, side)
+    return shapes_of(network.state_dict())
+
+
+def size_of(state, arch):
+    """The side of a vision transformer's patches (None: a ResNet) and of the pictures in pixels, as
+    the tensors show."""
     if arch not in SIZES:
         small = kernel_of(state, "conv1.weight", 7) == 3
-        return make_backbone(arch, 32 if small else 224)
-    width, layers, usual = SIZES[arch]
+        return None, 32 if small else 224
     patch = kernel_of(state, "conv_proj.weight", 16)
     numbers = state["encoder.pos_embedding"].numel() if "encoder.pos_embedding" in state else 0
-    patches = max(numbers // width - 1, 1)
-    side = int(patches ** 0.5) * patch
-    return vision_transformer(width, layers, heads or usual, patch, side), width
+    patches = max(numbers // SIZES[arch][0] - 1, 1)
+    return patch, int(patches ** 0.5) * patch
 
 
 def kernel_of(state, name, default):
@@ -353,9 +375,7 @@ def kernel_of(state, name, default):
 
 def misfits(state, arch):
     """The tensors that do not fit the architecture, in words."""
-    with torch.device("meta"):                     # shapes without memory
-        network, _ = build(state, arch)
-    wanted = shapes_of(network.state_dict())
+    wanted = shapes_of_arch(arch, *size_of(state, arch))
     found = shapes_of(state)
     problems = []
     for key in wanted | found:
