@@ -39,6 +39,13 @@ def views_folder(image_folder, tmp_path_factory):
     return tiny.save_views(image_folder, tmp_path_factory.mktemp("views"), leave_out=4)
 
 
+@pytest.fixture(scope="session")
+def shapes_encoder():
+    """The frozen encoder of shapes, trained briefly."""
+    import shapes
+    return shapes.train_encoder(steps=40, batch=64)
+
+
 def pytest_addoption(parser):
     parser.addoption("--cuda", action="store_true",
                      help="use the GPU, too; without the tests that fork, which need it unused")

@@ -196,13 +196,12 @@ def test_borders_of_proportions_and_levels():
 
 # ---------------------------------------------------------------------------------- world of shapes
 @pytest.fixture(scope="module")
-def seen():
+def seen(shapes_encoder):
     """Scenes and the tokens of a briefly trained encoder."""
-    encoder = shapes.train_encoder(steps=40, batch=64)
     scenes = shapes.sample_scenes(500, torch.Generator().manual_seed(3))
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
     with torch.no_grad():
-        return scenes, encoder((shapes.render(scenes) / 255 - mean) / std)
+        return scenes, shapes_encoder((shapes.render(scenes) / 255 - mean) / std)
 
 
 def test_adaptive_levels_of_shapes_are_spread_and_follow_the_truth(seen):

@@ -17,9 +17,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 import eval_detection
 import train_moco
-from support import checkpoint
 from support.command_line import UserError
-from support.files import write_whole
 from support.networks import make_backbone
 from support.pretrained import load_checkpoint
 
@@ -101,28 +99,6 @@ def test_trains_and_evaluates(coco, backbone, tmp_path, monkeypatch, capsys):
     torch.save(other, tmp_path / "other.pt")
     with pytest.raises(UserError, match="is of another run"):       # not another backbone's figures
         detect(monkeypatch, *flags, "--backbone", tmp_path / "other.pt")
-
-
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(coco, backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr(eval_detection, "SHORT_SIDES", (48, 64))
-    writes = []
-
-    def stop_after_two(path, function, **options):
-        write_whole(path, function, **options)
-        writes.append(path)
-        if len(writes) == 2:
-            raise KeyboardInterrupt
-
-    def run(folder):
-        detect(monkeypatch, *flags_of(coco, backbone, tmp_path / folder, 3, "--save-minutes", 0,
-                                "--log-every", 1))
-        return load_checkpoint(tmp_path / folder / "last.pt")["model"]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint, "write_whole", stop_after_two)
-        run("run")
-    assert load_checkpoint(tmp_path / "run/last.pt")["step"] == 2
-    continued, uninterrupted = run("run"), run("whole")
-    assert all(torch.equal(x, uninterrupted[name]) for name, x in continued.items())
 
 
 def test_two_processes_share_the_work(coco, backbone, tmp_path, monkeypatch):

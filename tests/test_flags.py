@@ -67,10 +67,11 @@ def places(tmp_path_factory, encoder_folder):
 @pytest.fixture(scope="module", autouse=True)
 def small_world():
     """Shapes of 64 scenes in each split, and their encoder after 2 steps of training."""
-    real, split = shapes.train_encoder, shapes.split
+    encoder = shapes.train_encoder(steps=2, batch=16)
+    split = shapes.split
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "split", lambda name: shapes.Scene(*(x[:64] for x in split(name))))
-        patch.setattr(shapes, "train_encoder", lambda **more: real(steps=2, batch=16))
+        patch.setattr(shapes, "train_encoder", lambda **more: encoder)
         yield
 
 

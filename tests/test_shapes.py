@@ -71,9 +71,9 @@ def test_views_are_drawn_apart_from_the_pictures():
     assert torch.equal(views(1, 512), everything[spaced(4096, 512)])
 
 
-def test_the_encoder_sees_the_foreground(scenes):
+def test_the_encoder_sees_the_foreground(scenes, shapes_encoder):
     """Its first principal component is the figure; the proportion found follows the true one."""
-    encoder = shapes.train_encoder(steps=40, batch=64)
+    encoder = shapes_encoder
     with torch.no_grad():
         tokens = encoder(normalise(shapes.render(scenes) / 255))
     assert tokens.shape == (600, 64, 64) and not any(p.requires_grad for p in encoder.parameters())

@@ -3,7 +3,6 @@
 Beside test_whole.py and test_networks.py: independence of the random decisions, which view belongs
 to which picture, quality by hand, the optimisers and the moving average in a run.
 """
-import functools
 import json
 import math
 import shutil
@@ -225,16 +224,15 @@ def test_small_crops_come_in_turn_from_the_two_large_views(folders, size, tmp_pa
 
 # ------------------------------------------------------------------------------------ the shapes
 @pytest.fixture(scope="module")
-def of_shapes(tmp_path_factory):
+def of_shapes(shapes_encoder, tmp_path_factory):
     """Pairs (64, 2, 3, 32, 32) of runs on 64 of 128 scenes, by the run's name."""
-    few = functools.partial(shapes.train_encoder, steps=10, batch=64)
     split, found = shapes.split, {}
     runs = {"none": ["--views-dir=none", "--quality=off"],
             "weighted": ["--views-dir=none", "--quality=exact"],
             "seed 1": ["--noise=400", "--quality=off", "--seed=1"]}
     runs |= {noise: ["--noise", noise, "--quality=off"] for noise in ("0", "400", "adaptive")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shapes, "train_encoder", few)
+        patch.setattr(shapes, "train_encoder", lambda **options: shapes_encoder)
         patch.setattr(shapes, "split", lambda name: shapes.Scene(*(x[:128] for x in split(name))))
         for name, flags in runs.items():
             steps = record(train_moco, "--dataset=shapes", "--limit=64", "--batch-size=64",

@@ -311,7 +311,7 @@ def test_foreground_table_of_a_judge_that_looks_at_one_place():
 
 
 def test_judge_as_a_user(trained, image_folder, tmp_path, capsys):
-    flags = ["--data-dir", image_folder, "--model", trained, "--images", 8, "--epochs", 1,
+    flags = ["--data-dir", image_folder, "--model", trained, "--images", 8, "--epochs", 1, "--steps", 2,
              "--output-dir", tmp_path, "--device", "cpu"]
     call(eval_generator, *flags)
     first = (tmp_path / "tables.md").read_text()

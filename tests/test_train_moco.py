@@ -1,5 +1,4 @@
 """MoCo v2 and v3: the step against one process and by hand, runs as a user makes them, refusals."""
-import functools
 import json
 import math
 import re
@@ -314,10 +313,9 @@ def small(image_folder, output, *more):
             "--output-dir", output, *more]
 
 
-def test_shapes_without_a_download(tmp_path, monkeypatch, capsys):
-    """With a frozen encoder that is trained for 10 steps; see test_shapes.py."""
-    few = functools.partial(shapes.train_encoder, steps=10, batch=64)
-    monkeypatch.setattr(shapes, "train_encoder", few)
+def test_shapes_without_a_download(shapes_encoder, tmp_path, monkeypatch, capsys):
+    """With a frozen encoder that was trained briefly; see test_shapes.py."""
+    monkeypatch.setattr(shapes, "train_encoder", lambda **options: shapes_encoder)
     run("--dataset", "shapes", "--limit", 512, "--epochs", 1, "--output-dir", tmp_path)
     last = r"kNN top-1 \d+\.\d% \(MoCo v2 \+ GenView's views \+ quality weights\)"
     assert re.fullmatch(last, capsys.readouterr().out.splitlines()[-1])
