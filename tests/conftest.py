@@ -1,4 +1,5 @@
 """The tests import the scripts by file name, as the scripts do, and run offline."""
+import gc
 import os
 import sys
 from pathlib import Path
@@ -56,6 +57,20 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if not config.getoption("--cuda"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_finish(session):
+    """All is imported: Python's collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_waiting_for_the_disk():
+    """A process that is killed loses nothing that it wrote; only a machine would."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture

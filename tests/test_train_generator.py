@@ -24,7 +24,9 @@ FLAGS = ["--limit", 16, "--batch-size", 4, "--steps", 6, "--log-every", 1, "--de
 
 
 def train(image_folder, folder, *flags):
-    call(train_generator, "--data-dir", image_folder, "--output-dir", folder, *FLAGS, *flags)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(GENERATION["mini"], "steps", 2)          # of samples.png
+        call(train_generator, "--data-dir", image_folder, "--output-dir", folder, *FLAGS, *flags)
 
 
 def random_data(n, classes):
@@ -311,8 +313,8 @@ def test_foreground_table_of_a_judge_that_looks_at_one_place():
 
 
 def test_judge_as_a_user(trained, image_folder, tmp_path, capsys):
-    flags = ["--data-dir", image_folder, "--model", trained, "--images", 8, "--epochs", 1, "--steps", 2,
-             "--output-dir", tmp_path, "--device", "cpu"]
+    flags = ["--data-dir", image_folder, "--model", trained, "--images", 8, "--epochs", 1,
+             "--steps", 2, "--output-dir", tmp_path, "--device", "cpu"]
     call(eval_generator, *flags)
     first = (tmp_path / "tables.md").read_text()
     assert first in capsys.readouterr().out
