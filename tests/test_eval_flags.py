@@ -329,6 +329,16 @@ def test_every_random_stream_is_new_in_each_epoch_and_with_the_seed(
         assert [x.mirrored for x in first[:8]] != [x.mirrored for x in first[start:start + 8]]
 
 
+def test_the_probe_of_features_takes_them_in_the_order_of_the_seed(coded, colours, tmp_path):
+    heads = []
+    for number, seed in enumerate((0, 1, 0)):
+        heads.append(evaluate(colours, coded.folder, tmp_path / str(number), "--batch-size=8",
+                              "--image-size", coded.size, "--epochs=1", "--seed", seed).head)
+    for name, value in heads[0].items():
+        assert torch.equal(value, heads[2][name])
+    assert any(not torch.equal(value, heads[1][name]) for name, value in heads[0].items())
+
+
 # ------------------------------------------------------------------------------- optimisers by hand
 def flat_set(folder):
     """The features and labels of the training pictures of a set, in the order of their names."""
