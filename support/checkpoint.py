@@ -13,8 +13,8 @@ class Checkpoint:
     """The file from which a training goes on. All processes call the same methods.
 
     path: the file.
-    identity: {name: value}, what a run and its continuation share: flags by the name that is typed,
-        digests of what the flags name.
+    identity: {name: value}, what a run and its continuation have in common: flags by the name that
+        is typed, digests of what the flags name.
     """
     def __init__(self, path, identity, world):
         self.path = Path(path)

@@ -46,11 +46,11 @@ def add_flags(parser):
 
 
 def check_batch(batch_size):
-    """UserError where the batch cannot be shared by the processes or is too small for a norm."""
+    """UserError where the processes cannot divide the batch or it is too small for batch norm."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if batch_size % processes:
-        raise UserError(f"--batch-size {batch_size} cannot be shared by {processes} processes: "
-                        f"give a multiple")
+        raise UserError(f"--batch-size {batch_size} cannot be divided among {processes} "
+                        f"processes: give a multiple")
     if batch_size < 2 * processes:
         raise UserError(f"--batch-size {batch_size}: batch normalisation needs two images in each "
                         f"process")

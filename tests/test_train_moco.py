@@ -412,7 +412,7 @@ def test_refused_settings(flags, message, image_folder, wrong, tmp_path, capsys)
 def test_a_batch_that_three_processes_cannot_share(image_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     line = refusal(capsys, run, *small(image_folder, tmp_path / "run"))
-    assert "cannot be shared by 3 processes" in line and not (tmp_path / "run").exists()
+    assert "cannot be divided among 3 processes" in line and not (tmp_path / "run").exists()
 
 
 def test_a_download_without_network(tmp_path, capsys, monkeypatch):
