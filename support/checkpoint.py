@@ -7,6 +7,7 @@ import torch
 from support.command_line import UserError
 from support.files import write_whole
 from support.pretrained import load_checkpoint
+from support.processes import compare
 
 
 class Checkpoint:
@@ -31,10 +32,8 @@ class Checkpoint:
         state = load_checkpoint(path) if path.exists() else {}
         if state:
             self._compare(path, state)
-        places = self.world.gather_objects([state.get("epoch"), state.get("step")])
-        if any(place != places[0] for place in places):
-            raise UserError(f"the processes do not find the same checkpoint: {path.parent} must be "
-                            f"one folder for all machines")
+        found = f"epoch {state.get('epoch')}, step {state.get('step')}" if state else "none"
+        compare(f"the checkpoint {path}", found, "it must lie in one folder for all machines")
         return state
 
     def _compare(self, path, state):

@@ -350,7 +350,7 @@ class ViewFolder:
         if world.rank == 0:
             if not path.exists():
                 write_json(path, settings)
-            sweep(self.folder)
+            sweep(self.folder.rglob("*.tmp"))
             if self.manifest.exists() and not self.manifest.read_bytes().endswith(b"\n"):
                 append(self.manifest, "\n")        # a kill cut the last line short
         world.wait()
