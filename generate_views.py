@@ -12,7 +12,6 @@ see make_view_set.
 Legend of the shapes: N images, n of a batch, T patch tokens of an image, K features of a token, D
 size of an image embedding.
 """
-import contextlib
 import datetime
 import hashlib
 import math
@@ -103,8 +102,8 @@ def load_pipeline(model, dtype, device, solver="own"):
     model = genview.mini() if model == "mini" else model
     new = tuple(int(part) for part in diffusers.__version__.split(".")[:2]) >= (0, 42)
     kind = {"dtype" if new else "torch_dtype": dtype, "use_safetensors": True}
-    unet = Path(model, "unet/diffusion_pytorch_model.safetensors")
-    if unet.with_suffix(".fp16.safetensors").exists() and not unet.exists():
+    weights = [file.name for file in Path(model, "unet").glob("*.safetensors")]
+    if weights and all(".fp16" in name for name in weights):       # in one file or several
         kind["variant"] = "fp16"
     try:                                           # safetensors: no pickled code
         pipe = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(model, **kind)
@@ -141,11 +140,15 @@ def check(pipe, steps):
             raise UserError(f"the model's parts do not fit: {what} is {here}, its image encoder "
                             f"needs {there}")
     length = pipe.scheduler.config.num_train_timesteps
-    with contextlib.suppress(ValueError, IndexError):
+    reason = f"its schedule has {length} steps"
+    try:
         pipe.scheduler.set_timesteps(steps)
         if pipe.scheduler.timesteps.max() < length:
             return
-    raise UserError(f"--steps {steps} is too many for the model's schedule of {length} steps")
+    except Exception as error:                     # each scheduler refuses in its own way
+        reason = " ".join(str(error).split())[:200] or reason
+    raise UserError(f"--steps {steps} does not suit the model's {type(pipe.scheduler).__name__}: "
+                    f"{reason}")
 
 
 @torch.inference_mode()

@@ -39,7 +39,10 @@ class Checkpoint:
     def _compare(self, path, state):
         if not isinstance(state, dict) or "identity" not in state:
             raise UserError(f"{path} is no checkpoint of such a run: name another --output-dir")
-        saved = state["identity"]
+        self.refuse_other(path, state["identity"])
+
+    def refuse_other(self, path, saved):
+        """UserError where the file at path, with the identity saved, is of another run."""
         for name, now in self.identity.items():
             then = saved.get(name, now)            # the checkpoint of another version may lack it
             if then != now:

@@ -104,6 +104,17 @@ def sweep(paths, seconds=3600):
                 path.unlink()
 
 
+def refuse_stand_in(path):
+    """UserError where a download left something else in the place of a file."""
+    with open(path, "rb") as file:
+        begin = file.read(100).lstrip()
+    if begin.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a git-lfs pointer, not the file itself: fetch it with git lfs "
+                        f"pull")
+    if begin.startswith(b"<"):
+        raise UserError(f"{path} is a web page, not the file itself: download it again")
+
+
 def read_settings(path):
     """A settings file, a dict; UserError where the file is damaged."""
     try:
@@ -138,6 +149,7 @@ def read_component(path, size=None):
     Returns component (K,) and threshold or None. Raises UserError where file or size is wrong.
     """
     try:
+        refuse_stand_in(path)
         data = np.load(path, allow_pickle=False)
         is_npz = isinstance(data, np.lib.npyio.NpzFile)
         component = torch.from_numpy(np.asarray(data["component"] if is_npz else data))

@@ -23,6 +23,7 @@ from running import call, end, json_lines, refusal, start_two
 import eval_detection
 import eval_linear
 from support.augment import CLIP_MEAN, CLIP_STD
+from support.command_line import UserError
 from support.networks import make_backbone
 from support.pretrained import MEAN_STD, load_backbone
 
@@ -339,6 +340,53 @@ def test_the_probe_of_features_takes_them_in_the_order_of_the_seed(coded, colour
     assert any(not torch.equal(value, heads[1][name]) for name, value in heads[0].items())
 
 
+@pytest.mark.parametrize("flags", [["--epochs=1"], *([*ON_PICTURES[name], "--epochs=1"]
+                                                    for name in ON_PICTURES)])
+def test_the_rate_is_that_of_the_batch_that_is_really_used(flags, coded, colours, tmp_path, capsys):
+    """24 pictures with --batch-size 256: the rate for 256 is multiplied by 24 / 256."""
+    for batch, real in ((256, 24), (8, 8)):
+        run = evaluate(colours, coded.folder, tmp_path / str(batch), "--image-size", coded.size,
+                       *flags, "--lr=2.56", "--drops=0.99", "--batch-size", batch)
+        rate = 2.56 * real / 256
+        assert run.log[0]["lr"] == pytest.approx(rate)
+        assert (f"learning rate of the classifier: {rate:g} (2.56 for 256 images, the batch is "
+                f"{real})") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [[], ["--protocol=knn"], ["--protocol=finetune", "--labels=1"]])
+def test_a_second_evaluation_never_replaces_another_one_s_result(flags, coded, colours, tmp_path):
+    """The same one may; one of other settings or data is refused."""
+    more = ["--image-size", coded.size, *flags]
+    if "--protocol=knn" not in flags:
+        more += ["--epochs=1", "--lr=0.1"]
+    first = evaluate(colours, coded.folder, tmp_path / "out", *more)
+    again = evaluate(colours, coded.folder, tmp_path / "out", *more, "--resume")
+    assert again.results == first.results
+    before = (tmp_path / "out/result.json").read_bytes()
+    for other in (["--limit=16"], ["--seed=1"]):
+        with pytest.raises(UserError, match="of another run"):
+            evaluate(colours, coded.folder, tmp_path / "out", *more, "--resume", *other)
+    assert (tmp_path / "out/result.json").read_bytes() == before
+
+
+def test_too_few_labels_and_a_single_value_in_batch_norm_are_named(
+        coded, colours, image_folder, tmp_path, capsys):
+    data = tmp_path / "data"
+    for split in ("train", "test"):
+        (data / split / "cat").mkdir(parents=True)
+        source = next(Path(image_folder, split, "cat").glob("*.png"))
+        (data / split / "cat/0.png").write_bytes(source.read_bytes())
+    for flags in ([], ["--augment", "--batch-size=1"], ["--protocol=finetune", "--labels=1"]):
+        line = refusal(capsys, evaluate, colours, data, tmp_path / str(flags), "--image-size=32",
+                       "--lr=0.1", "--epochs=1", *flags)
+        assert "1 labelled images are too few to fit a classifier" in line
+    torch.save(make_backbone("resnet18", 224)[0].state_dict(), tmp_path / "large.pt")
+    line = refusal(capsys, evaluate, tmp_path / "large.pt", image_folder, tmp_path / "bn",
+                   "--image-size=32", "--protocol=finetune", "--labels=1", "--batch-size=1",
+                   "--epochs=1")
+    assert "batch normalisation sees a single value" in line
+
+
 # ------------------------------------------------------------------------------- optimisers by hand
 def flat_set(folder):
     """The features and labels of the training pictures of a set, in the order of their names."""
@@ -377,9 +425,9 @@ SCHEDULES = {"cosine": ([], cosine(3.0, 4)), "no drops": (["--drops"], cosine(3.
 @pytest.mark.parametrize("flags, rates", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("augment", [False, True])
 def test_the_probe_by_hand(flags, rates, augment, colours, sets, tmp_path):
-    """The rate grows with the batch as given, 1.5 for 256 and 3 for 512. On features computed once
-    these are standardised: what hardly varies counts as if it varied by a hundredth of the mean."""
-    run = evaluate(colours, sets / "agree", tmp_path, "--epochs=4", "--lr=1.5", "--batch-size=512",
+    """The rate is 64 for 256 images, 3 for the 12 of a batch. On features computed once these are
+    standardised: what hardly varies counts as if it varied by a hundredth of the mean."""
+    run = evaluate(colours, sets / "agree", tmp_path, "--epochs=4", "--lr=64", "--batch-size=512",
                    "--augment" if augment else "--no-augment", *flags)
     x, labels = flat_set(sets / "agree")
     mean, scale = torch.zeros(128).double(), torch.ones(128).double()
@@ -409,7 +457,7 @@ def test_the_size_of_a_feature_does_not_matter(colours, sets, tmp_path):
     state = colour_network()
     state["0.weight"][0] *= 1000
     other = save_network(tmp_path / "other/last.pt", state)
-    flags = ["--epochs=4", "--lr=3"]
+    flags = ["--epochs=4", "--lr=64"]
     one, two = (evaluate(network, sets / "agree", tmp_path / name, *flags)
                 for network, name in ((colours, "one"), (other, "two")))
     for a, b in zip(one.log, two.log, strict=True):
@@ -442,7 +490,7 @@ def mixed(tmp_path_factory):
 def test_finetuning_by_hand(vit, mixed, tmp_path):
     """SGD with momentum 0.9 and no decay, at the rates of the head and the rest; positions stay."""
     run = evaluate(vit, mixed, tmp_path, *FINETUNE, "--epochs=3", "--batch-size=512",
-                   "--lr=0.02", "--backbone-lr=0.01")
+                   "--lr", 0.04 * 256 / 12, "--backbone-lr", 0.02 * 256 / 12)
     backbone, head = load_backbone(vit)[0].eval(), torch.nn.Linear(96, 2)
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
@@ -636,10 +684,10 @@ LINEAR_FLAGS = {
                      lambda run: [len(x) for x in run.seen[1:]], [4, 4, 4], [6, 6]),
     "--optimizer": ([*PIXELS, "--lr=0"], ["--optimizer=sgd"], ["--optimizer=lars"],
                     lambda run: round(run.head["weight"].std().item(), 3), 0.0, 0.01),
-    "--lr": ([*PIXELS, "--batch-size=256"], ["--lr=1"], ["--lr=3"], rates, [1], [3]),
+    "--lr": ([*PIXELS, "--batch-size=8"], ["--lr=32"], ["--lr=96"], rates, [1], [3]),
     "--backbone-lr": ([*FINETUNE, "--epochs=3", "--lr=1"], ["--backbone-lr=0"],
                       ["--backbone-lr=0.1"], lambda run: moved(run, run.network) > 0, False, True),
-    "--drops": (["--epochs=2", "--lr=1", "--batch-size=256"], ["--drops=0.5"], ["--drops"],
+    "--drops": (["--epochs=2", "--lr=32", "--batch-size=8"], ["--drops=0.5"], ["--drops"],
                 lambda run: [round(x, 9) for x in rates(run)], [1, 0.1], [1, 0.5]),
     "--augment": (["--epochs=1", "--lr=1"], [], ["--augment"], lambda run: [*run.results],
                   ["kNN", "linear"], ["linear"]),

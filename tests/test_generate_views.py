@@ -279,6 +279,27 @@ def test_another_solver_draws_other_pictures_of_the_same_noise(world, capsys):
     assert "solver is dpm" in refusal(capsys, run, world, "dpm", "--limit", 4)
 
 
+def test_a_pipeline_in_half_precision_and_several_files(world, tmp_path):
+    """As save_pretrained(variant="fp16", max_shard_size=...) writes it."""
+    import diffusers
+    pipe = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(world / "model")
+    pipe.save_pretrained(tmp_path / "model", variant="fp16", max_shard_size="100KB")
+    assert len(list((tmp_path / "model/unet").glob("*.fp16-0*.safetensors"))) > 1
+    found = gv.load_pipeline(str(tmp_path / "model"), torch.float32, "cpu")
+    for one, other in zip(pipe.unet.parameters(), found.unet.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_scheduler_says_why_it_refuses(world, monkeypatch):
+    pipe = gv.load_pipeline(str(world / "model"), torch.float32, "cpu")
+
+    def refuse(steps):
+        raise ValueError(f"{steps} are not good\nfor me")
+    monkeypatch.setattr(pipe.scheduler, "set_timesteps", refuse)
+    with pytest.raises(UserError, match="^--steps 7 .*Scheduler: 7 are not good for me$"):
+        gv.check(pipe, 7)
+
+
 # ------------------------------------------------------------------------------------------- errors
 @pytest.mark.parametrize("flags, texts", [
     ("--steps=3", ["steps is 4 there and 3 here", "--views-dir"]),
