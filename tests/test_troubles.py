@@ -320,6 +320,15 @@ def vit_folder(folder, **config):
     return model, str(folder)
 
 
+def test_a_clip_folder_needs_no_name_of_its_processor(tmp_path):
+    folder = tiny.save_clip(tmp_path)
+    settings = '{"size": 32, "crop_size": 32, "image_mean": [0.2, 0.3, 0.4]}'
+    (tmp_path / "preprocessor_config.json").write_text(settings)
+    encoder = genview.FrozenEncoder(folder)
+    assert encoder.size == 32 and encoder.mean == pytest.approx((0.2, 0.3, 0.4), abs=1e-5)
+    assert encoder.std == pytest.approx(augment.CLIP_STD, abs=1e-5)
+
+
 def test_an_encoder_without_a_processor_is_told_so(tmp_path, capsys):
     _, folder = vit_folder(tmp_path)
     assert genview.FrozenEncoder(folder).size == 48
