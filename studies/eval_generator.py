@@ -165,7 +165,9 @@ def evaluate(args, world):
     c = torch.cat([c for _, _, c in encoded])
     v1, alpha = fit_foreground(tokens, (8, 8), FRACTION)
     proportion = gv.foreground_proportion(tokens, v1, alpha)
-    seeds = [gv.image_seed(args.seed + k, name) for k in (0, 1) for name in images.names]
+    seeds = []                                     # two views of each image
+    for seed in (args.seed, args.seed + 1):
+        seeds += [gv.image_seed(seed, name) for name in images.names]
     views = views_of(pipe, c.repeat(2, 1), seeds, **how)
     by_level = {level: (*judge(x), x) for level, x in views.items()}
     copies = reconstruct(pipe, pixels)

@@ -3,6 +3,7 @@
     python -m studies.plot                               # docs/gain.png, of docs/results.jsonl
     python -m studies.plot --runs runs/a runs/b          # runs/curves.png, of their log.jsonl
 """
+import itertools
 import json
 import math
 import statistics
@@ -92,14 +93,16 @@ def draw_runs(logs):
     """logs: [(name of a run, lines of its log)]. A panel a quantity, a line a run. Returns the
     figure."""
     from matplotlib.figure import Figure
-    held = set().union(*[line for _, log in logs for line in log])
-    names = [name for name in QUANTITIES if name in held]
+    lines = list(itertools.chain(*[log for _, log in logs]))
+    last = max(line["epoch"] for line in lines)
+    names = [name for name in QUANTITIES if any(name in line for line in lines)]
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(4 * columns, 3 * rows + 0.25 * len(logs)), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for name, panel in zip(names, panels, strict=False):
         draw_panel(panel, name, logs)
+        panel.set_xlim(0, 1.02 * last)
     for panel in panels[len(names):]:              # the rest of the last row
         panel.set_axis_off()
     handles, labels = panels[0].get_legend_handles_labels()
