@@ -1,10 +1,13 @@
 """One checkpoint mechanism for every training: saved whole, gone on from, refused where it is of
 another run."""
+import signal
+import threading
+import time
 from pathlib import Path
 
 import torch
 
-from support.command_line import UserError
+from support.command_line import Terminated, UserError
 from support.files import write_whole
 from support.pretrained import load_checkpoint
 
@@ -52,3 +55,36 @@ class Checkpoint:
         if self.world.rank == 0:
             state["identity"] = self.identity
             write_whole(self.path, lambda temporary: torch.save(state, temporary), sync=True)
+
+
+class SaveTimes:
+    """When a training saves: every so many minutes, and when SIGTERM comes, which clusters send
+    before they kill; then it stops. All processes call the same methods."""
+    def __init__(self, minutes, world):
+        self.minutes = minutes
+        self.world = world
+        self.last = time.time()
+        self.terminated = False
+        self._on_sigterm(self._terminate)
+
+    def _on_sigterm(self, act):
+        if threading.current_thread() is threading.main_thread():      # no other thread may
+            signal.signal(signal.SIGTERM, act)
+
+    def _terminate(self, *_):
+        self.terminated = True
+
+    def due(self):
+        late = self.world.rank == 0 and time.time() - self.last > 60 * self.minutes
+        return self.world.any(self.terminated or late)
+
+    def saved(self, path, command):
+        """Notes the time; raises Terminated after SIGTERM. command: in words, what goes on."""
+        self.last = time.time()
+        if self.world.any(self.terminated):
+            self.world.wait()                      # for the first process's files
+            raise Terminated(f"terminated after saving {path}; {command} goes on")
+
+    def end(self):
+        """After the training SIGTERM ends the process at once."""
+        self._on_sigterm(signal.SIG_DFL)

@@ -65,6 +65,17 @@ def append(path, text):
         raise not_written(path, "the disk is full")
 
 
+def keep_lines(path, wanted):
+    """Rewrites a log of objects, one a line, with those for which wanted(object) is true. A line
+    that a kill cut short goes."""
+    path = Path(path)
+    kept = []
+    for text in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        if text.endswith("}\n") and wanted(json.loads(text)):
+            kept.append(text)
+    write_whole(path, lambda temporary: temporary.write_text("".join(kept)))
+
+
 def sweep(folder, pattern="*.tmp", seconds=3600):
     """Removes temporary files that a killed process left in a folder or below it, where they are
     older than so many seconds: a running process may still write the newer ones."""

@@ -65,17 +65,19 @@ class World(NamedTuple):
             dist.barrier()
 
 
-def setup(device=None, patience=datetime.timedelta(minutes=30), precision=None):
+def setup(device=None, patience=datetime.timedelta(minutes=30), precision=None,
+          same_shapes=True):
     """Picks the device (cuda, else mps, else cpu) and starts the process group under torchrun.
 
     patience: how long processes wait for each other before they give up. precision: name of the
     dtype, or auto: float16 on GPUs without bfloat16, for code that scales its loss; None: float32
-    there. Returns World.
+    there. same_shapes: all steps have the same, so that cuDNN's search for the fastest algorithm,
+    which is done for each new shape, pays. Returns World.
     """
     chosen = _choose_device(device)
+    torch.backends.cudnn.benchmark = same_shapes
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.backends.cudnn.benchmark = True
     elif chosen.type == "cpu":
         _keep_memory()
         torch.backends.cuda.enable_flash_sdp(False)   # also of CPUs: small ViTs train twice as fast

@@ -6,17 +6,15 @@ script draws or keeps there.
 import json
 import math
 import os
-import signal
 import textwrap
-import threading
 import time
 from pathlib import Path
 
 import torch
 
-from support.checkpoint import Checkpoint
-from support.command_line import Terminated, UserError, duration, progress, real, say, whole
-from support.files import append, sweep, write_json, write_whole
+from support.checkpoint import Checkpoint, SaveTimes
+from support.command_line import UserError, duration, progress, real, say, whole
+from support.files import append, keep_lines, sweep, write_json, write_whole
 from support.processes import cores_of_process
 
 # Flags that may differ when a run is resumed: they do not change its result.
@@ -144,13 +142,10 @@ class Run:
     def begin(self, steps):
         """Opens the folder once all is loaded. steps: of an epoch."""
         self.steps = steps
-        self.saved = time.time()
-        self.terminated = False
+        self.save_times = SaveTimes(self.args.save_minutes, self.world)
         self.pending = []                          # read-outs that are not yet in the log
         self.summary = ""
         self.neg = 0.0
-        if threading.current_thread() is threading.main_thread():      # what clusters send first
-            signal.signal(signal.SIGTERM, self._terminate)
         if not self.main:
             return
         sweep(self.folder, seconds=0)
@@ -162,21 +157,13 @@ class Run:
         settings = "  ".join(f"{name}={value}" for name, value in vars(self.args).items())
         say(textwrap.fill(settings, 100))
 
-    def _terminate(self, *_):
-        self.terminated = True
-
     def _prune_log(self):
         """Removes the lines after the checkpoint: they will be written again."""
-        path = self.folder / "log.jsonl"
         done = self.epoch * self.steps + self.step
-        kept = []
-        for text in path.read_text().splitlines(keepends=True) if path.exists() else []:
-            if not text.endswith("}\n"):           # a kill cut it short
-                continue
-            line = json.loads(text)
-            if line["epoch"] <= self.epoch if "knn" in line else line["step"] <= done:
-                kept.append(text)
-        write_whole(path, lambda temporary: temporary.write_text("".join(kept)))
+
+        def is_done(line):
+            return line["epoch"] <= self.epoch if "knn" in line else line["step"] <= done
+        keep_lines(self.folder / "log.jsonl", is_done)
 
     def begin_epoch(self, epoch):
         """Starts the progress bar. Returns the first step to do."""
@@ -196,8 +183,7 @@ class Run:
         last = step + 1 == self.steps
         if last or (step + 1) % self.args.log_every == 0:
             self._log_means(step, list(readouts))
-            late = time.time() - self.saved > 60 * self.args.save_minutes
-            if not last and self.world.any(self.terminated or (self.main and late)):
+            if not last and self.save_times.due():
                 self.save(self.now, step + 1)
 
     def _log_means(self, step, names):
@@ -242,11 +228,7 @@ class Run:
         self.checkpoint.save(
             model=state, optimizer=self.optimizer.state_dict(), epoch=epoch, step=step,
             statistics=statistics, scaler=self.world.scaler.state_dict(), args=vars(self.args))
-        self.saved = time.time()
-        if self.world.any(self.terminated):
-            self.world.wait()                      # for the first process's files
-            raise Terminated(f"terminated after saving {self.checkpoint.path}; the same command "
-                             f"with --resume goes on")
+        self.save_times.saved(self.checkpoint.path, "the same command with --resume")
 
     def log(self, **values):
         if self.main:
