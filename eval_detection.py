@@ -17,6 +17,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
 from support.checkpoint import Checkpoint, SaveTimes
+from support.coco import read_annotations
 from support.command_line import Parser, UserError, progress, real, say, script, whole
 from support.data import IN_MEMORY_SIZE, open_image, to_tensor
 from support.evaluations import digest
@@ -45,53 +46,69 @@ class Coco(Dataset):
         if not (path.is_file() and self.folder.is_dir()):
             raise UserError(f"{path} or {self.folder}/ is missing: download {split}2017.zip and "
                             "annotations_trainval2017.zip from cocodataset.org and unpack them")
-        try:
-            with contextlib.redirect_stdout(None):     # COCO prints its progress
-                self.coco = COCO(path)
-            ids = sorted(self.coco.getImgIds())
-            self.ids = [i for i in ids if self.objects(i) or split == "val"][:limit]
-            categories = self.coco.loadCats(sorted(self.coco.getCatIds()))
-            self.categories = {c["id"]: c.get("name", str(c["id"])) for c in categories}
-            if not categories:
-                raise ValueError("no categories")
-            self._check(path)
-        except (ValueError, LookupError, TypeError, AssertionError) as error:  # COCO checks nothing
-            raise UserError(f"{path} is damaged or not in COCO's format ({error!r})") from None
+        with contextlib.redirect_stdout(None):     # COCO prints its progress
+            self.coco = COCO()
+            self.coco.dataset.update(read_annotations(path))
+            self.coco.createIndex()
+        ids = sorted(self.coco.getImgIds())
+        self.ids = [i for i in ids if self.objects(i) or split == "val"][:limit]
+        self._check_pictures(path)
+        self.categories = {key: self.coco.cats[key]["name"] for key in sorted(self.coco.cats)}
         self.labels = {key: label for label, key in enumerate(self.categories, 1)}
         self.num_classes = 1 + len(self.categories)                # 0 is the background
-        names = [*self.categories.values()][:10] + ["..."] * (len(categories) > 10)
-        say(f"{path}: {len(self.ids)} pictures, {len(categories)} categories: {', '.join(names)}")
+        names = list(self.categories.values())
+        more = ", ..." if len(names) > 10 else ""
+        say(f"{path}: {len(self.ids)} pictures, {len(names)} categories: "
+            f"{', '.join(names[:10])}{more}")
 
-    def _check(self, path):
-        """UserError for the first object without a known category or without a mask."""
-        for a in (a for i in self.ids for a in self.objects(i)):
-            if a["category_id"] not in self.categories:
-                raise UserError(f"{path}: annotation {a['id']} is of category {a['category_id']}, "
-                                f"which the file's categories do not name")
-            if not a.get("segmentation"):
-                raise UserError(f"{path}: annotation {a['id']} has a box but no segmentation, from "
-                                f"which Mask R-CNN learns: add masks, or the box as a polygon")
+    def _check_pictures(self, path):
+        """UserError where there is nothing to find, or where pictures are missing or empty."""
+        if not any(self.objects(i) for i in self.ids):
+            raise UserError(f"{path}: the {len(self.ids) or len(self.coco.imgs)} pictures hold no "
+                            f"object to find; crowds and objects of at most a pixel do not count")
+        paths = [self.path_of(i) for i in self.ids]
+        bad = [p for p in paths if not (p.is_file() and p.stat().st_size)]
+        if bad:
+            raise UserError(f"{len(bad)} of the {len(paths)} pictures that {path} names are "
+                            f"missing or empty, such as {bad[0]}: unpack the pictures there")
 
     def objects(self, image_id):
         """Annotations of single objects (no crowds) that have an area."""
-        found = self.coco.loadAnns(self.coco.getAnnIds(imgIds=image_id, iscrowd=False))
-        return [a for a in found if a["bbox"][2] > 1 and a["bbox"][3] > 1]
+        return [a for a in self.coco.imgToAnns[image_id]
+                if not a["iscrowd"] and a["area"] > 0 and min(a["bbox"][2:]) > 1]
+
+    def path_of(self, image_id):
+        return self.folder / self.coco.imgs[image_id]["file_name"]
+
+    def picture(self, image_id):
+        """The PIL picture: upright, or as stored where only that is of the size in the file."""
+        image = self.coco.imgs[image_id]
+        size = (image["width"], image["height"])
+        path = self.path_of(image_id)
+        picture = open_image(path)
+        if picture.size != size:
+            picture = open_image(path, upright=False)
+        if picture.size != size:
+            raise UserError(f"{path} has {picture.width} x {picture.height} pixels, its entry in "
+                            f"the annotations says {size[0]} x {size[1]}: boxes and masks would "
+                            f"lie beside the objects; take the pictures that were annotated")
+        return picture
 
     def __len__(self):
         return len(self.ids)
 
     def __getitem__(self, index):
         """Picture (3, H, W) in [0, 1]; its objects' boxes (B, 4), labels (B,), masks (B, H, W)."""
-        image_id, objects = self.ids[index], self.objects(self.ids[index])
-        path = self.folder / self.coco.loadImgs(image_id)[0]["file_name"]
-        picture = to_tensor(open_image(path)) / 255
+        image_id = self.ids[index]
+        objects = self.objects(image_id)
+        picture = to_tensor(self.picture(image_id)) / 255
         boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]               # x1, y1, x2, y2 in pixels
         labels = torch.tensor([self.labels[a["category_id"]] for a in objects], dtype=torch.long)
-        masks = [torch.from_numpy(self.coco.annToMask(a)) for a in objects]
-        none = torch.zeros(0, *picture.shape[1:], dtype=torch.uint8)
-        return picture, {"boxes": boxes, "labels": labels,
-                         "masks": torch.stack(masks) if masks else none, "image_id": image_id}
+        masks = torch.zeros(len(objects), *picture.shape[1:], dtype=torch.uint8)
+        for mask, annotation in zip(masks, objects, strict=True):
+            mask.copy_(torch.from_numpy(self.coco.annToMask(annotation)))
+        return picture, {"boxes": boxes, "labels": labels, "masks": masks, "image_id": image_id}
 
 
 def mask_rcnn(path, arch, num_classes, world, branch=None, mean_std=None, frozen=False):
