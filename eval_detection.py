@@ -52,20 +52,27 @@ class Coco(Dataset):
             self.coco.createIndex()
         ids = sorted(self.coco.getImgIds())
         self.ids = [i for i in ids if self.objects(i) or split == "val"][:limit]
+        count = sum(len(self.objects(i)) for i in self.ids)
+        if not count:
+            limited = f" (--limit {limit})" if limit else ""
+            raise UserError(f"{path}: its pictures{limited} hold no object to find; crowds and "
+                            f"objects of at most a pixel do not count")
         self._check_pictures(path)
         self.categories = {key: self.coco.cats[key]["name"] for key in sorted(self.coco.cats)}
         self.labels = {key: label for label, key in enumerate(self.categories, 1)}
         self.num_classes = 1 + len(self.categories)                # 0 is the background
+        self._say_what_it_holds(path, count)
+
+    def _say_what_it_holds(self, path, count):
+        others = sum(len(self.coco.imgToAnns[i]) for i in self.ids) - count
+        also = f" (and {others} crowds or without extent)" if others else ""
         names = list(self.categories.values())
         more = ", ..." if len(names) > 10 else ""
-        say(f"{path}: {len(self.ids)} pictures, {len(names)} categories: "
+        say(f"{path}: {len(self.ids)} pictures, {count} objects{also}, {len(names)} categories: "
             f"{', '.join(names[:10])}{more}")
 
     def _check_pictures(self, path):
-        """UserError where there is nothing to find, or where pictures are missing or empty."""
-        if not any(self.objects(i) for i in self.ids):
-            raise UserError(f"{path}: the {len(self.ids) or len(self.coco.imgs)} pictures hold no "
-                            f"object to find; crowds and objects of at most a pixel do not count")
+        """UserError where pictures are missing or empty: unread, by their size on the disk."""
         paths = [self.path_of(i) for i in self.ids]
         bad = [p for p in paths if not (p.is_file() and p.stat().st_size)]
         if bad:
@@ -73,7 +80,7 @@ class Coco(Dataset):
                             f"missing or empty, such as {bad[0]}: unpack the pictures there")
 
     def objects(self, image_id):
-        """Annotations of single objects (no crowds) that have an area."""
+        """Annotations of single objects (no crowds) that have an extent."""
         return [a for a in self.coco.imgToAnns[image_id]
                 if not a["iscrowd"] and a["area"] > 0 and min(a["bbox"][2:]) > 1]
 

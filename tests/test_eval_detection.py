@@ -283,7 +283,7 @@ DAMAGED = {
         "annotations", bbox=[200, 9, 5, 5]),
     "annotation 1 has 2 as iscrowd, not 0 or 1": first_of("annotations", iscrowd=2),
     "annotation number 1 is 5, not an object": lambda c: c["annotations"].insert(0, 5),
-    "the 3 pictures hold no object to find": all_of("annotations", iscrowd=1),
+    "its pictures hold no object to find": all_of("annotations", iscrowd=1),
     "1 of the 3 pictures that .* are missing or empty, such as .*none.png": first_of(
         "images", file_name="none.png")}
 
@@ -319,10 +319,28 @@ def test_whatever_a_field_holds(coco, tmp_path):
     assert outcomes == {"refused", 2}
 
 
+@pytest.mark.parametrize("changes", [
+    dict(segmentation=[[20, 20, 40, 40, 60, 60]]), dict(segmentation=[[20, 20] * 3]),
+    dict(bbox=[20, 20, 0, 40])])
+def test_objects_without_extent_are_left_out_and_counted(coco, tmp_path, capsys, changes):
+    data = eval_detection.Coco(edited(coco, tmp_path, first_of("annotations", **changes)), "val")
+    assert [len(data[i][1]["labels"]) for i in range(3)] == [0, 1, 0]
+    said = capsys.readouterr().out
+    assert "3 pictures, 1 objects (and 3 crowds or without extent), 2 categories: a, b" in said
+
+
 def test_a_training_split_of_crowds_holds_nothing_to_find(coco, tmp_path):
     folder = edited(coco, tmp_path, all_of("annotations", iscrowd=1), "train")
-    with pytest.raises(UserError, match="the 7 pictures hold no object to find"):
+    with pytest.raises(UserError, match="its pictures hold no object to find"):
         eval_detection.Coco(folder, "train")
+
+
+def test_a_limit_that_leaves_nothing_to_find_is_named(coco, tmp_path):
+    def last_first(content):                       # the picture without objects
+        content["images"][2]["id"] = 1
+    folder = edited(coco, tmp_path, last_first)
+    with pytest.raises(UserError, match=r"its pictures \(--limit 1\) hold no object to find"):
+        eval_detection.Coco(folder, "val", limit=1)
 
 
 def test_an_empty_picture_is_named_before_the_training(coco, tmp_path):
