@@ -47,13 +47,15 @@ class Images(NamedTuple):
         return self._replace(names=names, labels=self.labels[index], pixels=pixels)
 
 
-def open_image(path):
-    """An image file as PIL's RGB image, upright; UserError where it cannot be read."""
+def open_image(path, upright=True):
+    """An image file as PIL's RGB image, upright (or as it is stored); UserError where it cannot be
+    read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)   # a far too large image
             with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image)
+                if upright:
+                    image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I"):     # 16 bits
                     scaled = (np.asarray(image) / 257).clip(0, 255)
                     image = Image.fromarray(scaled.astype(np.uint8))

@@ -95,6 +95,21 @@ def release(lock):
     lock.close()
 
 
+def keep_lines(path, wanted):
+    """Rewrites a log of objects, one a line, with those for which wanted(object) is true. Lines
+    that a kill cut short or that are not ours go."""
+    path = Path(path)
+    kept = []
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for line in text.splitlines(keepends=True):
+        try:
+            if wanted(json.loads(line)) and line.endswith("\n"):
+                kept.append(line)
+        except (ValueError, TypeError, KeyError):
+            continue
+    write_whole(path, lambda temporary: temporary.write_text("".join(kept)))
+
+
 def sweep(paths, seconds=3600):
     """Removes temporary files that a killed process left, where they are older than so many
     seconds: a running process may still write the newer ones."""

@@ -9,7 +9,9 @@ import contextlib
 import functools
 import json
 import math
+import os
 import re
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,9 +25,10 @@ from running import call, end, json_lines, refusal, start_two
 import eval_detection
 import eval_linear
 from support.augment import CLIP_MEAN, CLIP_STD
-from support.command_line import UserError
+from support.command_line import Terminated, UserError
 from support.networks import make_backbone
 from support.pretrained import MEAN_STD, load_backbone
+from support.processes import setup
 
 MEAN, STD = (torch.tensor(x).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
 COUNT, TESTS = 24, 4                               # coded pictures of the splits
@@ -942,23 +945,47 @@ def test_detection_sees_pictures_in_the_order_of_the_seed_and_half_mirrored(dete
 
 
 def test_detection_saves_and_goes_on(detect, tmp_path, monkeypatch):
-    """--save-minutes: a killed run has a last.pt in --output-dir where they passed, and goes on."""
-    flags = ["--steps=4", "--batch-size=2", "--lr=1", "--seed=2", "--log-every=1"]
+    """--save-minutes: a killed run has a last.pt in --output-dir where they passed, and goes on.
+    SIGTERM: it saves, whatever the minutes. No line of the log is there twice."""
+    flags = ["--steps=6", "--batch-size=2", "--lr=1", "--seed=2", "--log-every=1"]
     whole = detect(*flags)
-    forward = Detector.forward
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL          # after the training it ends
 
-    def stops(self, pictures, targets=None):
-        if len(self.seen) == 2:
-            raise KeyboardInterrupt
-        return forward(self, pictures, targets)
-    for minutes, saved in ((0, True), (60, False)):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    def stopped(act, minutes, output, ending):
+        """A run in which act() is called before the third of its steps."""
+        forward = Detector.forward
+
+        def stops(self, pictures, targets=None):
+            if len(self.seen) == 2:
+                act()
+            return forward(self, pictures, targets)
+        with monkeypatch.context() as patch, pytest.raises(ending) as error:
             patch.setattr(Detector, "forward", stops)
-            detect(*flags, "--save-minutes", minutes, output=tmp_path / f"cut{minutes}")
-        assert (tmp_path / f"cut{minutes}/last.pt").exists() == saved
-    run = detect(*flags, output=tmp_path / "cut0")
-    assert run.seen == whole.seen[2:]
+            detect(*flags, "--save-minutes", minutes, output=output)
+        return str(error.value)
+
+    def kill():
+        raise KeyboardInterrupt
+    for minutes, saved in ((60, False), (0, True)):
+        cut = tmp_path / f"cut{minutes}"
+        stopped(kill, minutes, cut, KeyboardInterrupt)
+        assert (cut / "last.pt").exists() == saved
+    said = stopped(lambda: os.kill(os.getpid(), signal.SIGTERM), 60, cut, Terminated)
+    assert said == f"terminated after saving {cut}/last.pt; the same command goes on"
+    assert torch.load(cut / "last.pt")["step"] == 5
+    with open(cut / "log.jsonl", "a") as log:      # of steps after the checkpoint, cut by a kill
+        log.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')
+    run = detect(*flags, output=cut)
+    assert run.seen == whole.seen[5:] and run.log == whole.log
     assert run.model.weight.item() == pytest.approx(whole.model.weight.item(), abs=1e-7)
+
+
+def test_detection_has_no_search_for_algorithms(detect):
+    """cuDNN would search anew for each shape of a padded batch."""
+    setup("cpu")
+    assert torch.backends.cudnn.benchmark
+    detect("--steps=1", "--batch-size=2", "--lr=0")
+    assert not torch.backends.cudnn.benchmark
 
 
 def test_detection_takes_the_network_that_flags_name(detect, resnets, coco, monkeypatch, capsys):
