@@ -114,7 +114,8 @@ def make_views(args, kind):
         views = reconstruct(pipe, images.pixels)
         if kind == "smooth":
             paths = find_views(images, make_views(args, "adaptive"), "cifar10")
-            views = smooth(images.pixels, views, views_into_memory(images, paths))
+            generated, _ = views_into_memory(images, paths)
+            views = smooth(images.pixels, views, generated)
         for name, view in zip(images.names, views, strict=True):
             save = partial(Image.fromarray(view.permute(1, 2, 0).numpy()).save, format="PNG")
             write_whole((folder / name).with_suffix(".png"), save)

@@ -208,7 +208,7 @@ def files(world, n=64):
     usual = v2.Compose([v2.RandomResizedCrop(224, (0.2, 1)), v2.PILToTensor()])
 
     def here(views):
-        pairs = CropsOfFiles(images, views, [Augmentation()] * 2, [224, 224], 0, False)
+        pairs = CropsOfFiles(images, views, [Augmentation()] * 2, [224, 224], 0)
         return lambda: [pairs[0, i, False] for i in range(n)]
 
     def decode(kind, i):
