@@ -500,16 +500,19 @@ def check_same_set(folder, made_for, images, dataset):
     made_for: the folder's settings. Returns how many images were compared with those that the views
     were made of, and the names of those that differ.
     """
-    lines = read_manifest(folder)
-    known = [name for name in images.names if name in lines]
+    names_differ = made_for.get("source", images.source) != images.source
+    names = images.names
+    if not names_differ:                           # most of a large manifest need not be parsed
+        names = [names[i] for i in spaced(len(names), COMPARED)]
+    lines = read_manifest(folder, None if names_differ else names)
+    known = [name for name in names if name in lines]
     recorded = [name for name in known if lines[name].file]
     sample = [recorded[i] for i in spaced(len(recorded), COMPARED)]
     changed = [name for name in sample if lines[name].file != file_mark(images, name)]
     if sample:
         same = 2 * len(changed) <= len(sample)
     else:                                          # an old manifest: by the names
-        same = known and len(known) >= 0.9 * min(len(lines), len(images.names))
-    names_differ = made_for.get("source", images.source) != images.source
+        same = known and len(known) >= 0.9 * min(len(lines), len(names))
     if made_for.get("dataset", dataset) != dataset or (names_differ and not same):
         raise UserError(f"{folder} holds no views of these images: it is made for "
                         f"{made_for.get('dataset')}, {made_for.get('source')}, here is {dataset}, "
@@ -557,21 +560,26 @@ class ManifestLine(NamedTuple):
     file: str                       # file_mark of its source; None: not recorded
 
 
-def read_manifest(folder):
+def read_manifest(folder, names=None):
     """{source: ManifestLine} of a views folder, the last line of each source. Lines that a kill cut
-    short or another program wrote are ignored."""
+    short or another program wrote are ignored. names: only of these sources, which is faster."""
     path = Path(folder, "manifest.jsonl")
-    text = path.read_text(errors="replace") if path.exists() else ""
     lines = {}
-    for line in text.splitlines():
-        try:
-            entry = json.loads(line)
-            name = entry["source"]
-            level = entry["noise_level"]
-        except (ValueError, TypeError, KeyError):
-            continue
-        if type(name) is str and type(level) is int and 0 <= level < 1000:
-            lines[name] = ManifestLine(level, entry.get("file"))
+    if not path.exists():
+        return lines
+    starts = {json.dumps({"source": name}).removesuffix("}") for name in names or []}
+    with open(path, errors="replace") as file:
+        for text in file:
+            if starts and text.partition(', "proportion": ')[0] not in starts:
+                continue
+            try:
+                line = json.loads(text)
+                name = line["source"]
+                level = line["noise_level"]
+            except (ValueError, TypeError, KeyError):
+                continue
+            if type(name) is str and type(level) is int and 0 <= level < 1000:
+                lines[name] = ManifestLine(level, line.get("file"))
     return lines
 
 
