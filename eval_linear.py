@@ -33,7 +33,7 @@ from support.processes import cores_of_process, setup, start_worker
 from support.schedules import cosine, tenth_from
 from support.seeds import epoch_order, step_generator
 
-CROP_SCALE = (0.08, 1.0)      # share of the image's area in a crop: torchvision's default
+CROP_SCALE = (0.08, 1.0)      # part of the image's area in a crop: torchvision's default
 
 
 class Crops(Dataset):
@@ -100,7 +100,7 @@ def features_of(backbone, images, order, image_size, world, batch_size, workers)
 
 def extract_features(backbone, images, image_size, world, batch_size=256, workers=4):
     """The features of all images: (N, D) on the device, not normalised. All processes must call
-    this: each computes its share, and all get the whole."""
+    this: each computes its part, and all get all of them."""
     n = len(images.names)
     part = math.ceil(n / world.size)               # the same in every process: some images repeat
     order = torch.arange(world.rank * part, (world.rank + 1) * part) % n
@@ -295,7 +295,7 @@ def finetune(backbone, dim, images, settings, world, run=None):
 
 
 def labelled(images, settings):
-    """The images whose labels fine-tuning may use: those listed, or a share of each class."""
+    """The images whose labels fine-tuning may use: those listed, or a part of each class."""
     n = len(images.names)
     if settings.labels_file:
         index = listed_subset(images, settings.labels_file)
@@ -339,7 +339,7 @@ def parse_args(argv=None):
     add("--skip-bad", action="store_true", help="leave out images that cannot be read")
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", choices=["linear", "knn", "finetune"], default="linear", help="what to fit")
-    add("--labels", type=real(1e-6, 1), default=0.01, help="finetune: share of the labels")
+    add("--labels", type=real(1e-6, 1), default=0.01, help="finetune: part of the labels")
     add("--labels-file", help="finetune: a text file that names the labelled images instead")
     add("--k", type=whole(1), default=200, help="neighbours of kNN")
     add = parser.add_argument_group("optimisation (default: the data set's recipe)").add_argument
@@ -349,7 +349,7 @@ def parse_args(argv=None):
     add("--lr", type=real(0, 1e4), help="learning rate for 256 images; grows with the batch")
     add("--backbone-lr", type=real(0, 1e4), help="finetune: the same of the backbone")
     add("--drops", type=real(0, 1), nargs="*",
-        help="shares of the training after which lr falls to a tenth; none: a cosine to 0")
+        help="when lr falls to a tenth, 0 to 1 of the training; none: a cosine to 0")
     add("--augment", action=argparse.BooleanOptionalAction, help="linear: crops and flips in every "
         "epoch, features not standardised: set --lr too")
     add = parser.add_argument_group("runtime").add_argument
@@ -445,7 +445,8 @@ def main():
     world = setup(args.device)
     backbone, dim, trained_with = load_backbone(args.checkpoint, args.arch, args.heads, args.branch,
                                                 args.mean_std)
-    mean, std = trained_with["mean"], trained_with["std"]
+    mean = trained_with["mean"]
+    std = trained_with["std"]
     if trained_with["mean_std"] != "clip":         # pictures come with CLIP's numbers
         backbone.register_forward_pre_hook(lambda _, x: (augment.renormalise(x[0], mean, std),))
     # A vision transformer's positions are of one size.

@@ -103,20 +103,21 @@ def load_pipeline(model, dtype, device, solver="own"):
     model = genview.mini() if model == "mini" else model
     new = tuple(int(part) for part in diffusers.__version__.split(".")[:2]) >= (0, 42)
     kind = {"dtype" if new else "torch_dtype": dtype, "use_safetensors": True}
-    there, unet = Path(model).is_dir(), Path(model, "unet/diffusion_pytorch_model.safetensors")
+    unet = Path(model, "unet/diffusion_pytorch_model.safetensors")
     if unet.with_suffix(".fp16.safetensors").exists() and not unet.exists():
         kind["variant"] = "fp16"
     try:                                           # safetensors: no pickled code
         pipe = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(model, **kind)
     except Exception as error:                     # of three libraries
-        first, is_path = " ".join(str(error).split())[:150], str(model).startswith((".", "/", "~"))
+        reason = " ".join(str(error).split())[:150]
+        is_path = str(model).startswith((".", "/", "~")) or Path(model).exists()
         way = (f"where there is a network run `hf download {model} --exclude '*.ckpt'` and name "
                f"the folder it prints by --model")
-        if there or is_path or Path(model).is_file():
+        if is_path:
             way = "it must be a folder that save_pretrained has written, in safetensors"
         raise UserError(f"--model {model} could not be loaded as a StableUnCLIPImg2ImgPipeline "
-                        f"({type(error).__name__}: {first}): {way}; train_moco.py --dataset shapes "
-                        f"needs no download") from None
+                        f"({type(error).__name__}: {reason}): {way}; train_moco.py --dataset "
+                        f"shapes needs no download") from None
     pipe.set_progress_bar_config(disable=True)
     if solver == "dpm":
         pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
@@ -129,7 +130,8 @@ def load_pipeline(model, dtype, device, solver="own"):
 
 def check(pipe, steps):
     """UserError where the parts of the pipeline do not fit together, or its schedule is shorter."""
-    c, side = pipe.image_encoder.config.projection_dim, pipe.image_encoder.config.image_size
+    c = pipe.image_encoder.config.projection_dim
+    side = pipe.image_encoder.config.image_size
     crop = getattr(pipe.feature_extractor, "crop_size", None) or {"height": side}
     condition = pipe.unet.config.projection_class_embeddings_input_dim
     for what, here, there in [("the normalizer's size", pipe.image_normalizer.mean.shape[-1], c),

@@ -23,7 +23,7 @@ from support.command_line import UserError, progress, say
 from support.data import IN_MEMORY_SIZE, Images, spaced
 from support.files import read_component, write_whole
 from support.pictures import sheet
-from support.processes import World, start_worker
+from support.processes import World, compare, start_worker
 from support.seeds import epoch_order, step_generator
 
 FIT_IMAGES = 10_000           # images that the foreground component is fitted on (release)
@@ -31,6 +31,7 @@ FRACTION = 0.4                # of all tokens that is foreground; sets alpha, Eq
 MINI = Path(__file__).with_name("weights") / "mini-unclip"    # by studies/train_generator.py
 DATA_DIRS = {"shapes": "data", "cifar10": "data", "cifar100": "data", "imagenet": "data/imagenet",
              "folder": None}                       # where they lie by default
+SAME_FILES = "all machines must hold the same files"
 
 
 # ---------------------------------------------------------------------------------------- data sets
@@ -59,15 +60,21 @@ def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=False
         images = data.read_cifar(dataset, data_dir, split)
     else:
         images = data.find_files(Path(data_dir), split)
-    digest = hashlib.sha256("\n".join(images.names).encode(errors="surrogateescape")).hexdigest()
-    images = images._replace(source=f"{len(images.names)} images, names {digest[:12]}")
+    images = images._replace(source=count_and_digest(images.names))
     if limit is not None and limit < len(images.names):
         images = images.take(spaced(len(images.names), limit))
+    compare(f"in {split}", f"{images.source}, {len(images.names)} used", SAME_FILES)
     if images.pixels is not None:
         return images
     if image_size <= IN_MEMORY_SIZE:
         return data.into_memory(images, image_size, skip_bad, workers)
     return data.without_unreadable(images, workers) if skip_bad else images
+
+
+def count_and_digest(names):
+    """What tells a set of images from another."""
+    digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
+    return f"{len(names)} images, names {digest[:12]}"
 
 
 def data_dir_of(dataset, given):
@@ -277,12 +284,14 @@ class CropsOfFiles(Dataset):
 def load_views(images, views_dir, dataset, skip_bad=False, workers=0):
     """The generated views as PairLoader takes them, and for how many of the images there is one."""
     paths = data.find_views(images, views_dir, dataset)
+    found = [name for name, path in zip(images.names, paths, strict=True) if path]
+    compare("generated views", count_and_digest(found), SAME_FILES)
     if images.pixels is not None:
         views, bad = data.views_into_memory(images, paths, skip_bad, workers)
     else:
         bad = data.unreadable(paths, workers) if skip_bad else {}
         views = [None if i in bad else path for i, path in enumerate(paths)]
-    missing = len(bad) + sum(path is None for path in paths)
+    missing = len(bad) + len(paths) - len(found)
     text = f"generated views of {len(paths) - missing} of {len(paths)} images from {views_dir}"
     if missing:
         text = f"*** {text}; the other {missing} use themselves"

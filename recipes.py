@@ -12,11 +12,11 @@ SOURCES = {
     "byol": "BYOL (Grill et al. 2020), the 300-epoch recipe",
     "simsiam": "SimSiam (Chen and He 2021)",
     "swav": "SwAV (Caron et al. 2020), Sec. 4 and its script for 200 epochs, batch 256",
-    "swav large": "SwAV's recipe for large batches, but no warm-up and an end at 0",
+    "swav large": "SwAV's recipe for a batch of 4096, without warm-up and with a last rate of 0",
     "release": "the code released by GenView's authors",
     "ours": "this project"}
-LEAST_EPOCHS = {"v3 long": 300, "v3 longest": 1000}    # such groups count for long trainings alone
-LEAST_BATCH = {"swav large": 1024}                     # and such for large batches
+LEAST_EPOCHS = {"v3 long": 300, "v3 longest": 1000}    # used from so many epochs on
+LEAST_BATCH = {"swav large": 1024}                     # used from such a batch on
 
 # Flags of the training recipes: (type and range, help).
 FLAGS = {
@@ -39,10 +39,10 @@ FLAGS = {
     "freeze_epochs": (whole(0), "SwAV: epochs in which the prototypes do not learn"),
     "momentum": (real(0, 1), "momentum of the key encoder"),
     "start_batches": (whole(0), "MoCo v2: batches that set batch norm's statistics at the start"),
-    "crop_min": (real(1e-3, 1), "smallest share of the image's area in a crop"),
+    "crop_min": (real(1e-3, 1), "smallest part of the image's area in a crop"),
     "small_crops": (whole(0), "SwAV: number of small crops"),
     "small_size": (whole(1), "SwAV: their side in pixels"),
-    "small_min": (real(1e-3, 1), "SwAV: their smallest share of the image's area"),
+    "small_min": (real(1e-3, 1), "SwAV: their smallest part of the image's area"),
     "blur": (real(0, 1), "probability of Gaussian blur (MoCo v3, BYOL: its mean over the views)"),
     "knn_every": (whole(0), "epochs between kNN evaluations; 0: never")}
 
@@ -139,11 +139,16 @@ def apply(args, recipe, owner, names=tuple(FLAGS)):
 def with_sources(dataset, method, arch=None, epochs=None, batch_size=None):
     """A training recipe with sources in words, {flag: (value, source)}; None: what is not given."""
     dataset = {"cifar100": "cifar10", "folder": "imagenet"}.get(dataset, dataset)
-    key = (dataset, f"{method}-vit" if (arch or "").startswith("vit") else method)
-    recipe = TRAINING.get(key) or TRAINING[dataset, method]
-    return {flag: (value, SOURCES[source]) for source, values in recipe.items()
-            if (epochs or 0) >= LEAST_EPOCHS.get(source, 0)
-            and (batch_size or 0) >= LEAST_BATCH.get(source, 0) for flag, value in values.items()}
+    recipe = TRAINING[dataset, method]
+    if (arch or "").startswith("vit"):
+        recipe = TRAINING.get((dataset, f"{method}-vit"), recipe)
+    found = {}
+    for source, values in recipe.items():
+        long_enough = (epochs or 0) >= LEAST_EPOCHS.get(source, 0)
+        large_enough = (batch_size or 0) >= LEAST_BATCH.get(source, 0)
+        if long_enough and large_enough:
+            found |= {flag: (value, SOURCES[source]) for flag, value in values.items()}
+    return found
 
 
 def training(*key):
@@ -151,18 +156,19 @@ def training(*key):
     return {flag: value for flag, (value, _) in with_sources(*key).items()}
 
 
-def table(dataset, method, *given):
-    """A training recipe as rows (flag, value, source in words). given: arch, epochs, batch_size."""
-    rows = with_sources(dataset, method, *given)
-    rows |= {flag: (value, "given") for flag, value in
-             zip(("arch", "epochs", "batch_size"), given, strict=False) if value is not None}
-    (lr, source), (batch, _) = rows["lr"], rows["batch_size"]
+def table(dataset, method, arch=None, epochs=None, batch_size=None):
+    """A training recipe as rows (flag, value, source in words); None: what is not given."""
+    rows = with_sources(dataset, method, arch, epochs, batch_size)
+    given = {"arch": arch, "epochs": epochs, "batch_size": batch_size}
+    rows |= {flag: (value, "given") for flag, value in given.items() if value is not None}
+    batch = rows["batch_size"][0]
+    lr, source = rows["lr"]
     rows["lr"] = lr, f"{source}; for 256 images, {lr * batch / 256:.4g} for the batch of {batch}"
     return [(f"--{flag.replace('_', '-')}", *rows[flag]) for flag in FLAGS if flag in rows]
 
 
-# Evaluation. lr: for 256 images, it grows linearly with the batch; drops: shares of the training
-# after which it falls to a tenth; none: a cosine to 0. augment: random crops and flips in every
+# Evaluation. lr: for 256 images, it grows linearly with the batch; drops: when it falls to a tenth,
+# 0.6 of the training for example; none: a cosine to 0. augment: random crops and flips in every
 # epoch; without, features are computed once and standardised, so that one lr suits all checkpoints.
 PROBE = dict(optimizer="sgd", epochs=90, batch_size=1024, drops=[], augment=True)   # no decay
 LINEAR = {
@@ -184,15 +190,16 @@ FINETUNE = {
 
 
 def evaluation(protocol, dataset, labels=1.0, method=None, arch=None):
-    """The recipe of an evaluation, {flag: value}. labels: the share that is labelled; method, arch:
+    """The recipe of an evaluation, {flag: value}. labels: the part that is labelled; method, arch:
     of the checkpoint. On ImageNet an unknown method gets its architecture's probe, MoCo v3's."""
     recipes = {"linear": LINEAR, "finetune": FINETUNE}.get(protocol, {"small": {}})
     if protocol == "knn" or dataset != "imagenet":
         return recipes["small"]
     if protocol == "finetune":
         return recipes["imagenet few" if labels < 0.05 else "imagenet"]
-    vit = (arch or "").startswith("vit") and method not in ("byol", "simsiam", "swav")
-    return recipes["mocov3-vit" if vit else method if method in LINEAR else "mocov3"]
+    if (arch or "").startswith("vit") and method not in ("byol", "simsiam", "swav"):
+        return recipes["mocov3-vit"]
+    return recipes[method if method in LINEAR else "mocov3"]
 
 
 # generate_views.py, by model: ours for the miniature in weights/, the release's for Stable unCLIP.

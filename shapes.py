@@ -32,7 +32,7 @@ class Scene(NamedTuple):
     ground: Tensor  # (n, 2, 3) the two colours of the background
     waves: Tensor   # (n, 3, 2) wave vectors (x, y) of the texture, radians per unit length
     phases: Tensor  # (n, 3) of these waves, radians
-    kind: Tensor    # (n, 3) share of grating, checker and blobs in the texture, before a softmax
+    kind: Tensor    # (n, 3) weight of grating, checker and blobs in the texture, before a softmax
 
 
 def sample_scenes(n: int, generator: torch.Generator) -> Scene:
@@ -43,17 +43,21 @@ def sample_scenes(n: int, generator: torch.Generator) -> Scene:
     size = uniform(0.3, 1.05)
     # Small figures lie anywhere, large ones near the middle.
     centre = uniform(-1, 1, 2) * (1 - size).clamp(min=0.15)[:, None]
-    base, delta = uniform(0, 0.45, 3), torch.randn(n, 3, generator=generator)
+    base = uniform(0, 0.45, 3)
+    delta = torch.randn(n, 3, generator=generator)
     # Two shades, 0.22 from a dark base: the texture is visible but weaker than the figure.
     delta = 0.22 * delta / delta.norm(dim=1, keepdim=True)
     ground = torch.stack((base - delta, base + delta), dim=1).clamp(0, 1)
     colour = uniform(0.55, 1, 3)  # brighter than the background, so that two minutes are enough
-    direction, cycles = uniform(0, 2 * math.pi, 3), uniform(1.5, 5, 3)  # periods across the picture
+    direction = uniform(0, 2 * math.pi, 3)
+    cycles = uniform(1.5, 5, 3)  # periods across the picture
     along = torch.stack((direction.cos(), direction.sin()), dim=-1)
+    waves = math.pi * cycles[..., None] * along
     shape = torch.randint(len(CLASSES), (n,), generator=generator)
-    return Scene(shape, centre, size, uniform(-0.2, 0.2), colour, ground,
-                 math.pi * cycles[..., None] * along, uniform(-math.pi, math.pi, 3),
-                 torch.randn(n, 3, generator=generator))
+    angle = uniform(-0.2, 0.2)
+    phases = uniform(-math.pi, math.pi, 3)
+    kind = torch.randn(n, 3, generator=generator)
+    return Scene(shape, centre, size, angle, colour, ground, waves, phases, kind)
 
 
 def split(name: str) -> Scene:
@@ -65,9 +69,12 @@ def split(name: str) -> Scene:
 def star(x, y):
     """Folds the plane into a tenth: there the edge is the line from the tip to the inner corner."""
     turn = torch.atan2(x, -y).abs() % (2 * math.pi / 5)
-    turn, r = torch.minimum(turn, 2 * math.pi / 5 - turn), torch.hypot(x, y)
-    (tip, corner), a = (1.2, 0.5), math.pi / 5
-    nx, ny = corner * math.sin(a), tip - corner * math.cos(a)
+    turn = torch.minimum(turn, 2 * math.pi / 5 - turn)
+    r = torch.hypot(x, y)
+    tip = 1.2
+    corner = 0.5
+    nx = corner * math.sin(math.pi / 5)
+    ny = tip - corner * math.cos(math.pi / 5)
     return (nx * (r * turn.cos() - tip) + ny * r * turn.sin()) / math.hypot(nx, ny)
 
 
@@ -89,15 +96,19 @@ SIGNED_DISTANCES = (
 
 
 def foreground(scene: Scene) -> Tensor:
-    """The true mask, antialiased: the share of each pixel that the figure covers, (n, 32, 32)."""
+    """The true mask, antialiased: how much of each pixel the figure covers, (n, 32, 32)."""
     x, y = pixel_grid()
-    x, y = x - scene.centre[:, 0, None, None], y - scene.centre[:, 1, None, None]  # (n, 32, 32)
-    cos, sin, size = (v[:, None, None] for v in (scene.angle.cos(), scene.angle.sin(), scene.size))
-    x, y = (cos * x + sin * y) / size, (cos * y - sin * x) / size  # in the figure's own frame
-    distance = torch.empty_like(x)
+    x = x - scene.centre[:, 0, None, None]  # (n, 32, 32)
+    y = y - scene.centre[:, 1, None, None]
+    cos = scene.angle.cos()[:, None, None]
+    sin = scene.angle.sin()[:, None, None]
+    size = scene.size[:, None, None]
+    own_x = (cos * x + sin * y) / size  # in the figure's own frame
+    own_y = (cos * y - sin * x) / size
+    distance = torch.empty_like(own_x)
     for index, silhouette in enumerate(SIGNED_DISTANCES):
         chosen = scene.shape == index
-        distance[chosen] = silhouette(x[chosen], y[chosen])
+        distance[chosen] = silhouette(own_x[chosen], own_y[chosen])
     return (0.5 - distance * size * SIZE / 2).clamp(0, 1)  # the edge is one pixel wide
 
 
@@ -125,7 +136,7 @@ def render(scene: Scene) -> Tensor:
 
 
 def loss_of_identity(noise_level: Tensor, area: Tensor) -> Tensor:
-    """Chance that a figure becomes another silhouette; area (n,): its share of the picture."""
+    """Chance that a figure becomes another silhouette; area (n,): its part of the picture."""
     bearable = 50 + 900 * area  # half are lost at this level: 80 for the smallest, 600 for large
     return torch.sigmoid((noise_level - bearable) / 30)
 
@@ -146,20 +157,24 @@ def perturb(scene: Scene, noise_level, generator: torch.Generator) -> Scene:
     other = (scene.shape + torch.randint(1, len(CLASSES), (n,), generator=generator)) % len(CLASSES)
     strength = 0.5 + 0.5 * torch.sin(math.pi / 2 * (level / 400).clamp(max=1))  # 1 from level 400
 
-    def mix(old, new, middle=0.0, share=1.0):
-        s = (share * strength).view(-1, *[1] * (old.dim() - 1))
+    def mix(old, new, middle=0.0, weight=1.0):
+        s = (weight * strength).view(-1, *[1] * (old.dim() - 1))
         return middle + (1 - s ** 2).sqrt() * (old - middle) + s * (new - middle)
 
-    # Colours are mixed around the middle of their ranges; place, angle and size change less.
-    return Scene(torch.where(lost, other, scene.shape), mix(scene.centre, fresh.centre, share=0.5),
-                 mix(scene.size, fresh.size, scene.size, share=0.2).clamp(0.2, 1),
-                 mix(scene.angle, fresh.angle, share=0.5),
-                 mix(scene.colour, fresh.colour, 0.78).clamp(0, 1),
-                 mix(scene.ground, fresh.ground, 0.22).clamp(0, 1), mix(scene.waves, fresh.waves),
-                 mix(scene.phases, fresh.phases), mix(scene.kind, fresh.kind))
+    # Colours are mixed around the middle of their ranges; centre, angle and size change less.
+    return Scene(
+        shape=torch.where(lost, other, scene.shape),
+        centre=mix(scene.centre, fresh.centre, weight=0.5),
+        size=mix(scene.size, fresh.size, scene.size, weight=0.2).clamp(0.2, 1),
+        angle=mix(scene.angle, fresh.angle, weight=0.5),
+        colour=mix(scene.colour, fresh.colour, 0.78).clamp(0, 1),
+        ground=mix(scene.ground, fresh.ground, 0.22).clamp(0, 1),
+        waves=mix(scene.waves, fresh.waves),
+        phases=mix(scene.phases, fresh.phases),
+        kind=mix(scene.kind, fresh.kind))
 
 
-class Encoder(nn.Module):
+class TokenEncoder(nn.Module):
     """(n, 3, 32, 32) -> tokens (n, 64, 64): fine features of 8x8 cells and coarse ones of all."""
     def __init__(self, width: int = 64):
         super().__init__()
@@ -168,7 +183,7 @@ class Encoder(nn.Module):
             return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
         self.fine = nn.Sequential(block(3, 32, 2), block(32, width, 2), block(width, width))  # 8x8
         self.coarse = nn.Sequential(block(width, 2 * width, 2), block(2 * width, 2 * width))  # 4x4
-        self.whole = nn.Linear(2 * width * 16, 2 * width)
+        self.everywhere = nn.Linear(2 * width * 16, 2 * width)
         self.up = nn.Conv2d(2 * width, width, 1)
         self.mix = nn.Conv2d(width, width, 3, 1, 1)
         self.norm = nn.LayerNorm(width)  # as CLIP's post_layernorm
@@ -176,7 +191,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         fine = self.fine(x)
         coarse = self.coarse(fine)
-        coarse = coarse + self.whole(coarse.flatten(1))[..., None, None].relu()
+        coarse = coarse + self.everywhere(coarse.flatten(1))[..., None, None].relu()
         fine = fine + F.interpolate(self.up(coarse), scale_factor=2)
         return self.norm(self.mix(fine.relu()).flatten(2).transpose(1, 2))
 
@@ -189,14 +204,15 @@ def train_encoder(seed: int = 0, device="cpu", steps: int = 150, batch: int = 25
     generator = torch.Generator().manual_seed(stream)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream)
-        encoder = Encoder().to(device, memory_format=torch.channels_last)
+        encoder = TokenEncoder().to(device, memory_format=torch.channels_last)
         heads = nn.Linear(64, sum(OUTPUTS)).to(device)
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for _ in range(steps):
         scene = sample_scenes(batch, generator)
-        pictures, mask = normalise(render(scene) / 255).to(device), foreground(scene).to(device)
+        pictures = normalise(render(scene) / 255).to(device)
+        mask = foreground(scene).to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
             tokens = encoder(pictures.contiguous(memory_format=torch.channels_last))
             outputs = heads(tokens)
@@ -210,9 +226,10 @@ def train_encoder(seed: int = 0, device="cpu", steps: int = 150, batch: int = 25
 
 
 def dense_loss(tokens: Tensor, outputs: Tensor, mask: Tensor, scene: Scene) -> Tensor:
-    """What the tokens (n, 64, 64) must tell: the share of figure at and around their place, along
-    one fixed direction and so strongly that it becomes the first principal component, as with CLIP;
-    the silhouette they lie in, or none; the colours there. outputs (n, 64, 20), mask (n, 64)."""
+    """What the tokens (n, 64, 64) must tell: how much figure there is at and around their place,
+    along one fixed direction and so strongly that it becomes the first principal component, as with
+    CLIP; the silhouette they lie in, or none; the colours there. outputs (n, 64, 20), mask (n, 64).
+    """
     around = F.avg_pool2d(mask.view(-1, 1, 8, 8), 5, 1, 2).flatten(1)  # as CLIP's tokens know
     direction = torch.ones(tokens.shape[2], device=tokens.device) / 8
     direction[::2] *= -1  # of unit length; LayerNorm leaves no room along a constant vector
@@ -221,7 +238,8 @@ def dense_loss(tokens: Tensor, outputs: Tensor, mask: Tensor, scene: Scene) -> T
     what, colour, ground = outputs.split(OUTPUTS, dim=2)
     log_p = what.log_softmax(dim=2)
     shape = scene.shape.to(outputs.device)[:, None, None].expand(-1, mask.shape[1], 1)
-    inside, none = log_p.gather(2, shape)[..., 0], log_p[..., -1]
+    inside = log_p.gather(2, shape)[..., 0]
+    none = log_p[..., -1]
     segmentation = -(mask * inside + (1 - mask) * none)  # (n, 64)
     figure_error = (colour - scene.colour.to(outputs)[:, None]).square().sum(dim=2)
     ground_error = (ground - scene.ground.flatten(1).to(outputs)[:, None]).square().sum(dim=2)
@@ -233,7 +251,8 @@ def main(rows: int = 12, levels=(0, 100, 200, 300, 400), path: str = "shapes.png
     from torchvision.utils import save_image
     generator = torch.Generator().manual_seed(0)
     scene = sample_scenes(rows, generator)._replace(shape=torch.arange(rows) % len(CLASSES))
-    columns = [render(scene), (foreground(scene) * 255).byte()[:, None].expand(-1, 3, -1, -1)]
+    mask = (foreground(scene) * 255).byte()
+    columns = [render(scene), mask[:, None].expand(-1, 3, -1, -1)]
     columns += [render(perturb(scene, level, generator)) for level in levels]
     grid = torch.stack(columns, dim=1).flatten(0, 1).float() / 255
     save_image(F.interpolate(grid, scale_factor=4), path, nrow=len(columns), padding=8, pad_value=1)

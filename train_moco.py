@@ -266,6 +266,7 @@ def train(args, world, methods=METHODS):
     with .query, .chance, update(fraction) and forward(views, weights, world)."""
     images, test = load_data(args)
     args = limit_queue(args, len(images.names))
+    check_schedule(args)
     torch.manual_seed(args.seed)
     method = methods[args.method](args).to(world.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(method, args.optimizer, args.weight_decay)
@@ -284,6 +285,7 @@ def train(args, world, methods=METHODS):
         last = epoch + 1 == args.epochs
         if args.knn_every and ((epoch + 1) % args.knn_every == 0 or last):
             accuracy = evaluate_knn(method, images, test, args, run)
+    run.end()
     say(f"{run.folder}: last.pt, backbone.pt, log.jsonl, args.json, pairs.png")
     score = "no kNN" if accuracy is None else f"kNN top-1 {accuracy:.1f}%"
     say(f"{score} ({run.label})")
@@ -356,16 +358,34 @@ def load_data(args):
 
 
 def limit_queue(args, count):
-    """The recipe's queue is ImageNet's: in other folders it holds at most a tenth of the images.
-    Returns the flags with that queue."""
-    if args.dataset != "folder" or not args.queue:
+    """The recipe of a folder is ImageNet's: there its queue holds at most a tenth of the images.
+    Returns the flags with that queue. Any other queue that is larger gets a line."""
+    if not args.queue:
         return args
     usual = recipes.training(args.dataset, args.method, args.arch, args.epochs, args.batch_size)
+    by_recipe = args.queue == usual.get("queue")
     most = max(count // 10 // args.batch_size, 1) * args.batch_size
-    if args.queue != usual.get("queue") or args.queue <= most:
-        return args
-    say(f"--queue {most}: at most a tenth of the {count} images")
-    return argparse.Namespace(**vars(args) | {"queue": most})
+    if args.queue <= most + args.batch_size or (args.dataset == "shapes" and not args.limit):
+        return args                                # the recipe of shapes is for all its images
+    if args.dataset == "folder" and by_recipe:
+        say(f"--queue {most}: at most a tenth of the {count} images")
+        return argparse.Namespace(**vars(args) | {"queue": most})
+    say(f"*** --queue {args.queue} for {count} images: it holds older features of the same images; "
+        f"use at most a tenth, --queue {most}")
+    return args
+
+
+def check_schedule(args):
+    """A line where a part of the schedule is longer than the training."""
+    if args.warmup_epochs >= args.epochs:
+        say(f"*** --epochs {args.epochs} ends within the warm-up (--warmup-epochs "
+            f"{args.warmup_epochs}): the rate rises to the end")
+    if args.freeze_epochs and args.freeze_epochs >= args.epochs:
+        say(f"*** --freeze-epochs {args.freeze_epochs}: in {args.epochs} epochs the prototypes "
+            f"never learn")
+    if args.queue_after and args.queue_after >= args.epochs:
+        say(f"*** --queue-after {args.queue_after}: in {args.epochs} epochs the queue is never "
+            f"used")
 
 
 def prepare(args, images, world, kept):

@@ -7,14 +7,15 @@ import torch
 from support.command_line import UserError
 from support.files import write_whole
 from support.pretrained import load_checkpoint
+from support.processes import compare
 
 
 class Checkpoint:
     """The file from which a training goes on. All processes call the same methods.
 
     path: the file.
-    identity: {name: value}, what a run and its continuation share: flags by the name that is typed,
-        digests of what the flags name.
+    identity: {name: value}, what a run and its continuation have in common: flags by the name that
+        is typed, digests of what the flags name.
     """
     def __init__(self, path, identity, world):
         self.path = Path(path)
@@ -31,10 +32,8 @@ class Checkpoint:
         state = load_checkpoint(path) if path.exists() else {}
         if state:
             self._compare(path, state)
-        places = self.world.gather_objects([state.get("epoch"), state.get("step")])
-        if any(place != places[0] for place in places):
-            raise UserError(f"the processes do not find the same checkpoint: {path.parent} must be "
-                            f"one folder for all machines")
+        found = f"epoch {state.get('epoch')}, step {state.get('step')}" if state else "none"
+        compare(f"the checkpoint {path}", found, "it must lie in one folder for all machines")
         return state
 
     def _compare(self, path, state):

@@ -1,9 +1,12 @@
 """A script's command line: errors as one line, flags, messages, progress bars."""
 import argparse
+import atexit
+import multiprocessing
 import os
 import re
 import signal
 import sys
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -17,7 +20,10 @@ class UserError(Exception):
 
 
 class Terminated(Exception):
-    """SIGTERM came and the run is saved; the text says where."""
+    """A signal of this number asked the run to stop, and it is saved; the text says where."""
+    def __init__(self, text, number=signal.SIGTERM):
+        super().__init__(text)
+        self.number = number
 
 
 # ------------------------------------------------------------------------------- errors as one line
@@ -28,28 +34,65 @@ def script(main):
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except UserError as error:                     # of a loader's worker: its traceback's last line
-        text = str(error).strip().splitlines()[-1]
-        sys.exit(_report(text.removeprefix(f"{__name__}.UserError: "), 2))
-    except OSError as error:                       # a full disk, a folder without write permission
-        where = f": {error.filename}" if error.filename else ""
-        sys.exit(_report(f"{error.strerror or error}{where}", 2))
-    except MemoryError:
-        sys.exit(_report(OUT_OF_MEMORY, 2))
-    except RuntimeError as error:
-        sys.exit(_report(*_explain(error)))
-    except Terminated as terminated:
-        sys.exit(_report(str(terminated), 128 + signal.SIGTERM))
-    except KeyboardInterrupt:
-        sys.exit(_report("interrupted; the same command goes on from the last finished file, "
-                         "training with --resume", 130))
-    finally:
-        if dist.is_initialized() and dist.get_backend() == "nccl":     # torch 2.6's gloo may hang
-            dist.destroy_process_group()
+        status = 0
+    except Terminated as stop:                     # in all processes
+        status = _report(str(stop), 128 + stop.number)
+    except (Exception, KeyboardInterrupt) as error:
+        explained = _explain(error)
+        if dist.is_initialized():
+            _leave(error, explained)
+        if not explained:
+            raise
+        status = _report(*explained)
+    if dist.is_initialized() and dist.get_backend() == "nccl":         # torch 2.6's gloo may hang
+        dist.destroy_process_group()
+    if status:
+        sys.exit(status)
+
+
+def _leave(error, explained):
+    """Ends this process of several at once, after an error that the others may not have: a clean
+    exit would wait for them, and they for this one. torchrun then ends them."""
+    if explained:
+        status = _report(*explained)
+    else:
+        traceback.print_exception(error)
+        status = 1
+    for stream in (sys.stdout, sys.stderr):
+        if stream:
+            stream.flush()
+    _end_workers()
+    os._exit(status)
+
+
+@atexit.register
+def _end_workers():
+    """Ends workers that are left after an error: multiprocessing would send SIGTERM and wait."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it an error
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _explain(error):
-    """One line and exit status for PyTorch's errors that a user can cause; raises the others."""
+    """One line and exit status for an error that a user can cause, None for others."""
+    if isinstance(error, UserError):               # of a loader's worker: its traceback's last line
+        text = str(error).strip().splitlines()[-1]
+        return text.removeprefix(f"{__name__}.UserError: "), 2
+    if isinstance(error, OSError):                 # a full disk, a folder without write permission
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror or error}{where}", 2
+    if isinstance(error, MemoryError):
+        return OUT_OF_MEMORY, 2
+    if isinstance(error, KeyboardInterrupt):
+        return ("interrupted; the same command goes on from the last finished file, training with "
+                "--resume"), 130
+    return _explain_torch(error) if isinstance(error, RuntimeError) else None
+
+
+def _explain_torch(error):
+    """One line and exit status for PyTorch's errors that a user can cause, None for others."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text:
         return OUT_OF_MEMORY, 2
@@ -63,12 +106,10 @@ def _explain(error):
         return ("a process that reads images was killed, perhaps because memory ran out: lower "
                 "--workers"), 1
     lost = re.search("peer|gloo|NCCL|[Cc]onnection|[Tt]imed out", text)
-    if not (dist.is_initialized() and lost):
-        raise error
-    _report(f"process {dist.get_rank()} stops because another one ended or does not answer: its "
-            f"own message says why; --resume goes on from the last checkpoint", 1)
-    sys.stderr.flush()
-    os._exit(1)                                    # a clean exit would wait for the lost process
+    if dist.is_initialized() and lost:
+        return (f"process {dist.get_rank()} stops because another one ended or does not answer: "
+                f"its own message says why; --resume goes on from the last checkpoint"), 1
+    return None
 
 
 def _report(message, status):
@@ -87,11 +128,11 @@ def say(text):
 def progress(items, text, unit, **options):
     """A progress bar with rate and time left; in a log file one line every half minute instead."""
     from tqdm import tqdm
-    if not sys.stderr.isatty():
+    visible = sys.stderr is not None and int(os.environ.get("RANK", 0)) == 0
+    if visible and not sys.stderr.isatty():
         options |= dict(mininterval=30, maxinterval=30, delay=30,
                         bar_format="{desc}: {n_fmt}/{total_fmt} {rate_fmt} {remaining} left\n")
-    return tqdm(items, desc=text, unit=unit, leave=False,
-                disable=int(os.environ.get("RANK", 0)) > 0, **options)
+    return tqdm(items, desc=text, unit=unit, leave=False, disable=not visible, **options)
 
 
 def duration(seconds):

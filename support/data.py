@@ -625,7 +625,7 @@ class ViewFolder:
             new = settings | before | {"source": images.source}
             if new != before:
                 write_json(path, new)
-            sweep(self.folder)
+            sweep(self.folder.rglob("*.tmp"))
             if self.manifest.exists() and not self.manifest.read_bytes().endswith(b"\n"):
                 append(self.manifest, "\n")        # a kill cut the last line short
         world.wait()

@@ -12,6 +12,11 @@ import torch
 
 from support.command_line import UserError
 
+try:
+    import fcntl
+except ImportError:                                # Windows
+    fcntl = None
+
 
 def write_whole(path, write, sync=False):
     """Calls write(temporary path) and renames the result: the file appears whole or not at all.
@@ -65,10 +70,35 @@ def append(path, text):
         raise not_written(path, "the disk is full")
 
 
-def sweep(folder, pattern="*.tmp", seconds=3600):
-    """Removes temporary files that a killed process left in a folder or below it, where they are
-    older than so many seconds: a running process may still write the newer ones."""
-    for path in Path(folder).rglob(pattern):
+def claim(folder):
+    """Makes a folder and locks it until this process ends or the returned file is closed. UserError
+    where another process has it."""
+    path = Path(folder, ".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "w")
+    except OSError as error:
+        raise not_written(path, error.strerror) from None
+    try:
+        if fcntl:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"another process works in {folder}: name another --output-dir") from None
+    except OSError:
+        pass                                       # a file system without locks
+    return lock
+
+
+def release(lock):
+    """Unlocks what claim has locked."""
+    Path(lock.name).unlink(missing_ok=True)
+    lock.close()
+
+
+def sweep(paths, seconds=3600):
+    """Removes temporary files that a killed process left, where they are older than so many
+    seconds: a running process may still write the newer ones."""
+    for path in paths:
         with contextlib.suppress(OSError):
             if time.time() - path.lstat().st_mtime >= seconds:
                 path.unlink()

@@ -49,7 +49,8 @@ def make_backbone(arch, image_size, zero_init_residual=False):
         raise UserError(f"--arch {arch} is not supported{' for small pictures' if small else ''}: "
                         f"use a ResNet of torchvision (resnet18, resnet34, resnet50, "
                         f"resnext50_32x4d, wide_resnet50_2) or {', '.join(VITS)}")
-    dim, backbone.fc = backbone.fc.in_features, nn.Identity()
+    dim = backbone.fc.in_features
+    backbone.fc = nn.Identity()
     if small:
         backbone.conv1 = nn.Conv2d(3, backbone.conv1.out_channels, 3, padding=1, bias=False)
         init_convolution(backbone.conv1)
@@ -144,7 +145,8 @@ class LARS(torch.optim.Optimizer):
                 update = p.grad
                 if p.ndim > 1:
                     update = update.add(p, alpha=group["weight_decay"])
-                    p_norm, update_norm = p.norm(), update.norm()
+                    p_norm = p.norm()
+                    update_norm = update.norm()
                     scaled = (p_norm > 0) & (update_norm > 0)
                     update = update * torch.where(
                         scaled, group["trust"] * p_norm / update_norm, 1.0)

@@ -7,7 +7,9 @@ def sheet(columns, captions, frames, cell, labels):
 
     frames: {(column, row): colour}; cell: side of a picture in pixels.
     """
-    gap, left, foot = 6, 76, 34
+    gap = 6                                        # between pictures
+    left = 76                                      # for the rows' labels
+    foot = 34                                      # for the captions
     size = (left + len(columns) * (cell + gap), len(labels) * (cell + gap) + foot)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)

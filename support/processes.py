@@ -1,18 +1,35 @@
 """The processes of a run, their devices and their precision."""
-import atexit
 import contextlib
 import ctypes
 import datetime
 import gc
-import multiprocessing
 import os
 import signal
+import threading
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from support.command_line import UserError
+
+# What clusters, terminals and SLURM's --signal send before they end a process.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1")
+                if hasattr(signal, name)]
+
+
+class StopRequest:
+    """Notes signals that ask this process to stop: number is that of the last one, 0 before."""
+    def __init__(self):
+        self.number = 0
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:     # nohup has SIGHUP ignored
+                signal.signal(number, self._note)
+
+    def _note(self, number, _):
+        self.number = number
 
 
 class World(NamedTuple):
@@ -65,6 +82,19 @@ class World(NamedTuple):
             dist.barrier()
 
 
+def compare(what, value, advice):
+    """UserError where the processes do not have the same value, such as what they read from their
+    disks; all of them must call this."""
+    if not dist.is_initialized():
+        return
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    for rank, theirs in enumerate(values):
+        if theirs != values[0]:
+            raise UserError(f"process {rank} finds {what}: {theirs}, process 0: {values[0]}; "
+                            f"{advice}")
+
+
 def setup(device=None, patience=datetime.timedelta(minutes=30), precision=None):
     """Picks the device (cuda, else mps, else cpu) and starts the process group under torchrun.
 
@@ -81,6 +111,10 @@ def setup(device=None, patience=datetime.timedelta(minutes=30), precision=None):
         torch.backends.cuda.enable_flash_sdp(False)   # also of CPUs: small ViTs train twice as fast
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", 1)))
+    if "WORLD_SIZE" not in os.environ and tasks > 1 and "SLURM_PROCID" in os.environ:
+        raise UserError(f"SLURM starts {tasks} tasks, each of which would train alone: start one "
+                        f"task a machine, with torchrun in it (srun --ntasks-per-node 1 torchrun)")
     missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
                if name not in os.environ]
     if missing and (size > 1 or rank > 0):
@@ -145,17 +179,8 @@ def cores_of_process():
 
 
 def start_worker(_):
-    """In each of a loader's processes. Clusters send SIGTERM to all, but the main process saves
+    """In each of a loader's processes. Clusters send signals to all, but the main process saves
     first. A garbage collection would write to every object of the main process, and so copy it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     gc.freeze()
-
-
-@atexit.register
-def _end_workers():
-    """Ends workers that are left after an error: multiprocessing would send SIGTERM and wait."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it an error
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()

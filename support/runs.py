@@ -8,7 +8,6 @@ import math
 import os
 import signal
 import textwrap
-import threading
 import time
 from pathlib import Path
 
@@ -16,8 +15,8 @@ import torch
 
 from support.checkpoint import Checkpoint
 from support.command_line import Terminated, UserError, duration, progress, real, say, whole
-from support.files import append, sweep, write_json, write_whole
-from support.processes import cores_of_process
+from support.files import append, claim, release, sweep, write_json, write_whole
+from support.processes import StopRequest, cores_of_process
 
 # Flags that may differ when a run is resumed: they do not change its result.
 FREE = {"data_dir", "output_dir", "resume", "device", "compile", "workers", "skip_bad", "knn_every",
@@ -46,11 +45,11 @@ def add_flags(parser):
 
 
 def check_batch(batch_size):
-    """UserError where the batch cannot be shared by the processes or is too small for a norm."""
+    """UserError where the processes cannot divide the batch or it is too small for batch norm."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if batch_size % processes:
-        raise UserError(f"--batch-size {batch_size} cannot be shared by {processes} processes: "
-                        f"give a multiple")
+        raise UserError(f"--batch-size {batch_size} cannot be divided among {processes} "
+                        f"processes: give a multiple")
     if batch_size < 2 * processes:
         raise UserError(f"--batch-size {batch_size}: batch normalisation needs two images in each "
                         f"process")
@@ -68,11 +67,19 @@ def choose_folder(output_dir, resume, name):
     elif resume:
         folder = Path(resume).parent
     else:
-        folder = Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if not resume and (folder / "last.pt").exists():
+        now = time.time()
+        moment = f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{1000 * (now % 1):03.0f}"
+        folder = Path("runs", f"{name}-{moment}")
+    if not resume:
+        refuse_taken(folder)
+    return str(folder), resume
+
+
+def refuse_taken(folder):
+    """UserError where the folder holds a run."""
+    if (folder / "last.pt").exists():
         raise UserError(f"{folder} holds a run already: go on with --resume, or name another "
                         f"--output-dir")
-    return str(folder), resume
 
 
 def _newest_checkpoint(output_dir, name):
@@ -144,16 +151,17 @@ class Run:
         """Opens the folder once all is loaded. steps: of an epoch; label: the run in words."""
         self.steps = steps
         self.label = label
-        self.saved = time.time()
-        self.terminated = False
+        self.saved = time.monotonic()
+        self.stop = StopRequest()
         self.pending = []                          # read-outs that are not yet in the log
         self.summary = ""
         self.neg = 0.0
-        if threading.current_thread() is threading.main_thread():      # what clusters send first
-            signal.signal(signal.SIGTERM, self._terminate)
         if not self.main:
             return
-        sweep(self.folder, seconds=0)
+        self.lock = claim(self.folder)
+        if self.is_new:
+            refuse_taken(self.folder)              # by a run that was faster
+        sweep(self.folder.glob("*.tmp"), seconds=0)    # not those of an evaluation below it
         self._prune_log()
         write_json(self.folder / "args.json", vars(self.args) | {"label": self.label})
         dtype = str(self.world.dtype).removeprefix("torch.")
@@ -162,20 +170,20 @@ class Run:
         settings = "  ".join(f"{name}={value}" for name, value in vars(self.args).items())
         say(textwrap.fill(settings, 100))
 
-    def _terminate(self, *_):
-        self.terminated = True
-
     def _prune_log(self):
         """Removes the lines after the checkpoint: they will be written again."""
         path = self.folder / "log.jsonl"
         done = self.epoch * self.steps + self.step
         kept = []
-        for text in path.read_text().splitlines(keepends=True) if path.exists() else []:
-            if not text.endswith("}\n"):           # a kill cut it short
-                continue
-            line = json.loads(text)
-            if line["epoch"] <= self.epoch if "knn" in line else line["step"] <= done:
-                kept.append(text)
+        text = path.read_text(errors="replace") if path.exists() else ""
+        for line in text.splitlines(keepends=True):
+            try:
+                values = json.loads(line)
+                early = values["epoch"] <= self.epoch if "knn" in values else values["step"] <= done
+            except (ValueError, TypeError, KeyError):
+                continue                           # a kill cut it short, or it is not ours
+            if early and line.endswith("\n"):
+                kept.append(line)
         write_whole(path, lambda temporary: temporary.write_text("".join(kept)))
 
     def begin_epoch(self, epoch):
@@ -183,21 +191,21 @@ class Run:
         first = self.step if epoch == self.epoch else 0
         self.now = epoch
         self.first = first
-        self.began = time.time()
+        self.began = time.monotonic()
         self.bar = progress(None, f"epoch {epoch + 1}/{self.args.epochs}", "batch",
                             total=self.steps, initial=first)
         return first
 
     def after_step(self, step, readouts):
         """Logs the means of the read-outs, refuses a loss that is not finite, saves when it is
-        time, stops after SIGTERM."""
+        time, stops when a signal asks for it."""
         self.bar.update(1)
         self.pending.append(torch.stack(list(readouts.values())).float())
         last = step + 1 == self.steps
         if last or (step + 1) % self.args.log_every == 0:
             self._log_means(step, list(readouts))
-            late = time.time() - self.saved > 60 * self.args.save_minutes
-            if not last and self.world.any(self.terminated or (self.main and late)):
+            late = time.monotonic() - self.saved > 60 * self.args.save_minutes
+            if not last and self.world.any(self.stop.number or (self.main and late)):
                 self.save(self.now, step + 1)
 
     def _log_means(self, step, names):
@@ -207,7 +215,8 @@ class Run:
         self._refuse_not_finite(table[:, 0], number)
         means = dict(zip(names, table.mean(0).tolist(), strict=True))
         self.neg = means.get("neg", 0.0)
-        speed = (step + 1 - self.first) * self.args.batch_size / (time.time() - self.began)
+        seconds = time.monotonic() - self.began
+        speed = (step + 1 - self.first) * self.args.batch_size / seconds
         left = (self.args.epochs * self.steps - number) * self.args.batch_size / speed
         chance = self.method.chance
         self.log(epoch=round(number / self.steps, 4), step=number, **means, chance=chance,
@@ -229,7 +238,8 @@ class Run:
         self.save(self.now, self.steps)
 
     def save(self, epoch, step):
-        """last.pt and backbone.pt after so many epochs and further steps; stops after SIGTERM."""
+        """last.pt and backbone.pt after so many epochs and further steps; stops when a signal asks
+        for it."""
         state = self.method.state_dict()
         if not all(x.isfinite().all() for x in state.values()):  # queue, batch-norm statistics, too
             raise UserError(self._not_finite("network", epoch * self.steps + step))
@@ -242,11 +252,16 @@ class Run:
         self.checkpoint.save(
             model=state, optimizer=self.optimizer.state_dict(), epoch=epoch, step=step,
             statistics=statistics, scaler=self.world.scaler.state_dict(), args=vars(self.args))
-        self.saved = time.time()
-        if self.world.any(self.terminated):
+        self.saved = time.monotonic()
+        if self.world.any(self.stop.number):
             self.world.wait()                      # for the first process's files
             raise Terminated(f"terminated after saving {self.checkpoint.path}; the same command "
-                             f"with --resume goes on")
+                             f"with --resume goes on", self.stop.number or signal.SIGTERM)
+
+    def end(self):
+        """Leaves the folder to others."""
+        if self.main:
+            release(self.lock)
 
     def log(self, **values):
         if self.main:

@@ -214,19 +214,18 @@ def test_a_failing_knn_costs_no_training(world, whole, tmp_path):
 
 
 # ------------------------------------------------------------------------------ several processes
-@pytest.mark.parametrize("lost, how", [(0, die), (1, die), (1, fail)])
-def test_the_others_end_with_a_process(lost, how, world, tmp_path):
+@pytest.mark.parametrize("lost", [0, 1])
+def test_the_others_end_with_a_process_that_is_killed(lost, world, tmp_path):
+    """For one that fails see test_processes.py."""
     work = training(world, tmp_path / "run", *V2, "--epochs", 500)
-    works = [at_step(3, how, work) if rank == lost else work for rank in (0, 1)]
-    began = time.time()
+    works = [at_step(3, die, work) if rank == lost else work for rank in (0, 1)]
+    began = time.monotonic()
     statuses = end(*start_two(works, tmp_path))
-    assert time.time() - began < 60
-    assert statuses[lost] == (-signal.SIGKILL if how is die else 2) and statuses[1 - lost] == 1
+    assert time.monotonic() - began < 20
+    assert statuses[lost] == -signal.SIGKILL and statuses[1 - lost] == 1
     said = (tmp_path / str(1 - lost)).read_text()
     message = f"error: process {1 - lost} stops because another one ended"
     assert re.search(message, said) and "Traceback" not in said
-    if how is fail:
-        assert "error: the third batch is no good" in (tmp_path / str(lost)).read_text()
 
 
 def test_two_processes_killed_go_on_to_the_same_result(world, tmp_path, capsys):
@@ -327,7 +326,7 @@ def test_what_a_kill_left_behind_is_removed(world, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("half")
     os.utime(old, (time.time() - 4000,) * 2)
-    files.sweep(tmp_path / "views")
+    files.sweep((tmp_path / "views").rglob("*.tmp"))
     assert not old.exists() and new.exists()
     assert end(start(training(world, tmp_path / "run", *V2, "--epochs", 1))) == 0
     assert not run.exists()

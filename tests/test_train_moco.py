@@ -20,8 +20,6 @@ import train_byol
 import train_moco
 import train_swav
 from quality_loss import info_nce, pair_quality, quality_weights
-from support.checkpoint import Checkpoint
-from support.command_line import UserError
 from support.networks import LARS
 from support.processes import setup
 
@@ -412,7 +410,7 @@ def test_refused_settings(flags, message, image_folder, wrong, tmp_path, capsys)
 def test_a_batch_that_three_processes_cannot_share(image_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     line = refusal(capsys, run, *small(image_folder, tmp_path / "run"))
-    assert "cannot be shared by 3 processes" in line and not (tmp_path / "run").exists()
+    assert "cannot be divided among 3 processes" in line and not (tmp_path / "run").exists()
 
 
 def test_a_download_without_network(tmp_path, capsys, monkeypatch):
@@ -484,21 +482,30 @@ def test_a_flag_that_an_old_checkpoint_lacks_is_not_compared(finished, tmp_path,
     assert "kNN top-1" in capsys.readouterr().out
 
 
-def test_a_run_folder_that_not_all_machines_see_is_refused(tmp_path):
-    """Another process resumes at epoch 1, this one finds nothing."""
-    world = types.SimpleNamespace(rank=0, size=2, gather_objects=lambda x: [x, [1, 0]])
-    with pytest.raises(UserError, match="must be one folder for all machines"):
-        Checkpoint(tmp_path / "last.pt", {}, world).load()
+@pytest.mark.parametrize("flags, images, queue, line", [
+    ("--dataset folder --data-dir x", 100_000, 9984, "--queue 9984: at most a tenth"),
+    ("--dataset folder --data-dir x --queue 2560", 10_000, 2560, "*** --queue 2560 for 10000 im"),
+    ("--dataset imagenet", 100_000, 65536, "*** --queue 65536 for 100000 images"),
+    ("--dataset imagenet", 1_281_167, 65536, ""), ("--dataset cifar10", 10_000, 1024, ""),
+    ("--dataset cifar10", 5_000, 1024, "*** --queue 1024 for 5000 images"),
+    ("--dataset shapes", 4096, 2048, ""),
+    ("--dataset shapes --limit 256", 256, 2048, "at most a tenth, --queue 128")])
+def test_the_queue_holds_at_most_a_tenth_of_the_images(flags, images, queue, line, capsys):
+    """In a folder ImageNet's is shortened; elsewhere, or where it is given, it is named."""
+    args = parse(*flags.split(), "--views-dir", "none")
+    capsys.readouterr()
+    assert train_moco.limit_queue(args, images).queue == queue
+    said = capsys.readouterr().out
+    assert line in said and len(said.splitlines()) == bool(line)
 
 
-def test_the_queue_holds_at_most_a_tenth_of_a_folder(capsys):
-    """ImageNet's recipe on other folders; a --queue that is given stays."""
-    for flags, images, queue in (("--dataset folder --data-dir x", 100_000, 9984),
-                                 ("--dataset folder --data-dir x --queue 2560", 10_000, 2560),
-                                 ("--dataset imagenet", 100_000, 65536)):
-        args = parse(*flags.split(), "--views-dir", "none")
-        assert train_moco.limit_queue(args, images).queue == queue
-        assert ("--queue 9984" in capsys.readouterr().out) == (queue == 9984)
+@pytest.mark.parametrize("changes, line", [
+    ({}, ""), (dict(warmup_epochs=5), "*** --epochs 2 ends within the warm-up"),
+    (dict(freeze_epochs=2), "*** --freeze-epochs 2"), (dict(queue_after=3), "*** --queue-after 3")])
+def test_schedules_longer_than_the_run_are_named(changes, line, capsys):
+    train_moco.check_schedule(settings("swav", epochs=2, **changes))
+    said = capsys.readouterr().out
+    assert line in said and len(said.splitlines()) == bool(line)
 
 
 def test_print_recipe_needs_no_data(capsys):

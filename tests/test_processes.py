@@ -1,0 +1,242 @@
+"""Several processes, signals and folders: no process waits for one that is gone, no run mixes with
+another."""
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from running import before_call, call, end, fail, json_lines, refusal, start, start_two
+
+import eval_linear
+import generate_views
+import genview
+import train_moco
+from support import command_line, processes, runs
+from support.checkpoint import Checkpoint
+from support.command_line import Terminated, UserError, progress, script
+from support.files import claim
+from support.processes import setup
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, encoder_folder, pipeline_folder):
+    """Images, views, a tiny encoder and a tiny pipeline, a checkpoint."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny.save_images(folder / "images", per_class=16)
+    tiny.save_views(folder / "images", folder / "views")
+    (folder / "clip").symlink_to(encoder_folder)
+    (folder / "pipeline").symlink_to(pipeline_folder)
+    training(folder, folder / "run")()
+    return folder
+
+
+def training(world, output, *flags):
+    flags = ["--dataset", "folder", "--data-dir", world / "images", "--views-dir", world / "views",
+             "--encoder", world / "clip", "--image-size", 32, "--arch", "resnet10_narrow",
+             "--batch-size", 8, "--queue", 16, "--epochs", 1, "--output-dir", output,
+             "--start-batches", 0, "--knn-every", 1, "--log-every", 1, "--device", "cpu", *flags]
+    return lambda: train_moco.train(train_moco.parse_args(argv=[str(flag) for flag in flags]),
+                                    setup("cpu"))
+
+
+def generation(world, output):
+    return lambda: call(
+        generate_views, "--dataset", "folder", "--data-dir", world / "images", "--model",
+        world / "pipeline", "--views-dir", output, "--steps", 1, "--size", 32, "--save-size", 32,
+        "--device", "cpu", "--batch-size", 4)
+
+
+def evaluation(world, output):
+    return lambda: call(
+        eval_linear, "--checkpoint", world / "run/last.pt", "--dataset", "folder", "--data-dir",
+        world / "images", "--protocol", "finetune", "--labels", 1, "--batch-size", 8, "--epochs", 2,
+        "--output-dir", output, "--device", "cpu", "--workers", 0)
+
+
+# ------------------------------------------------------------------------------ one fails, all end
+PLACES = {
+    "reading": (training, genview.data, "open_image"),
+    "the foreground": (training, genview, "fit_foreground"),
+    "a step": (training, train_moco, "train_step"),
+    "a checkpoint": (training, torch, "save"),
+    "kNN": (training, train_moco, "knn_of"),
+    "generation": (generation, generate_views, "generate"),
+    "evaluation": (evaluation, eval_linear, "fit_classifier")}
+
+
+@pytest.mark.parametrize("place, act", [
+    *((place, fail) for place in PLACES), ("a step", lambda *_: 1 / 0)])
+def test_the_others_end_with_a_process_that_fails(place, act, world, tmp_path):
+    """With an error that a user can cause, or a bug."""
+    make, owner, name = PLACES[place]
+    work = make(world, tmp_path / "out")
+    broken = before_call(1, act, work, owner, name)
+    began = time.monotonic()
+    statuses = end(*start_two([broken, work], tmp_path))
+    assert time.monotonic() - began < 20
+    assert statuses == [2 if act is fail else 1, 1]
+    assert "process 1 stops because another one ended" in (tmp_path / "1").read_text()
+    said = (tmp_path / "0").read_text()
+    assert ("the third batch is no good" if act is fail else "ZeroDivisionError") in said
+
+
+@pytest.mark.parametrize("stop, status, cleaned", [
+    (None, None, True), (Terminated("saved", signal.SIGHUP), 129, True),
+    (UserError("a bad picture"), 2, False), (ZeroDivisionError(), 1, False),
+    (KeyboardInterrupt(), 130, False)])
+def test_the_group_of_processes_is_destroyed_only_by_all_together(stop, status, cleaned,
+                                                                  monkeypatch, capsys):
+    """NCCL would wait for the others where only one process ends."""
+    done = []
+
+    def leave(number):
+        raise SystemExit(number)
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(command_line, "dist", SimpleNamespace(
+        is_initialized=lambda: True, get_backend=lambda: "nccl", get_rank=lambda: 0,
+        destroy_process_group=lambda: done.append(1)))
+
+    def main():
+        if stop:
+            raise stop
+    if status:
+        with pytest.raises(SystemExit) as ended:
+            script(main)
+        assert ended.value.code == status
+    else:
+        script(main)
+    assert bool(done) == cleaned
+
+
+# ---------------------------------------------------------------------------- the same data in all
+@pytest.mark.parametrize("lack, text", [
+    ("train/cat/0003.png", "process 1 finds in train: 31 images.*process 0: 32 images"),
+    ("test/dog/0003.png", "process 1 finds in test: 31 images.*process 0: 32 images"),
+    ("views", "process 1 finds generated views: 31 images.*process 0: 32 images")])
+def test_a_file_that_one_machine_lacks_is_named_before_the_first_step(lack, text, world, tmp_path):
+    works = []
+    for rank in (0, 1):
+        copy = tmp_path / f"machine-{rank}"
+        tiny.save_images(copy / "images", per_class=16)
+        tiny.save_views(copy / "images", copy / "views")
+        (copy / "clip").symlink_to(world / "clip")
+        works.append(training(copy, tmp_path / "run"))
+    lost = next((tmp_path / "machine-1/views").rglob("*.png")) if lack == "views" else (
+        tmp_path / "machine-1/images" / lack)
+    lost.unlink()
+    assert end(*start_two(works, tmp_path)) == [2, 2]
+    assert re.search(text, (tmp_path / "0").read_text())
+    assert not (tmp_path / "run/log.jsonl").exists()
+
+
+def test_processes_that_find_other_checkpoints_are_named(tmp_path, monkeypatch):
+    def gather(values, mine):
+        values[:] = [mine, "epoch 1, step 0"]
+    monkeypatch.setattr(processes, "dist", SimpleNamespace(
+        is_initialized=lambda: True, get_world_size=lambda: 2, all_gather_object=gather))
+    with pytest.raises(UserError, match="process 1 finds the checkpoint .*last.pt: epoch 1, step 0,"
+                                        " process 0: none; it must lie in one folder"):
+        Checkpoint(tmp_path / "last.pt", {}, None).load()
+
+
+# ------------------------------------------------------------------------------ one run, one folder
+def test_a_second_run_in_a_folder_is_refused(world, tmp_path, capsys):
+    run = tmp_path / "run"
+    pid = start(lambda: (claim(run), (tmp_path / "claimed").touch(), time.sleep(60)))
+    while not (tmp_path / "claimed").exists():
+        time.sleep(0.01)
+    assert "another process works in" in refusal(capsys, training(world, run))
+    assert [file.name for file in run.iterdir()] == [".lock"]
+    os.kill(pid, signal.SIGKILL)
+    end(pid)
+    training(world, run)()                         # a lock does not outlive its process
+
+
+def test_a_run_that_was_faster_is_not_overwritten(world, tmp_path, capsys, monkeypatch):
+    work = training(world, tmp_path / "run")
+
+    def other(*_):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/last.pt").touch()
+    late = before_call(1, other, work, train_moco, "distribute")
+    assert "holds a run already" in refusal(capsys, late)
+
+
+def test_runs_of_the_same_second_have_names_of_their_own(monkeypatch):
+    names = []
+    for now in (1e9, 1e9 + 0.004):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        names.append(runs.choose_folder(None, None, "cifar10-mocov2-plain")[0])
+    assert names[0] != names[1] and re.fullmatch(r"runs/cifar10-mocov2-plain-\d{8}-\d{6}-004",
+                                                 names[1])
+
+
+def test_tasks_of_srun_without_torchrun_are_named(monkeypatch, capsys):
+    for name, value in dict(SLURM_NTASKS="4", SLURM_PROCID="1").items():
+        monkeypatch.setenv(name, value)
+    assert "SLURM starts 4 tasks, each of which would train alone" in refusal(capsys, setup, "cpu")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")          # of this step, of a job of four
+    assert setup("cpu").size == 1
+
+
+# ------------------------------------------------------------------------------ what ends a process
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_closed_terminal_and_a_cluster_s_warning_save_and_stop(number, world, tmp_path):
+    work = training(world, tmp_path / "run", "--knn-every", 0)
+    ended = before_call(2, lambda *_: os.kill(os.getpid(), number), work, train_moco, "train_step")
+    assert end(start(ended, tmp_path / "said")) == 128 + number
+    assert "terminated after saving" in (tmp_path / "said").read_text()
+    assert torch.load(tmp_path / "run/last.pt")["step"] == 2
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored(world, tmp_path):
+    work = training(world, tmp_path / "run", "--knn-every", 0)
+
+    def under_nohup():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        before_call(2, lambda *_: os.kill(os.getpid(), signal.SIGHUP), work, train_moco,
+                    "train_step")()
+    assert end(start(under_nohup)) == 0
+    assert torch.load(tmp_path / "run/last.pt")["step"] == 4
+
+
+def test_foreign_lines_of_a_log_do_not_keep_a_run_from_being_resumed(world, tmp_path):
+    flags = ["--knn-every", 0]
+    training(world, tmp_path / "run", *flags)()
+    log = tmp_path / "run/log.jsonl"
+    before = json_lines(log)
+    log.write_bytes(b"nvidia-smi: 12%\n[]\n3\n" + log.read_bytes() + b'{"a": 1}\n\xff\n{"epoch": 1')
+    training(world, tmp_path / "run", "--resume", *flags)()
+    assert json_lines(log) == before
+
+
+def test_without_stderr_there_is_no_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert list(progress(range(3), "reading", "image")) == [0, 1, 2]
+    script(lambda: None)
+
+
+def test_an_old_python_is_named_in_one_line():
+    """By whatever script: all import support."""
+    code = "import sys; sys.version_info = (3, 9, 18); import recipes"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                           cwd=genview.MINI.parents[1])
+    assert ended.returncode == 2
+    assert ended.stderr == "error: this needs Python 3.10 or newer, here is 3.9\n"
+
+
+def test_an_evaluation_s_files_are_not_swept(world, tmp_path):
+    """A run that is resumed removes what a kill left in its own folder."""
+    for name in ("last.pt.7.tmp", "linear/last.pt.8.tmp"):
+        path = tmp_path / "run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+    training(world, tmp_path / "run", "--knn-every", 0)()
+    assert not (tmp_path / "run/last.pt.7.tmp").exists()
+    assert (tmp_path / "run/linear/last.pt.8.tmp").exists()
