@@ -25,13 +25,7 @@ import genview
 import recipes
 from support import augment
 from support.command_line import Parser, UserError, progress, real, say, script, whole
-from support.data import (
-    advise_skip_bad,
-    balanced_subset,
-    listed_subset,
-    open_image,
-    to_tensor,
-)
+from support.data import balanced_subset, listed_subset, read_picture
 from support.evaluations import Evaluation, folder_of
 from support.networks import LARS
 from support.pretrained import MEAN_STD, load_backbone
@@ -44,16 +38,15 @@ CROP_SCALE = (0.08, 1.0)      # part of the image's area in a crop: torchvision'
 
 class Crops(Dataset):
     """Image files cut to S x S: a random crop where draw = (seed, epoch), else the central square,
-    without the outer eighth (256 pixels to 224). skip_bad: an unreadable file is a grey picture."""
-    def __init__(self, images, image_size, draw=None, skip_bad=False):
+    without the outer eighth (256 pixels to 224)."""
+    def __init__(self, images, image_size, draw=None):
         # An array of bytes, not a list: see genview.CropsOfFiles.
         self.files = np.array([os.fsencode(images.root / name) for name in images.names])
         self.size = image_size
         self.draw = draw
-        self.skip_bad = skip_bad
 
     def __getitem__(self, index):
-        image = self.read(os.fsdecode(self.files[index]))
+        image = read_picture(os.fsdecode(self.files[index]))
         height, width = image.shape[1:]
         if self.draw:
             u = torch.rand(augment.CROP_TRIES, 4, generator=step_generator(*self.draw, index))
@@ -63,16 +56,8 @@ class Crops(Dataset):
             box = augment.central_box(side, height, width)
         return augment.crop_file(image, box, self.size)
 
-    def read(self, path):
-        try:
-            return to_tensor(open_image(path))
-        except UserError as error:
-            if not self.skip_bad:
-                raise advise_skip_bad(error) from None
-            return torch.full((3, self.size, self.size), 128, dtype=torch.uint8)
 
-
-def pictures(images, order, image_size, world, batch_size, workers=4, draw=None, skip_bad=False):
+def pictures(images, order, image_size, world, batch_size, workers=4, draw=None):
     """Yields the images in the given order, (n, 3, S, S), normalised, on the device. draw: (seed,
     epoch) of random crops and flips; None: the central square, of pictures in memory the whole."""
     batches = order.split(batch_size)
@@ -81,7 +66,7 @@ def pictures(images, order, image_size, world, batch_size, workers=4, draw=None,
         source = (images.pixels[index] for index in batches)
     else:
         source = DataLoader(
-            Crops(images, image_size, draw, skip_bad), batch_sampler=[b.tolist() for b in batches],
+            Crops(images, image_size, draw), batch_sampler=[b.tolist() for b in batches],
             num_workers=workers, worker_init_fn=start_worker,
             pin_memory=world.device.type == "cuda")
     for step, x in enumerate(source):
@@ -101,11 +86,11 @@ def pictures(images, order, image_size, world, batch_size, workers=4, draw=None,
 
 
 @torch.no_grad()
-def features_of(backbone, images, order, image_size, world, batch_size, workers, skip_bad):
+def features_of(backbone, images, order, image_size, world, batch_size, workers):
     """Yields the features of the images in the given order, (n, D), in evaluation mode."""
     was_training = backbone.training
     backbone.eval()
-    batches = pictures(images, order, image_size, world, batch_size, workers, skip_bad=skip_bad)
+    batches = pictures(images, order, image_size, world, batch_size, workers)
     for x in progress(batches, "features", "batch", total=math.ceil(len(order) / batch_size)):
         with world.autocast():
             features = backbone(x).float()
@@ -113,15 +98,13 @@ def features_of(backbone, images, order, image_size, world, batch_size, workers,
     backbone.train(was_training)
 
 
-def extract_features(backbone, images, image_size, world, batch_size=256, workers=4,
-                     skip_bad=False):
+def extract_features(backbone, images, image_size, world, batch_size=256, workers=4):
     """The features of all images: (N, D) on the device, not normalised. All processes must call
     this: each computes its part, and all get all of them."""
     n = len(images.names)
     part = math.ceil(n / world.size)               # the same in every process: some images repeat
     order = torch.arange(world.rank * part, (world.rank + 1) * part) % n
-    features = features_of(backbone, images, order, image_size, world, batch_size, workers,
-                           skip_bad)
+    features = features_of(backbone, images, order, image_size, world, batch_size, workers)
     return world.gather(torch.cat(list(features)))[:n]
 
 
@@ -162,10 +145,10 @@ def knn_accuracy(chunks, queries, truth, num_classes, k=200, temperature=0.1, wo
     return 100 * (votes.argmax(1) == truth.to(s.device)).float().mean().item()
 
 
-def knn_of(backbone, train, test, image_size, world, workers, skip_bad, k=200):
+def knn_of(backbone, train, test, image_size, world, workers, k=200):
     """kNN accuracy in percent of a backbone's features of train and test, Images. All processes
     must call this."""
-    options = image_size, world, 512, workers, skip_bad
+    options = image_size, world, 512, workers
     order = torch.arange(world.rank, len(train.names), world.size)
     labels = train.labels[order].split(512)
     chunks = zip(features_of(backbone, train, order, *options), labels, strict=True)
@@ -222,7 +205,7 @@ def augmented(images, settings, world):
         order = epoch_order(n, settings.seed, epoch)[:steps * batch_size * world.size]
         order = order.view(steps, world.size, batch_size)[:, world.rank].flatten()
         xs = pictures(images, order, settings.image_size, world, batch_size, settings.workers,
-                      (settings.seed, epoch), settings.skip_bad)
+                      (settings.seed, epoch))
         yield from zip(xs, images.labels[order].split(batch_size), strict=True)
     return batches, steps
 
@@ -371,7 +354,7 @@ def parse_args(argv=None):
     add("--data-dir", help="CIFAR's files, or a folder with train/ and val/ or test/ below it")
     add("--image-size", type=whole(1), help="side of the pictures in pixels")
     add("--limit", type=whole(1), help="use so many images of each split")
-    add("--skip-bad", action="store_true", help="leave out unreadable images (large ones: grey)")
+    add("--skip-bad", action="store_true", help="leave out images that cannot be read")
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", choices=["linear", "knn", "finetune"], default="linear", help="what to fit")
     add("--labels", type=real(1e-6, 1), default=0.01, help="finetune: part of the labels")
@@ -438,16 +421,17 @@ def evaluate(settings, backbone, dim, world):
     """Computes and reports the accuracies of a protocol."""
     def load(split):
         return genview.load_images(settings.dataset, settings.data_dir, split, settings.image_size,
-                                   settings.limit, settings.skip_bad)
+                                   settings.limit, settings.skip_bad, settings.workers)
 
     def features(images):
         return extract_features(backbone, images, settings.image_size, world,
-                                workers=settings.workers, skip_bad=settings.skip_bad)
+                                workers=settings.workers)
     train = load("train")
     test = load("test")
-    if not train.num_classes:
-        raise UserError(f"{settings.data_dir} has no class folders in train/: no labels to fit on")
-    run = Evaluation(settings, world, backbone, train)
+    if train.num_classes < 2:
+        found = "one class folder" if train.num_classes else "no class folders"
+        raise UserError(f"{settings.data_dir} has {found} in train/: labels to fit on need two")
+    run = Evaluation(settings, world, backbone, train, train.left_out + test.left_out)
     n = len(train.names)
     if settings.protocol == "finetune":
         train = labelled(train, settings)
@@ -467,7 +451,7 @@ def evaluate(settings, backbone, dim, world):
         run.report("linear", n, top(head(check[0]), check[1]), head)
     else:
         accuracy = knn_of(backbone, train, test, settings.image_size, world, settings.workers,
-                          settings.skip_bad, settings.k)
+                          settings.k)
         run.report("kNN", n, {"top1": accuracy})
 
 

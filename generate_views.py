@@ -28,7 +28,7 @@ import genview
 import recipes
 from genview import FRACTION
 from support.command_line import Parser, UserError, either, progress, real, say, script, whole
-from support.data import IN_MEMORY_SIZE, ViewFolder, spaced, square
+from support.data import IN_MEMORY_SIZE, ViewFolder, file_mark, spaced, square
 from support.files import read_component, write_component, write_whole
 from support.pictures import sheet
 from support.processes import setup
@@ -245,7 +245,7 @@ def make_view_set(args, pipe, generator, images, world):
     images of one level."""
     suffix = ".png" if generator.save_size <= 64 else ".jpg"                     # png: lossless
     folder = ViewFolder(args.views_dir, suffix)
-    folder.prepare(settings_of(args, generator, pipe, images), images.names, world)
+    folder.prepare(settings_of(args, generator, pipe), images, world)
     v1, alpha = share_foreground(args, pipe, images, world)
     views = Views(folder, generator, images, args.seed, args.limit, world)
     waiting = defaultdict(list)                                      # {level: [(index, p, c), ...]}
@@ -270,14 +270,32 @@ class Views:
         self.images = images
         self.seed = seed
         self.world = world
-        made = folder.made()
-        mine = spaced(len(images.names), limit).tolist()[world.rank::world.size]
-        self.todo = [i for i in mine if images.names[i] not in made]
-        self.there = [made[images.names[i]] for i in mine if images.names[i] in made]
+        self.todo = []
+        self.there = []                            # levels of the views that stay
         self.levels = []                           # of the views made here
+        self.choose(spaced(len(images.names), limit).tolist()[world.rank::world.size])
         self.skipped = 0
         self.start = time.time()
         self.bar = progress(None, "views", "image", total=len(self.todo))
+
+    def choose(self, indices):
+        """What is to do of the images at indices: those without a view, and those that are not the
+        ones that their views were made of."""
+        made = self.folder.made()
+        changed = 0
+        for i in indices:
+            line = made.get(self.images.names[i])
+            if line is None:
+                self.todo.append(i)
+            elif line.file and line.file != file_mark(self.images, self.images.names[i]):
+                self.todo.append(i)
+                changed += 1
+            else:
+                self.there.append(line.noise_level)
+        changed = sum(self.world.gather_objects(changed))
+        if changed:
+            say(f"*** {changed} images are not those that their views were made of: these views "
+                f"are made again")
 
     def unreadable(self, index, error):
         self.skipped += 1
@@ -290,7 +308,8 @@ class Views:
         seeds = [image_seed(self.seed, name) for name in names]
         views = self.generator(level, torch.stack(embeddings), seeds)
         for view, name, p, seed in zip(views, names, proportions, seeds, strict=True):
-            self.folder.write(view, source=name, proportion=p, noise_level=level, seed=seed)
+            self.folder.write(view, source=name, proportion=p, noise_level=level, seed=seed,
+                              file=file_mark(self.images, name))
         self.levels += [level] * len(batch)
         self.bar.update(len(batch))
 
@@ -307,13 +326,26 @@ class Views:
             f"levels {text or 'none'}; {seconds:.1f} s, {made / max(seconds, 1e-9):.2f} images/s")
 
 
-def settings_of(args, generator, pipe, images):
+def settings_of(args, generator, pipe):
     """What must not change within a folder of views."""
     names = "dataset model noise solver seed flip_foreground component fit_images".split()
     settings = {name: getattr(args, name) for name in names} | generator.settings
-    return settings | {"save_size": generator.save_size, "classes": images.num_classes,
+    component = Path(args.component).read_bytes() if args.component else b""
+    return settings | {"save_size": generator.save_size,
                        "precision": str(pipe.unet.dtype).removeprefix("torch."),
-                       "source": images.source}
+                       "weights": digest_of_weights(pipe),
+                       "component_file": hashlib.sha256(component).hexdigest()[:12]}
+
+
+def digest_of_weights(pipe):
+    """A few letters that tell a pipeline's weights, wherever its folder lies and however its name
+    is spelled: of the first numbers of each tensor."""
+    digest = hashlib.sha256()
+    for name, module in sorted(pipe.components.items()):
+        if isinstance(module, torch.nn.Module):
+            parts = [x.flatten()[:16].float() for x in module.state_dict().values()]
+            digest.update(name.encode() + torch.cat(parts).cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def image_seed(seed, name):
@@ -426,7 +458,8 @@ def resolve(args):
     args.views_dir = Path(args.views_dir or genview.default_views_dir(args.dataset, args.data_dir))
     cifar = args.dataset.startswith("cifar")
     args.model = args.model or ("mini" if cifar and genview.MINI.is_dir() else STABLE)
-    usual = recipes.GENERATION["mini" if args.model == "mini" else "stable"]
+    is_mini = args.model == "mini" or os.path.realpath(args.model) == os.path.realpath(genview.MINI)
+    usual = recipes.GENERATION["mini" if is_mini else "stable"]
     args.steps = args.steps or usual["steps"]
     args.guidance = usual["guidance"] if args.guidance is None else args.guidance
     if args.size and args.size % 8:

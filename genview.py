@@ -28,7 +28,7 @@ from support.augment import (
     renormalise,
 )
 from support.command_line import UserError, progress, say
-from support.data import IN_MEMORY_SIZE, Images, spaced, to_tensor
+from support.data import IN_MEMORY_SIZE, Images, spaced
 from support.files import read_component, write_whole
 from support.pictures import sheet
 from support.processes import World, compare, start_worker
@@ -45,7 +45,7 @@ SAME_FILES = "all machines must hold the same files"
 
 
 # ---------------------------------------------------------------------------------------- data sets
-def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=False):
+def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=False, workers=0):
     """Reads one of the data sets: shapes, cifar10, cifar100, imagenet or folder.
 
     Args:
@@ -54,6 +54,9 @@ def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=False
         split: "train" or "test" (of a folder, val/ or test/).
         image_size: S; folders of images are read into memory up to IN_MEMORY_SIZE.
         limit: use at most so many images, evenly spaced over the set.
+        skip_bad: leave out the files that cannot be read; else the first stops the program, at the
+            latest when it is needed.
+        workers: processes that read many files.
     Returns:
         Images.
     Raises:
@@ -70,10 +73,12 @@ def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=False
     images = images._replace(source=count_and_digest(images.names))
     if limit is not None and limit < len(images.names):
         images = images.take(spaced(len(images.names), limit))
-    if images.pixels is None and image_size <= IN_MEMORY_SIZE:
-        images = data.into_memory(images, image_size, skip_bad)
     compare(f"in {split}", f"{images.source}, {len(images.names)} used", SAME_FILES)
-    return images
+    if images.pixels is not None:
+        return images
+    if image_size <= IN_MEMORY_SIZE:
+        return data.into_memory(images, image_size, skip_bad, workers)
+    return data.without_unreadable(images, workers) if skip_bad else images
 
 
 def count_and_digest(names):
@@ -124,7 +129,7 @@ class PairLoader:
     epoch and image), not on the number of processes or interruptions.
     """
     def __init__(self, images, views, augmentations, image_size, batch_size, seed, world, workers=4,
-                 skip_bad=False, steps=None):
+                 steps=None):
         """
         Args:
             images: Images, the X_i.
@@ -141,7 +146,7 @@ class PairLoader:
         if images.pixels is not None:              # small enough for the device's own memory
             self.pairs = PairsInMemory(images.pixels, views, augmentations, sizes, plan)
         else:
-            dataset = CropsOfFiles(images, views, augmentations, sizes, seed, skip_bad)
+            dataset = CropsOfFiles(images, views, augmentations, sizes, seed)
             self.pairs = PairsFromFiles(dataset, plan, workers)
 
     def epoch(self, epoch, start=0):
@@ -257,7 +262,7 @@ class PairSampler:
 
 class CropsOfFiles(Dataset):
     """Crops of large images: workers decode and crop; colours and normalisation follow."""
-    def __init__(self, images, views, augmentations, sizes, seed, skip_bad):
+    def __init__(self, images, views, augmentations, sizes, seed):
         # Arrays of bytes: reading a list of strings counts references to them, which writes, and
         # each forked worker would copy it.
         self.images = np.array([os.fsencode(images.root / name) for name in images.names])
@@ -266,20 +271,14 @@ class CropsOfFiles(Dataset):
         self.augmentations = augmentations
         self.sizes = sizes
         self.seed = seed
-        self.skip_bad = skip_bad
 
     def __getitem__(self, key):
         """key: epoch, index of the image, is view 1 the generated one? -> V crops (3, S, S)."""
         epoch, index, generated_first = key
-        try:
-            image = self.read(self.images[index])
-            view = image
-            if not self.plain and self.views[index]:
-                view = self.read(self.views[index])
-        except UserError as error:
-            if not self.skip_bad:
-                raise data.advise_skip_bad(error) from None
-            return self[epoch, (index + 1) % len(self.images), generated_first]
+        image = data.read_picture(os.fsdecode(self.images[index]))
+        view = image
+        if not self.plain and self.views[index]:
+            view = data.read_picture(os.fsdecode(self.views[index]))
         pair = (view, image) if generated_first else (image, view)
         generator = step_generator(self.seed, epoch, index, CROPS_OF_FILES)
         u = torch.rand(len(self.augmentations), Draws.COLUMNS, generator=generator)
@@ -291,39 +290,43 @@ class CropsOfFiles(Dataset):
             crops.append(augment.crop_file(pair[v % 2], box, self.sizes[v]))
         return crops
 
-    @staticmethod
-    def read(path):
-        return to_tensor(data.open_image(os.fsdecode(path)))
 
-
-def load_views(images, views_dir, dataset, skip_bad=False):
-    """The generated views as PairLoader takes them."""
+def load_views(images, views_dir, dataset, skip_bad=False, workers=0):
+    """The generated views as PairLoader takes them, and for how many of the images there is one."""
     paths = data.find_views(images, views_dir, dataset)
     found = [name for name, path in zip(images.names, paths, strict=True) if path]
     compare("generated views", count_and_digest(found), SAME_FILES)
-    missing = len(paths) - len(found)
+    if images.pixels is not None:
+        views, bad = data.views_into_memory(images, paths, skip_bad, workers)
+    else:
+        bad = data.unreadable(paths, workers) if skip_bad else {}
+        views = [None if i in bad else path for i, path in enumerate(paths)]
+    missing = len(bad) + len(paths) - len(found)
     text = f"generated views of {len(paths) - missing} of {len(paths)} images from {views_dir}"
     if missing:
         text = f"*** {text}; the other {missing} use themselves"
     say(text)
-    return paths if images.pixels is None else data.views_into_memory(images, paths, skip_bad)
+    return views, len(paths) - missing
 
 
-def load_extra(images, views_dir, dataset, image_size, skip_bad=False):
+def load_extra(images, views_dir, dataset, image_size, skip_bad=False, workers=0):
     """--views extra: further images, (M, 3, S, S) uint8 or M paths: the views of these images in a
-    folder of generate_views.py, all the images of any other folder."""
+    folder of generate_views.py, all the images of any other folder. And how many of them cannot be
+    read."""
     if Path(views_dir, "settings.json").exists():
         paths = [path for path in data.find_views(images, views_dir, dataset) if path]
     else:
-        paths = sorted(data.image_files(views_dir))
+        paths = data.image_files(views_dir)
     if not paths:
         raise UserError(f"{views_dir} holds no images for --views extra")
-    say(f"{len(paths)} further training samples from {views_dir}")
     names = [str(path.resolve()) for path in paths]
-    if images.pixels is None:
-        return names
     extra = Images(names, torch.zeros(len(paths)), 0, root=Path())
-    return data.into_memory(extra, image_size, skip_bad).pixels
+    if images.pixels is not None:
+        extra = data.into_memory(extra, image_size, skip_bad, workers)
+    elif skip_bad:
+        extra = data.without_unreadable(extra, workers)
+    say(f"{len(extra.names)} further training samples from {views_dir}")
+    return extra.names if images.pixels is None else extra.pixels, extra.left_out
 
 
 def expand(images, extra):
@@ -602,7 +605,7 @@ def collect_tokens(batches, count):
 
 
 @torch.no_grad()
-def component_of_encoder(encoder, images, image_size, world, path=None, kept=None, skip_bad=False):
+def component_of_encoder(encoder, images, image_size, world, path=None, kept=None):
     """v1 of the frozen encoder's features, found by the first process for all.
 
     path: a component file; None: fitted on FIT_IMAGES images. kept: the file of a run that is
@@ -620,16 +623,15 @@ def component_of_encoder(encoder, images, image_size, world, path=None, kept=Non
         component, _ = read_component(kept, size)
     elif world.rank == 0:
         chosen = spaced(len(images.names), FIT_IMAGES)
-        tokens = tokens_of(encoder, images, chosen, image_size, world, skip_bad)
+        tokens = tokens_of(encoder, images, chosen, image_size, world)
         component, _ = load_or_fit_foreground(tokens, len(chosen), size, path)
     return world.gather_objects(component)[0]
 
 
-def tokens_of(encoder, images, chosen, image_size, world, skip_bad):
-    """Yields the encoder's features (n, T, K) of the chosen images that can be read."""
+def tokens_of(encoder, images, chosen, image_size, world):
+    """Yields the encoder's features (n, T, K) of the chosen images."""
     for part in progress(chosen.split(64), "foreground", "batch"):
-        _, pictures = data.read_squares(images, part.tolist(), image_size, skip_bad)
-        if pictures:
-            with world.autocast():
-                x = encoder(normalise(torch.stack(pictures).to(world.device) / 255))
-            yield x.cpu()
+        pictures = data.read_squares(images, part.tolist(), image_size)
+        with world.autocast():
+            x = encoder(normalise(pictures.to(world.device) / 255))
+        yield x.cpu()

@@ -270,11 +270,12 @@ def train(args, world, methods=METHODS):
     torch.manual_seed(args.seed)
     method = methods[args.method](args).to(world.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(method, args.optimizer, args.weight_decay)
-    run = runs.Run(args, world, label(args), method, optimizer, images)
+    run = runs.Run(args, world, method, optimizer, images)
     run.resume()
-    loader, quality_of = prepare(args, images, world, kept=run.folder / "component.npy")
+    loader, quality_of, missing = prepare(args, images, world, run.folder / "component.npy")
     trained = distribute(method, loader, args, world, fresh=run.is_new)
-    run.begin(loader.steps)
+    left_out = images.left_out + (test.left_out if test else 0)
+    run.begin(loader.steps, label(args, missing, left_out))
     if quality_of and run.main:
         sign = -1 if args.flip_foreground else 1   # as it was fitted: a resumed run turns it again
         write_array(run.folder / "component.npy", sign * quality_of.component)
@@ -310,7 +311,7 @@ def evaluate_knn(method, images, test, args, run):
     """kNN accuracy in percent while training."""
     images = knn_images(images, args.knn_images)
     accuracy = knn_of(method.query.backbone, images, test.spaced(KNN_QUERIES), args.image_size,
-                      run.world, args.workers, args.skip_bad)
+                      run.world, args.workers)
     run.log_knn(accuracy, len(images.names))
     return accuracy
 
@@ -345,14 +346,14 @@ def load_data(args):
     """Training and test images; no test images (None) where there is no kNN."""
     def load(split):
         return genview.load_images(args.dataset, args.data_dir, split, args.image_size, args.limit,
-                                   args.skip_bad)
+                                   args.skip_bad, args.workers)
     images = load("train")
     if not args.knn_every:
         return images, None
     test = load("test")
-    if not images.num_classes:
-        raise UserError(f"{args.data_dir} has no class folders in train/, which kNN needs: add "
-                        f"--knn-every 0")
+    if images.num_classes < 2:
+        found = "one class folder" if images.num_classes else "no class folders"
+        raise UserError(f"{args.data_dir} has {found} in train/, kNN needs two: add --knn-every 0")
     return images, test
 
 
@@ -388,15 +389,16 @@ def check_schedule(args):
 
 
 def prepare(args, images, world, kept):
-    """The pairs to train on: PairLoader and quality_of (or None), see train_step. kept: the
-    component's file of a run that is resumed."""
+    """The pairs to train on: PairLoader and quality_of (or None), see train_step; and what is
+    missing of the views, in words. kept: the component's file of a run that is resumed."""
     if len(images.names) < args.batch_size:
         raise UserError(f"{len(images.names)} images do not fill one batch of {args.batch_size}: "
                         f"lower --batch-size")
+    missing = ""
     if args.dataset == "shapes":
         views, encoder, component = prepare_shapes(args, len(images.names))
     else:
-        views = load_views(args, images)
+        views, missing = load_views(args, images)
         encoder = genview.FrozenEncoder(args.encoder) if args.quality != "off" else None
         component = None
     quality_of = None
@@ -405,7 +407,7 @@ def prepare(args, images, world, kept):
         if component is None:
             component = genview.component_of_encoder(
                 encoder, images, args.image_size, world, args.component,
-                kept if args.resume else None, args.skip_bad)
+                kept if args.resume else None)
         component = -component if args.flip_foreground else component
         quality_of = genview.PairQuality(encoder, component.to(world.device))
         if args.compile:
@@ -416,18 +418,23 @@ def prepare(args, images, world, kept):
         views = None
     loader = genview.PairLoader(
         images, views, genview.augmentations(args), args.image_size, args.batch_size, args.seed,
-        world, args.workers, args.skip_bad, steps)
-    return loader, quality_of
+        world, args.workers, steps)
+    return loader, quality_of, missing
 
 
 def load_views(args, images):
-    """The generated views or the extra samples of --views-dir, None for plain pairs."""
+    """The generated views or the extra samples of --views-dir, None for plain pairs; and what is
+    missing of them, in words."""
     if args.views_dir == "none":
-        return None
+        return None, ""
     if args.views == "extra":
-        return genview.load_extra(images, args.views_dir, args.dataset, args.image_size,
-                                  args.skip_bad)
-    return genview.load_views(images, args.views_dir, args.dataset, args.skip_bad)
+        extra, bad = genview.load_extra(images, args.views_dir, args.dataset, args.image_size,
+                                        args.skip_bad, args.workers)
+        return extra, f" ({bad} unreadable ones left out)" if bad else ""
+    views, count = genview.load_views(images, args.views_dir, args.dataset, args.skip_bad,
+                                      args.workers)
+    n = len(images.names)
+    return views, f" of {count} of {n} images" if count < n else ""
 
 
 def prepare_shapes(args, count):
@@ -529,16 +536,18 @@ def resolve_views(args):
                         "make views with generate_views.py")
 
 
-def label(args):
-    """What a run is, in words."""
+def label(args, missing="", left_out=0):
+    """What a run is, in words. missing: see load_views; left_out: images that cannot be read."""
     name = NAMES[args.method]
     if args.views_dir == "none":
         name = f"plain {name}, no generated views"
     elif args.views == "pair":
-        name += " + GenView's views"
+        name += f" + GenView's views{missing}"
     else:
-        name += ", extra images as samples"
-    return name + (" + quality weights" if args.quality != "off" else "")
+        name += f", extra images as samples{missing}"
+    if args.quality != "off":
+        name += " + quality weights"
+    return f"{name}, {left_out} unreadable images left out" if left_out else name
 
 
 def main():

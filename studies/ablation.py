@@ -163,7 +163,8 @@ def make_control(args, kind, images):
     if kind == "copies":
         return copies
     paths = find_views(images, make_views(args, "adaptive"), "cifar10")
-    return smooth(images.pixels, copies, views_into_memory(images, paths))
+    views, _ = views_into_memory(images, paths)
+    return smooth(images.pixels, copies, views)
 
 
 def smooth(images, copies, views):

@@ -258,7 +258,7 @@ def files(world, count=64):
     usual = v2.Compose([v2.RandomResizedCrop(224, (0.2, 1)), v2.PILToTensor()])
 
     def here(views):
-        pairs = CropsOfFiles(images, views, [Augmentation()] * 2, [224, 224], 0, False)
+        pairs = CropsOfFiles(images, views, [Augmentation()] * 2, [224, 224], 0)
         for i in range(count):
             pairs[0, i, False]
 

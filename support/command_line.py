@@ -151,10 +151,20 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         super().__init__(description=description, formatter_class=_Help)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """~ is the home directory after --flag=, too, where no shell looks."""
+        given = sys.argv[1:] if args is None else args
+        expanded = [re.sub("^(--[a-z-]+=)?(~.*)", _expand_home, text) for text in given]
+        return super().parse_known_args(expanded, namespace)
+
     def error(self, message):
         if "--local-rank" in message:
             message = "torch.distributed.launch is the old launcher: call torchrun instead"
         self.exit(2, f"error: {message}\n")
+
+
+def _expand_home(found):
+    return (found[1] or "") + os.path.expanduser(found[2])
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -1,10 +1,12 @@
 """Image folders, CIFAR and generated views on the disk -> Images."""
+import functools
 import io
 import json
 import os
 import re
 import sys
 import warnings
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,13 +14,26 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from support.command_line import UserError, progress, say
 from support.files import append, read_settings, sweep, write_json, write_whole
+from support.processes import start_worker
 
 IN_MEMORY_SIZE = 64   # images up to this side are kept in memory, as one uint8 tensor
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+NOT_OURS = {"@eaDir", "__MACOSX", "lost+found"}    # what systems put beside the pictures
+FEW = 500             # files that one process has read before others have started
+READ_AT_ONCE = 64     # files: what a worker hands over at a time
+COMPARED = 500        # pictures that are compared with those that views were made of, at most
+FILE_PART = 1 << 16   # bytes of a file that enter its checksum
+
+# What EXIF says about how to turn a picture.
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}
 
 
 class Images(NamedTuple):
@@ -29,6 +44,7 @@ class Images(NamedTuple):
     pixels: torch.Tensor = None     # (N, 3, S, S) uint8, or None: read the files below root
     root: Path = None
     source: str = ""                # number and digest of all names of the set, before a limit
+    left_out: int = 0               # files that cannot be read: they are not among the N
 
     def pil(self, index):
         """The image as PIL's RGB image; UserError where it cannot be read."""
@@ -51,23 +67,74 @@ def open_image(path, upright=True):
     """An image file as PIL's RGB image, upright (or as it is stored); UserError where it cannot be
     read."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             warnings.simplefilter("error", Image.DecompressionBombWarning)   # a far too large image
             with Image.open(path) as image:
-                if upright:
-                    image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I"):     # 16 bits
-                    scaled = (np.asarray(image) / 257).clip(0, 255)
-                    image = Image.fromarray(scaled.astype(np.uint8))
-                return image.convert("RGB")
+                image.load()
+                turn = how_to_turn(image) if upright else None
+                image = eight_bits(image)
+                if turn is not None:
+                    image = image.transpose(turn)
+                image = image.convert("RGB")
     except Exception as error:                     # PIL raises many kinds
         raise UserError(f"{path} cannot be read as an image ({' '.join(str(error).split())}); "
                         f"repair or remove it") from None
+    worker = get_worker_info()
+    if worker is None or worker.id == 0:           # the first of several speaks for all
+        for warning in caught:
+            show_warning(re.sub(r"\d+", "...", " ".join(str(warning.message).split())))
+    return image
+
+
+@functools.cache                                   # once for each kind
+def show_warning(kind):
+    say(f"*** images that can be read, but Pillow says: {kind}")
+
+
+def how_to_turn(image):
+    """What EXIF says, for PIL's transpose; None: as it is stored, as where EXIF is damaged."""
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:                              # PIL raises many kinds
+        return None
+
+
+def eight_bits(image):
+    """A grey PIL image of 16 or 32 bits as one of 8 bits, any other as it is."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    sixteen = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
+    top = 65535 if sixteen else scale_of(values)
+    return Image.fromarray((values / (top / 255)).round().clip(0, 255).astype(np.uint8))
+
+
+def scale_of(values):
+    """What stands for white in integers or floats of 32 bits: 1, 255 or 65535, the first that the
+    values do not exceed. ValueError where none fits: the picture would be black or white."""
+    least = values.min()
+    most = values.max()
+    for top in (1, 255, 65535):
+        if -0.1 * top <= least and most <= 1.1 * top:
+            if top == 1 or most >= top / 16:
+                return top
+            break
+    raise ValueError(f"its values, {least:g} to {most:g}, fit neither 0 to 1 nor 0 to 255 nor 0 "
+                     f"to 65535")
 
 
 def advise_skip_bad(error):
     """The error of open_image with a further way out, where the script has this flag."""
     return UserError(f"{error}, or leave such images out with --skip-bad")
+
+
+def read_picture(path):
+    """An image file -> (3, H, W) uint8, in scripts that have --skip-bad."""
+    try:
+        return to_tensor(open_image(path))
+    except UserError as error:
+        raise advise_skip_bad(error) from None
 
 
 def square(image, size):
@@ -117,29 +184,45 @@ def find_files(root, split):
     """The image files of a split, a folder a class: train/, or val/ or test/ below root. Classes
     are numbered by the folders of train/: a split that lacks some has the same labels."""
     folder = folder_of_split(root, split)
-    here = class_folders(folder)
     train = root / "train"
+    here = class_folders(folder)
     classes = class_folders(train) if train.is_dir() else here
     unknown = sorted(set(here) - set(classes))
     if unknown:
         raise UserError(f"{folder} holds classes that {train} does not: {', '.join(unknown[:5])}")
-    names = []
-    labels = []
-    others = []                                    # files that are no images
-    for label, name in enumerate(classes):
-        for file in sorted(files_below(folder / name)):
-            if file.suffix.lower() in SUFFIXES:
-                names.append(str(file.relative_to(root)))
-                labels.append(label)
-            else:
-                others.append(file)
-    if not names:
-        return unlabelled(root, folder, split, others)
-    text = f"{folder}: {len(names)} images, {len(here)} of {len(classes)} classes"
-    if others:
-        text += f"; {len(others)} other files are left out, such as {others[0].name}"
-    say(text)
+    pictures, others = sort_out(folder)
+    loose = [path for path in pictures if len(path.parts) == 1]
+    in_classes = [path for path in pictures if len(path.parts) > 1]
+    if not in_classes:
+        return unlabelled(root, folder, split, loose, others)
+    number = {name: label for label, name in enumerate(classes)}
+    labels = [number[path.parts[0]] for path in in_classes]
+    counts = np.bincount(labels, minlength=len(classes))
+    empty = [name for name, count in zip(classes, counts, strict=True) if not count]
+    others = loose + others
+    if empty and split == "train":
+        unread = [path for path in others if path.parts[0] in empty]
+        why = f" ({len(unread)} files such as {unread[0]} are not read)" if unread else ""
+        raise UserError(f"{folder} holds no images in {listed(empty)}{why}: fill these class "
+                        f"folders or remove them")
+    none_in = f", none in {listed(empty)}" if empty else ""
+    say(f"{folder}: {len(labels)} images, {len(classes) - len(empty)} of {len(classes)} "
+        f"classes{none_in}{others_in_words(others)}")
+    names = [f"{folder.name}/{path}" for path in in_classes]
     return Images(names, torch.tensor(labels), len(classes), root=root)
+
+
+def listed(names):
+    """The first names, in words."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def others_in_words(others):
+    """What is said of files that are no images of the set."""
+    if not others:
+        return ""
+    return f"; {len(others)} other files are left out, such as {others[0]}"
 
 
 def folder_of_split(root, split):
@@ -151,65 +234,179 @@ def folder_of_split(root, split):
                     f"it, a folder a class (--data-dir; --knn-every 0 needs no test)")
 
 
-def unlabelled(root, folder, split, others):
+def unlabelled(root, folder, split, loose, others):
     """Training images that lie in the folder itself, without labels; UserError where there are
-    none. others: files in class folders that are no images."""
-    loose = sorted(entry.name for entry in os.scandir(folder)
-                   if Path(entry.name).suffix.lower() in SUFFIXES)
+    none. loose, others: images and other files of the folder, relative to it."""
     if loose and split == "train":
-        say(f"{folder}: {len(loose)} images without class folders, hence without labels")
-        names = [f"{split}/{name}" for name in loose]
+        say(f"{folder}: {len(loose)} images without class folders, hence without "
+            f"labels{others_in_words(others)}")
+        names = [f"{folder.name}/{path}" for path in loose]
         return Images(names, torch.full((len(loose),), -1), 0, root=root)
     found = ""
     if loose:
         found = f"; the {len(loose)} in it need a folder for each class, named as in train/"
     elif others:
-        found = f"; {len(others)} files such as {others[0].name} are not read"
+        found = f"; {len(others)} files such as {others[0]} are not read"
     raise UserError(f"{folder} holds no images in class folders{found} "
                     f"(--knn-every 0 trains without labels)")
 
 
-def files_below(folder):
-    """All files in a folder and below it, behind links to folders, too, in no fixed order."""
+def is_ours(name):
+    """Is a file or folder of this name one of the data set?"""
+    return not name.startswith(".") and name not in NOT_OURS
+
+
+def sort_out(folder):
+    """The image files and the other files in a folder and below it, behind links to folders, too:
+    two sorted lists of paths relative to it."""
+    pictures = []
+    others = []
     for base, folders, found in os.walk(folder, followlinks=True):
         here = Path(base).resolve()                # a link to a folder above would not end
         folders[:] = [name for name in folders if not here.is_relative_to((here / name).resolve())]
-        yield from (Path(base, file) for file in found)
+        inside = Path(base).relative_to(folder)
+        ours = all(is_ours(part) for part in inside.parts)
+        for name in found:
+            if ours and is_ours(name) and Path(name).suffix.lower() in SUFFIXES:
+                pictures.append(inside / name)
+            else:
+                others.append(inside / name)
+    return sorted(pictures), sorted(others)
 
 
 def image_files(folder):
-    """The image files among these."""
-    return (path for path in files_below(folder) if path.suffix.lower() in SUFFIXES)
+    """The paths of the image files in a folder and below it."""
+    return [folder / path for path in sort_out(folder)[0]]
 
 
 def class_folders(folder):
-    """The names of the folders in a folder, but hidden ones such as .ipynb_checkpoints."""
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    """The names of the folders in a folder, but those that are not of the data set."""
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and is_ours(e.name))
 
 
-def into_memory(images, image_size, skip_bad):
+# ----------------------------------------------------------------------------------- reading files
+def into_memory(images, image_size, skip_bad, workers=0):
     """Reads files into one tensor of squares; skip_bad: leaves out and names what is unreadable."""
-    bar = progress(range(len(images.names)), "reading", "image")
-    good, pixels = read_squares(images, bar, image_size, skip_bad)
-    if not good:
+    pixels = torch.empty(len(images.names), 3, image_size, image_size, dtype=torch.uint8)
+    paths = [images.root / name for name in images.names]
+    bad = read_files(paths, pixels, skip_bad, workers)
+    return without(images._replace(pixels=pixels), bad)
+
+
+def without_unreadable(images, workers=0):
+    """The image files that can be read: each is opened once, by one of all processes."""
+    return without(images, unreadable([images.root / name for name in images.names], workers))
+
+
+def without(images, bad):
+    """The images but those at bad {place: message}, which are named. Pixels move in place: a copy
+    would need as much memory again."""
+    kept = [i for i in range(len(images.names)) if i not in bad]
+    if not kept:
         raise UserError(f"none of the {len(images.names)} images below {images.root} can be read")
-    return images.take(torch.tensor(good))._replace(pixels=torch.stack(pixels))
+    if not bad:
+        return images
+    pixels = images.pixels
+    if pixels is not None:
+        for place, i in enumerate(kept):
+            pixels[place] = pixels[i]
+        pixels = pixels[:len(kept)]
+    names = [images.names[i] for i in kept]
+    labels = images.labels[kept]
+    lost = {Path(images.names[i]).parent.name for i in bad if images.labels[i] not in labels}
+    if lost:
+        say(f"*** no image of {listed(sorted(lost))} can be read")
+    return images._replace(names=names, labels=labels, pixels=pixels, left_out=len(bad))
 
 
-def read_squares(images, indices, image_size, skip_bad):
-    """The squares (3, S, S) of the images at indices, with their indices; skip_bad: without those
-    that cannot be read."""
-    good = []
-    pixels = []
-    for i in indices:
-        try:
-            pixels.append(to_tensor(square(images.pil(i), image_size)))
-            good.append(i)
-        except UserError as error:
+def unreadable(paths, workers=0):
+    """{place: message} of the files that cannot be read, the same in all processes, each of which
+    opens its share. A path may be None: no file."""
+    several = dist.is_initialized()
+    rank = dist.get_rank() if several else 0
+    size = dist.get_world_size() if several else 1
+    return read_files(paths[rank::size], None, True, workers, first=rank, step=size)
+
+
+def read_files(paths, pixels, skip_bad, workers=0, first=0, step=1):
+    """Reads the squares of image files, (3, S, S) each, into pixels (N, 3, S, S), where a place
+    without a file (None) stays as it is; pixels None: only opens them.
+
+    Returns {place: message} of the files that cannot be read in any of all processes, and names
+    them; without skip_bad the first one is an error. first, step: the places of paths are first,
+    first + step, ...
+    """
+    size = pixels.shape[-1] if pixels is not None else None
+    files = Squares(paths, size)
+    parts = map(files.__getitem__, range(len(files)))
+    if workers and len(paths) > FEW:
+        parts = DataLoader(files, batch_size=None, num_workers=workers,
+                           worker_init_fn=start_worker, generator=torch.Generator())
+    bad = {}
+    bar = progress(None, "reading", "image", total=len(paths))
+    for squares, errors in parts:
+        for place, content in squares.items():
+            pixels.numpy()[place] = np.frombuffer(content, np.uint8).reshape(3, size, size)
+        for place, error in errors.items():
             if not skip_bad:
-                raise advise_skip_bad(error) from None
-            print(f"left out: {error}", file=sys.stderr)
-    return good, pixels
+                raise advise_skip_bad(error)
+            bad[first + place * step] = error
+        bar.update(min(READ_AT_ONCE, len(paths) - bar.n))
+    bar.close()
+    return of_all_processes(bad) if skip_bad else bad
+
+
+def of_all_processes(bad):
+    """The files that any process cannot read, {place: message}, named by the first process: all
+    leave out the same."""
+    everywhere = [bad]
+    if dist.is_initialized():
+        everywhere = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, bad)
+    together = {}
+    for part in everywhere:
+        together |= part
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for place in sorted(together):
+            print(f"left out: {together[place]}", file=sys.stderr)
+    return together
+
+
+class Squares(Dataset):
+    """Image files for the processes of a loader, READ_AT_ONCE at a time: the squares of those that
+    can be read, {place: bytes of (3, S, S)}, and the errors, {place: message}. Bytes need no shared
+    memory, of which containers have little."""
+    def __init__(self, paths, size):
+        """size: S; None: the files are opened, and there are no squares."""
+        # An array of bytes, not a list: see genview.CropsOfFiles.
+        self.paths = np.array([os.fsencode(path or "") for path in paths])
+        self.size = size
+
+    def __len__(self):
+        return -(-len(self.paths) // READ_AT_ONCE)
+
+    def __getitem__(self, part):
+        squares = {}
+        errors = {}
+        first = part * READ_AT_ONCE
+        for place, path in enumerate(self.paths[first:first + READ_AT_ONCE], first):
+            if not path:
+                continue
+            try:
+                image = open_image(os.fsdecode(path))
+                if self.size:
+                    squares[place] = to_tensor(square(image, self.size)).numpy().tobytes()
+            except UserError as error:
+                errors[place] = str(error)
+        return squares, errors
+
+
+def read_squares(images, indices, size):
+    """The squares of the images at indices, (n, 3, S, S)."""
+    try:
+        return torch.stack([to_tensor(square(images.pil(i), size)) for i in indices])
+    except UserError as error:
+        raise advise_skip_bad(error) from None
 
 
 def balanced_subset(labels, fraction, generator):
@@ -268,29 +465,74 @@ def find_views(images, views_dir, dataset):
 
     A view lies in views_dir under the relative path of its source with a suffix of its own, with or
     without "train/" (the authors' release mirrors ImageNet's train folder), or all views lie there
-    side by side under the name alone. Raises UserError where the folder is missing, was made for
-    another data set, holds a view of none of the images, or a name alone fits several.
+    side by side under the name alone. Names the images that are no longer those that their views
+    were made of. Raises UserError where the folder is missing, was made for another data set, holds
+    a view of none of the images, or a name alone fits several.
     """
     views_dir = Path(views_dir)
     if not views_dir.is_dir():
         raise UserError(f"no generated views: {views_dir} is no folder; generate_views.py "
                         f"makes them, --views-dir none trains without")
-    files = {str(p.relative_to(views_dir).with_suffix("")): p for p in image_files(views_dir)}
+    files = {str(path.with_suffix("")): views_dir / path for path in sort_out(views_dir)[0]}
     if any(os.sep in name for name in files):
         keys = [str(Path(name).with_suffix("")) for name in images.names]
     else:                                                      # side by side
         keys = [Path(name).stem for name in images.names]
         check_unique(keys, images.names, files)
-    paths = [files.get(key) or files.get(key.removeprefix("train/")) for key in keys]
     settings = views_dir / "settings.json"         # a folder of the release has none
-    made_for = read_settings(settings) if settings.exists() else {}
-    here = {"dataset": dataset, "classes": images.num_classes, "source": images.source}
-    if not all(made_for.get(key, value) == value for key, value in here.items()) or not any(paths):
-        theirs = ", ".join(f"{made_for.get(key, 'unknown')}" for key in here)
-        raise UserError(f"{views_dir} holds no views of these images: its {len(files)} images are "
-                        f"made for {theirs} (data set, classes, source), here is {dataset}, "
-                        f"{images.num_classes}, {images.source}")
+    if settings.exists():
+        made_for = read_settings(settings)
+        compared, changed = check_same_set(views_dir, made_for, images, dataset)
+        if changed:
+            say(f"*** {len(changed)} of {compared} images that were compared, such as {changed[0]},"
+                f" are not those that the views in {views_dir} were made of: generate_views.py "
+                f"makes these again")
+    paths = [files.get(key) or files.get(key.removeprefix("train/")) for key in keys]
+    if not any(paths):
+        raise UserError(f"{views_dir} holds no views of these images: none of its {len(files)} "
+                        f"images has the name of one of {len(keys)} such as {images.names[0]}")
     return paths
+
+
+def check_same_set(folder, made_for, images, dataset):
+    """UserError where the views in a folder are of another data set than these images. The same
+    set may have lost or got images.
+
+    made_for: the folder's settings. Returns how many images were compared with those that the views
+    were made of, and the names of those that differ.
+    """
+    names_differ = made_for.get("source", images.source) != images.source
+    names = images.names
+    if not names_differ:                           # most of a large manifest need not be parsed
+        names = [names[i] for i in spaced(len(names), COMPARED)]
+    lines = read_manifest(folder, None if names_differ else names)
+    known = [name for name in names if name in lines]
+    recorded = [name for name in known if lines[name].file]
+    sample = [recorded[i] for i in spaced(len(recorded), COMPARED)]
+    changed = [name for name in sample if lines[name].file != file_mark(images, name)]
+    if sample:
+        same = 2 * len(changed) <= len(sample)
+    else:                                          # an old manifest: by the names
+        same = known and len(known) >= 0.9 * min(len(lines), len(names))
+    if made_for.get("dataset", dataset) != dataset or (names_differ and not same):
+        raise UserError(f"{folder} holds no views of these images: it is made for "
+                        f"{made_for.get('dataset')}, {made_for.get('source')}, here is {dataset}, "
+                        f"{images.source}; name another --views-dir")
+    return len(sample), changed
+
+
+def file_mark(images, name):
+    """What tells an image file from another of the same name: its size in bytes and a checksum of
+    its middle. "": it cannot be read; None: images that are no files."""
+    if images.root is None:
+        return None
+    try:
+        with open(images.root / name, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - FILE_PART) // 2)
+            return f"{size}-{zlib.crc32(file.read(FILE_PART)):08x}"
+    except OSError:
+        return ""
 
 
 def check_unique(keys, names, files):
@@ -303,21 +545,52 @@ def check_unique(keys, names, files):
                             f"in their sources' folders")
 
 
-def views_into_memory(images, paths, skip_bad=False):
-    """Views of small images as a tensor like images.pixels; an image without is its own view."""
+def views_into_memory(images, paths, skip_bad=False, workers=0):
+    """Views of small images as a tensor like images.pixels, where an image without is its own view,
+    and {place: message} of those that cannot be read."""
     views = images.pixels.clone()
-    for i, path in enumerate(progress(paths, "reading views", "view")):
-        try:
-            if path is not None:
-                views[i] = to_tensor(square(open_image(path), views.shape[-1]))
-        except UserError as error:
-            if not skip_bad:
-                raise advise_skip_bad(error) from None
-    return views                                                                    # (N, 3, S, S)
+    bad = read_files(paths, views, skip_bad, workers)
+    for place in bad:                              # this process may have read it
+        views[place] = images.pixels[place]
+    return views, bad                                                               # (N, 3, S, S)
+
+
+class ManifestLine(NamedTuple):
+    """What training and a second run need of a view's line."""
+    noise_level: int
+    file: str                       # file_mark of its source; None: not recorded
+
+
+def read_manifest(folder, names=None):
+    """{source: ManifestLine} of a views folder, the last line of each source. Lines that a kill cut
+    short or another program wrote are ignored. names: only of these sources, which is faster."""
+    path = Path(folder, "manifest.jsonl")
+    lines = {}
+    if not path.exists():
+        return lines
+    starts = {json.dumps({"source": name}).removesuffix("}") for name in names or []}
+    with open(path, errors="replace") as file:
+        for text in file:
+            if starts and text.partition(', "proportion": ')[0] not in starts:
+                continue
+            try:
+                line = json.loads(text)
+                name = line["source"]
+                level = line["noise_level"]
+            except (ValueError, TypeError, KeyError):
+                continue
+            if type(name) is str and type(level) is int and 0 <= level < 1000:
+                lines[name] = ManifestLine(level, line.get("file"))
+    return lines
 
 
 class ViewFolder:
     """The folder that generate_views.py writes: the views, manifest.jsonl, settings.json."""
+
+    # The name of a model or file may be spelled in several ways: where the digest of its content is
+    # known, that decides.
+    DIGESTS = {"model": "weights", "component": "component_file"}
+
     def __init__(self, folder, suffix):
         """suffix: of the views' files, .png or .jpg."""
         self.folder = Path(folder)
@@ -327,50 +600,57 @@ class ViewFolder:
     def path(self, name):
         return self.folder / Path(name).with_suffix(self.suffix)
 
-    def prepare(self, settings, names, world):
-        """Starts the folder or goes on with it; UserError where it holds anything else."""
+    def prepare(self, settings, images, world):
+        """Starts the folder or goes on with it; UserError where it holds anything else. settings:
+        what all of its views have in common."""
         seen = {}
-        for name in names:                         # a.jpg and a.png of one class would share a view
+        for name in images.names:                  # a.jpg and a.png of one class would share a view
             other = seen.setdefault(Path(name).with_suffix(""), name)
             if other != name:
                 raise UserError(f"{other} and {name} would have the same view: rename one of them")
         path = self.folder / "settings.json"
-        advice = "name another --views-dir or remove this one"
+        before = {}
         if path.exists():
             before = read_settings(path)
-            for key in settings:
-                if before.get(key, settings[key]) != settings[key]:
-                    raise UserError(f"{self.folder} holds views of other settings: {key} is "
-                                    f"{before.get(key)} there and {settings[key]} here; {advice}")
+            self.check_settings(before, settings)
+            if self.manifest.exists():
+                check_same_set(self.folder, before, images, settings["dataset"])
         elif self.folder.exists():
             others = [entry.name for entry in os.scandir(self.folder)
                       if entry.name != "preview.png" and not entry.name.endswith(".tmp")]
             if others:
                 raise UserError(f"{self.folder} is not empty ({others[0]}) and no views folder of "
-                                f"this script; {advice}")
+                                f"this script; name another --views-dir")
         world.wait()                               # all processes look before one writes
         if world.rank == 0:
-            if not path.exists():
-                write_json(path, settings)
+            new = settings | before | {"source": images.source}
+            if new != before:
+                write_json(path, new)
             sweep(self.folder.rglob("*.tmp"))
             if self.manifest.exists() and not self.manifest.read_bytes().endswith(b"\n"):
                 append(self.manifest, "\n")        # a kill cut the last line short
         world.wait()
 
+    def check_settings(self, before, settings):
+        """UserError where the settings of the views that are there differ from these."""
+        for key in settings:
+            digest = self.DIGESTS.get(key, key)
+            key_of_value = digest if digest in before else key
+            if before.get(key_of_value, settings[key_of_value]) != settings[key_of_value]:
+                raise UserError(f"{self.folder} holds views of other settings: {key} is "
+                                f"{before.get(key)} there and {settings[key]} here; name another "
+                                f"--views-dir")
+
     def made(self):
-        """{source: its noise level} of the views that are there."""
-        levels = {}
-        text = self.manifest.read_text(errors="replace") if self.manifest.exists() else ""
-        for line in text.splitlines():
-            try:
-                entry = json.loads(line)
-                name = entry["source"]
-                level = entry["noise_level"]
-                if type(level) is int and 0 <= level < 1000 and self.path(name).exists():
-                    levels[name] = level
-            except (ValueError, TypeError, KeyError):
-                continue                           # a line that a kill cut short
-        return levels
+        """{source: its ManifestLine} of the views that are there."""
+        lines = read_manifest(self.folder)
+        return {name: line for name, line in lines.items() if self.is_there(name)}
+
+    def is_there(self, name):
+        try:
+            return self.path(name).exists()
+        except ValueError:                         # no name of a file: another program's line
+            return False
 
     def write(self, view, **line):
         """Writes a view (PIL image), then its line in the manifest."""

@@ -33,9 +33,11 @@ def digest(network):
 
 class Evaluation:
     """One evaluation. Only the first process writes; all processes call the same methods."""
-    def __init__(self, settings, world, backbone, images):
-        """Opens the folder; UserError where it holds something else or cannot be written."""
+    def __init__(self, settings, world, backbone, images, left_out=0):
+        """Opens the folder; UserError where it holds something else or cannot be written. left_out:
+        files that could not be read."""
         self.settings = settings
+        self.left_out = left_out
         self.world = world
         self.folder = Path(settings.output_dir)
         self.keep = settings.protocol == "finetune" or settings.augment    # trained on pictures
@@ -91,13 +93,17 @@ class Evaluation:
         """Prints and saves a result, {name: percent}; count: of the labelled images it used."""
         result = {name: round(x, 3) for name, x in accuracies.items()}
         self.results[protocol] = result | {"labelled_images": count}
+        left_out = ""
+        if self.left_out:
+            self.results[protocol]["left_out"] = self.left_out
+            left_out = f", {self.left_out} unreadable images left out"
         if self.world.rank == 0:
             if head:
                 write_whole(self.folder / "head.pt", lambda p: torch.save(head.state_dict(), p))
             write_json(self.folder / "result.json",
                        {"results": self.results, "settings": vars(self.settings),
                         "identity": self.identity})
-        say(f"{protocol} {in_words(accuracies)} (fitted on {count} labelled images)")
+        say(f"{protocol} {in_words(accuracies)} (fitted on {count} labelled images{left_out})")
 
 
 def in_words(accuracies):

@@ -98,11 +98,10 @@ def _newest_checkpoint(output_dir, name):
 # ------------------------------------------------------------------------------------------ the run
 class Run:
     """One training run. Only the first process writes; all processes call the same methods."""
-    def __init__(self, args, world, label, method, optimizer, images):
-        """label: the run in words. images: what it trains on."""
+    def __init__(self, args, world, method, optimizer, images):
+        """images: what it trains on."""
         self.args = args
         self.world = world
-        self.label = label
         self.method = method
         self.optimizer = optimizer
         self.images = len(images.names)
@@ -117,7 +116,7 @@ class Run:
                     if name not in FREE}
         views_dir = identity.pop("--views-dir", "none")                  # views may move, too
         identity["with views"] = views_dir != "none"
-        identity["number of images"] = self.images
+        identity["number of images"] = self.images + images.left_out
         identity["images"] = images.source         # their names, not their place: data may move
         return identity
 
@@ -147,9 +146,10 @@ class Run:
         self.epoch = state["epoch"]
         self.step = state["step"]
 
-    def begin(self, steps):
-        """Opens the folder once all is loaded. steps: of an epoch."""
+    def begin(self, steps, label):
+        """Opens the folder once all is loaded. steps: of an epoch; label: the run in words."""
         self.steps = steps
+        self.label = label
         self.save_times = SaveTimes(self.args.save_minutes, self.world)
         self.pending = []                          # read-outs that are not yet in the log
         self.summary = ""

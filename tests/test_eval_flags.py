@@ -774,16 +774,15 @@ def test_heads_branch_and_mean_std(vit, mixed, tmp_path):
 
 @pytest.mark.parametrize("size", [32, 80])
 def test_skip_bad(size, colours, sets, tmp_path, capsys):
-    """Small pictures are left out, large ones are grey; without the flag the file is named."""
+    """An unreadable picture is left out and counted; without the flag it is named."""
     data = save_flat(tmp_path / "data", train=shades("cat", "dog"), test=shades("cat", "dog", 3))
     (data / "train/cat/000.png").write_bytes(b"no picture")
     flags = [*AUGMENT, "--epochs=1", "--lr=1", "--image-size", size]
     said = refusal(capsys, evaluate, colours, data, tmp_path / "0", *flags)
     assert "000.png cannot be read" in said and "--skip-bad" in said
     run = evaluate(colours, data, tmp_path / "1", *flags, "--skip-bad")
-    assert labelled_images(run) == [11 if size == 32 else 12]
-    grey = ((run.seen[1] * STD + MEAN) * 255).sub(128).abs().amax((1, 2, 3)) < 0.01
-    assert grey.sum() == (size == 80)
+    assert labelled_images(run) == [11] and sum(map(len, run.seen[1:])) == 11
+    assert "labelled images, 1 unreadable images left out" in capsys.readouterr().out
 
 
 def test_output_dir_and_resume(colours, sets, tmp_path, capsys):
