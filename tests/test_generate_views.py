@@ -168,6 +168,23 @@ def test_tokens_do_not_depend_on_the_other_images_of_a_batch(world, images, dtyp
     assert torch.allclose(expected, tokens.float(), atol=atol)
 
 
+def test_small_pictures_are_decoded_at_once_and_large_ones_one_by_one(world, pipe, tmp_path):
+    """The same pictures both ways. Large: of a model for 2 * 40 pixels."""
+    shutil.copytree(world / "model", tmp_path / "large")
+    config = tmp_path / "large/unet/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 40}))
+    large = gv.load_pipeline(str(tmp_path / "large"), torch.float32, "cpu")
+    c = torch.randn(5, 16)
+    made = []
+    for model, batches in [(pipe, [5]), (large, [1] * 5)]:
+        seen = []
+        hook = model.vae.decoder.register_forward_pre_hook(lambda _, z, seen=seen: seen.append(z))
+        made.append(gv.generate(model, 100, c, range(5), steps=2, guidance=2.0, size=32))
+        hook.remove()
+        assert [len(z) for z, in seen] == batches
+    assert (made[0].int() - made[1].int()).abs().max() <= 1
+
+
 # ------------------------------------------------------------------------------------------ the set
 def test_files_settings_and_levels(world, images):
     views = world / "views"
