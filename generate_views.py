@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import genview
 import recipes
@@ -39,6 +40,8 @@ STABLE = "sd2-community/stable-diffusion-2-1-unclip"
 LARGEST_BATCH = 1024              # images generated at once; a GPU is busy long before
 ENCODER_BATCH = 8                 # fixed: rounding depends on it and can decide on a level
 SMALL = 64                        # side up to which pictures need no saving of memory
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+             SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]   # setup turns the first off: training
 
 
 # --------------------------------------------------------------------------------- the two formulas
@@ -154,6 +157,7 @@ def check(pipe, steps):
 
 
 @torch.inference_mode()
+@sdpa_kernel(ATTENTION)
 def encode(pipe, pictures):
     """One pass of CLIP gives both: patch tokens (n, T, K) and the embedding c (n, D) of up to
     ENCODER_BATCH PIL images."""
@@ -179,6 +183,7 @@ def encode_all(pipe, images, indices, on_unreadable=lambda index, error: None):
 
 
 @torch.inference_mode()
+@sdpa_kernel(ATTENTION)
 def generate(pipe, level, embeddings, seeds, steps, guidance, size):
     """Variations of images, of one noise level, each from its own seed: c (n, D) -> (n, 3, S, S)
     uint8.

@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 from running import before_call, call, die, end, refusal, start
+from torch.backends.cuda import flash_sdp_enabled
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import generate_views as gv
 from genview import FRACTION, load_images
@@ -183,6 +185,20 @@ def test_small_pictures_are_decoded_at_once_and_large_ones_one_by_one(world, pip
         hook.remove()
         assert [len(z) for z, in seen] == batches
     assert (made[0].int() - made[1].int()).abs().max() <= 1
+
+
+def test_attention_is_fused_meanwhile(pipe, images):
+    """setup turns this off for training, which stays as it is."""
+    seen = []
+    hooks = [model.register_forward_pre_hook(lambda *_: seen.append(flash_sdp_enabled()))
+             for model in (pipe.image_encoder, pipe.unet)]
+    with sdpa_kernel(SDPBackend.MATH):             # as setup has it
+        _, c = gv.encode(pipe, [images.pil(0)])
+        gv.generate(pipe, 0, c, [0], steps=1, guidance=1.0, size=32)
+        assert not flash_sdp_enabled()
+    for hook in hooks:
+        hook.remove()
+    assert seen == [True, True]
 
 
 # ------------------------------------------------------------------------------------------ the set
