@@ -109,12 +109,13 @@ def layouts(s, o, fc):
 
 @pytest.fixture(scope="module")
 def networks():
-    """Random ones that float16 holds. Keys: heads (None: ResNet-50), or who has fixed positions."""
+    """Random ones that float16 holds. Keys: heads (None: ResNet-18), or who has fixed positions."""
     def vit(heads):
         return timm.models.VisionTransformer(SIZE, embed_dim=384, num_heads=heads, num_classes=0)
-    made = {None: torchvision.models.resnet50(), 6: vit(6), 12: vit(12), "MAE": vit(6),
-            "moco-v3 for DeiT": vit(12)}
-    made[None].fc = torch.nn.Identity()
+    made = {None: torchvision.models.resnet18(), "torchvision": torchvision.models.resnet50(),
+            6: vit(6), 12: vit(12), "MAE": vit(6), "moco-v3 for DeiT": vit(12)}
+    for name in (None, "torchvision"):
+        made[name].fc = torch.nn.Identity()
     for network in made.values():
         torch.manual_seed(0)
         for key, x in network.eval().state_dict().items():
@@ -153,7 +154,9 @@ def test_the_features_are_the_origins(name, heads, networks, tmp_path, capsys, m
     print(f"largest difference {(ours - theirs).abs().max():.1e}")
     assert ours.shape == (4, dim) and (ours - theirs).abs().max() < 1e-4 < ours.std(0).mean()
     assert (settings["mean_std"], settings["heads"]) == (origin, heads)
-    arch = f": vit_small with {heads} heads" if heads else ": resnet50 under"
+    arch = ": resnet50 under" if name == "torchvision" else ": resnet18 under"
+    if heads:
+        arch = f": vit_small with {heads} heads"
     assert re.fullmatch(f"[^\n]*{arch}[^\n]*mean and std: {origin}[^\n]*\n", said)
     assert ("also there" in said) == (name in TWO)
 

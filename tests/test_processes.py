@@ -186,7 +186,7 @@ def test_tasks_of_srun_without_torchrun_are_named(monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------ what ends a process
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_closed_terminal_and_a_cluster_s_warning_save_and_stop(number, world, tmp_path):
     work = training(world, tmp_path / "run", "--knn-every", 0)
     ended = before_call(2, lambda *_: os.kill(os.getpid(), number), work, train_moco, "train_step")

@@ -106,8 +106,8 @@ def float16_world(scale):
 
 
 def test_float16_learns_what_float32_learns():
-    """20 steps: each loss within 2%, although gradients are scaled; the optimizer's are not."""
-    losses, views = {}, torch.randn(20, 2, 8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    """12 steps: each loss within 2%, although gradients are scaled; the optimizer's are not."""
+    losses, views = {}, torch.randn(12, 2, 8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     for world in (CPU, float16_world(2.0 ** 10)):
         torch.manual_seed(0)
         method = train_moco.MoCoV2(settings()).train()
@@ -227,7 +227,7 @@ def test_compiled_is_the_same(monkeypatch):
     """--compile: the same loss and gradients, but for rounding."""
     compiler = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile",          # this backend needs no C compiler
-                        lambda net: compiler(net, backend="aot_eager"))
+                        lambda net: compiler(net, backend="eager"))
     torch.manual_seed(0)
     method, twin = (train_moco.MoCoV3(settings("mocov3")).train() for _ in range(2))
     twin.load_state_dict(method.state_dict())
@@ -313,7 +313,9 @@ def small(image_folder, output, *more):
 
 def test_shapes_without_a_download(shapes_encoder, tmp_path, monkeypatch, capsys):
     """With a frozen encoder that was trained briefly; see test_shapes.py."""
+    split = shapes.split
     monkeypatch.setattr(shapes, "train_encoder", lambda **options: shapes_encoder)
+    monkeypatch.setattr(shapes, "split", lambda name: shapes.Scene(*(x[:512] for x in split(name))))
     run("--dataset", "shapes", "--limit", 512, "--epochs", 1, "--output-dir", tmp_path)
     last = r"kNN top-1 \d+\.\d% \(MoCo v2 \+ GenView's views \+ quality weights\)"
     assert re.fullmatch(last, capsys.readouterr().out.splitlines()[-1])
@@ -327,7 +329,8 @@ def test_shapes_without_a_download(shapes_encoder, tmp_path, monkeypatch, capsys
 def test_genview_on_a_folder(image_folder, views_folder, encoder_folder, tmp_path, capsys):
     """Images, views and the frozen encoder from files; backbone.pt fits torchvision's network."""
     run(*small(image_folder, tmp_path / "run", "--views-dir", views_folder, "--encoder",
-               encoder_folder, "--arch", "resnet18", "--lr", 0.01, "--epochs", 1))
+               encoder_folder, "--arch", "resnet18", "--lr", 0.01, "--epochs", 1, "--batch-size",
+               12, "--queue", 24, "--knn-every", 0))
     said = capsys.readouterr().out
     assert "generated views of 20 of 24 images" in said and "the other 4 use themselves" in said
     state = torch.load(tmp_path / "run/backbone.pt", weights_only=True)
