@@ -219,7 +219,7 @@ def test_originals_and_further_samples_are_one_pool(image_folder, tmp_path):
     assert torch.equal(pool.pixels, torch.cat([images.pixels, views]))
     of = f"{image_folder}/test/cat", "folder", 32
     files = Images(images.names, images.labels, 2, root=Path(image_folder))
-    pool = genview.expand(files, genview.load_extra(files, *of))
+    pool = genview.expand(files, genview.load_extra(files, *of)[0])
     assert len(pool.names) == len(pool.labels) == 36 and pool.pixels is None
     assert pool.root / pool.names[24] == Path(image_folder).resolve() / "test/cat/0000.png"
     cats = genview.load_images("folder", image_folder, "test", 32).pixels[:12]
