@@ -223,7 +223,7 @@ def test_originals_and_further_samples_are_one_pool(image_folder, tmp_path):
     assert len(pool.names) == len(pool.labels) == 36 and pool.pixels is None
     assert pool.root / pool.names[24] == Path(image_folder).resolve() / "test/cat/0000.png"
     cats = genview.load_images("folder", image_folder, "test", 32).pixels[:12]
-    assert torch.equal(genview.load_extra(images, *of), cats)
+    assert torch.equal(genview.load_extra(images, *of)[0], cats)
     with pytest.raises(UserError, match="holds no images for --views extra"):
         genview.load_extra(images, tmp_path, "folder", 32)
 
