@@ -8,7 +8,6 @@ pycocotools reads the annotations and computes COCO's average precision.
 """
 import contextlib
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -17,11 +16,12 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
-from support.checkpoint import Checkpoint
+from support.checkpoint import Checkpoint, SaveTimes
+from support.coco import read_annotations
 from support.command_line import Parser, UserError, progress, real, say, script, whole
 from support.data import IN_MEMORY_SIZE, open_image, to_tensor
 from support.evaluations import digest
-from support.files import append
+from support.files import append, keep_lines
 from support.pretrained import MEAN_STD, load_backbone
 from support.processes import cores_of_process, setup, start_worker
 from support.schedules import linear_warmup, tenth_from
@@ -46,53 +46,76 @@ class Coco(Dataset):
         if not (path.is_file() and self.folder.is_dir()):
             raise UserError(f"{path} or {self.folder}/ is missing: download {split}2017.zip and "
                             "annotations_trainval2017.zip from cocodataset.org and unpack them")
-        try:
-            with contextlib.redirect_stdout(None):     # COCO prints its progress
-                self.coco = COCO(path)
-            ids = sorted(self.coco.getImgIds())
-            self.ids = [i for i in ids if self.objects(i) or split == "val"][:limit]
-            categories = self.coco.loadCats(sorted(self.coco.getCatIds()))
-            self.categories = {c["id"]: c.get("name", str(c["id"])) for c in categories}
-            if not categories:
-                raise ValueError("no categories")
-            self._check(path)
-        except (ValueError, LookupError, TypeError, AssertionError) as error:  # COCO checks nothing
-            raise UserError(f"{path} is damaged or not in COCO's format ({error!r})") from None
+        with contextlib.redirect_stdout(None):     # COCO prints its progress
+            self.coco = COCO()
+            self.coco.dataset.update(read_annotations(path))
+            self.coco.createIndex()
+        ids = sorted(self.coco.getImgIds())
+        self.ids = [i for i in ids if self.objects(i) or split == "val"][:limit]
+        count = sum(len(self.objects(i)) for i in self.ids)
+        if not count:
+            limited = f" (--limit {limit})" if limit else ""
+            raise UserError(f"{path}: its pictures{limited} hold no object to find; crowds and "
+                            f"objects of at most a pixel do not count")
+        self._check_pictures(path)
+        self.categories = {key: self.coco.cats[key]["name"] for key in sorted(self.coco.cats)}
         self.labels = {key: label for label, key in enumerate(self.categories, 1)}
         self.num_classes = 1 + len(self.categories)                # 0 is the background
-        names = [*self.categories.values()][:10] + ["..."] * (len(categories) > 10)
-        say(f"{path}: {len(self.ids)} pictures, {len(categories)} categories: {', '.join(names)}")
+        self._say_what_it_holds(path, count)
 
-    def _check(self, path):
-        """UserError for the first object without a known category or without a mask."""
-        for a in (a for i in self.ids for a in self.objects(i)):
-            if a["category_id"] not in self.categories:
-                raise UserError(f"{path}: annotation {a['id']} is of category {a['category_id']}, "
-                                f"which the file's categories do not name")
-            if not a.get("segmentation"):
-                raise UserError(f"{path}: annotation {a['id']} has a box but no segmentation, from "
-                                f"which Mask R-CNN learns: add masks, or the box as a polygon")
+    def _say_what_it_holds(self, path, count):
+        others = sum(len(self.coco.imgToAnns[i]) for i in self.ids) - count
+        also = f" (and {others} crowds or without extent)" if others else ""
+        names = list(self.categories.values())
+        more = ", ..." if len(names) > 10 else ""
+        say(f"{path}: {len(self.ids)} pictures, {count} objects{also}, {len(names)} categories: "
+            f"{', '.join(names[:10])}{more}")
+
+    def _check_pictures(self, path):
+        """UserError where pictures are missing or empty: unread, by their size on the disk."""
+        paths = [self.path_of(i) for i in self.ids]
+        bad = [p for p in paths if not (p.is_file() and p.stat().st_size)]
+        if bad:
+            raise UserError(f"{len(bad)} of the {len(paths)} pictures that {path} names are "
+                            f"missing or empty, such as {bad[0]}: unpack the pictures there")
 
     def objects(self, image_id):
-        """Annotations of single objects (no crowds) that have an area."""
-        found = self.coco.loadAnns(self.coco.getAnnIds(imgIds=image_id, iscrowd=False))
-        return [a for a in found if a["bbox"][2] > 1 and a["bbox"][3] > 1]
+        """Annotations of single objects (no crowds) that have an extent."""
+        return [a for a in self.coco.imgToAnns[image_id]
+                if not a["iscrowd"] and a["area"] > 0 and min(a["bbox"][2:]) > 1]
+
+    def path_of(self, image_id):
+        return self.folder / self.coco.imgs[image_id]["file_name"]
+
+    def picture(self, image_id):
+        """The PIL picture: upright, or as stored where only that is of the size in the file."""
+        image = self.coco.imgs[image_id]
+        size = (image["width"], image["height"])
+        path = self.path_of(image_id)
+        picture = open_image(path)
+        if picture.size != size:
+            picture = open_image(path, upright=False)
+        if picture.size != size:
+            raise UserError(f"{path} has {picture.width} x {picture.height} pixels, its entry in "
+                            f"the annotations says {size[0]} x {size[1]}: boxes and masks would "
+                            f"lie beside the objects; take the pictures that were annotated")
+        return picture
 
     def __len__(self):
         return len(self.ids)
 
     def __getitem__(self, index):
         """Picture (3, H, W) in [0, 1]; its objects' boxes (B, 4), labels (B,), masks (B, H, W)."""
-        image_id, objects = self.ids[index], self.objects(self.ids[index])
-        path = self.folder / self.coco.loadImgs(image_id)[0]["file_name"]
-        picture = to_tensor(open_image(path)) / 255
+        image_id = self.ids[index]
+        objects = self.objects(image_id)
+        picture = to_tensor(self.picture(image_id)) / 255
         boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]               # x1, y1, x2, y2 in pixels
         labels = torch.tensor([self.labels[a["category_id"]] for a in objects], dtype=torch.long)
-        masks = [torch.from_numpy(self.coco.annToMask(a)) for a in objects]
-        none = torch.zeros(0, *picture.shape[1:], dtype=torch.uint8)
-        return picture, {"boxes": boxes, "labels": labels,
-                         "masks": torch.stack(masks) if masks else none, "image_id": image_id}
+        masks = torch.zeros(len(objects), *picture.shape[1:], dtype=torch.uint8)
+        for mask, annotation in zip(masks, objects, strict=True):
+            mask.copy_(torch.from_numpy(self.coco.annToMask(annotation)))
+        return picture, {"boxes": boxes, "labels": labels, "masks": masks, "image_id": image_id}
 
 
 def mask_rcnn(path, arch, num_classes, world, branch=None, mean_std=None, frozen=False):
@@ -156,18 +179,17 @@ def train(model, data, args, world):
     """Fine-tunes the model for --steps steps; goes on from --output-dir's last.pt."""
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-4)
     checkpoint = Checkpoint(Path(args.output_dir, "last.pt"), identity_of(model, args), world)
-    state = checkpoint.load()
-    start = 0
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+    start = resume(checkpoint, model, optimizer)
+    indices = list(batches(len(data), args, world, start))
+    if world.rank == 0:                            # the lines after it will be written again
+        keep_lines(Path(args.output_dir, "log.jsonl"),
+                   lambda line: "loss" in line and line["step"] <= start)
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world.size > 1 else model
-    loader = DataLoader(data, batch_sampler=list(batches(len(data), args, world, start)),
-                        num_workers=args.workers, worker_init_fn=start_worker, collate_fn=list,
+    loader = DataLoader(data, batch_sampler=indices, num_workers=args.workers,
+                        worker_init_fn=start_worker, collate_fn=list,
                         pin_memory=world.device.type == "cuda")
     bar = progress(loader, "training", "step", total=args.steps, initial=start)
-    saved = time.time()
+    save_times = SaveTimes(args.save_minutes, world)
     window = []
     model.train()
     for step, pairs in enumerate(bar, start):
@@ -177,11 +199,21 @@ def train(model, data, args, world):
         if last or (step + 1) % args.log_every == 0:
             log_means(args, world, step, list(losses), torch.stack(window), bar)
             window.clear()
-            late = time.time() - saved > 60 * args.save_minutes
-            if last or world.any(world.rank == 0 and late):
+            if last or save_times.due():
                 checkpoint.save(model=model.state_dict(), optimizer=optimizer.state_dict(),
                                 step=step + 1)
-                saved = time.time()
+                save_times.saved(checkpoint.path, "the same command")
+    save_times.end()
+
+
+def resume(checkpoint, model, optimizer):
+    """Loads the checkpoint, if there is one. Returns the number of steps done."""
+    state = checkpoint.load()
+    if not state:
+        return 0
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
 
 
 def log_means(args, world, step, names, losses, bar):
@@ -213,42 +245,61 @@ def train_step(model, optimizer, pairs, step, args, world):
 
 def log(args, world, **values):
     if world.rank == 0:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         append(Path(args.output_dir, "log.jsonl"), json.dumps(values) + "\n")
 
 
 @torch.no_grad()
 def detect(model, data, args, world):
-    """All detections in COCO's format, masks run-length encoded; each process does its share."""
-    from pycocotools import mask as coder
+    """All detections in COCO's format, masks run-length encoded; each process does its part."""
     model.eval()
+    keys = list(data.categories)                   # of the labels 1, 2, ...
     found = []
     mine = Subset(data, range(world.rank, len(data), world.size))
     loader = DataLoader(mine, None, num_workers=args.workers, worker_init_fn=start_worker)
     for picture, target in progress(loader, "detecting", "image"):
-        result = {key: x.cpu() for key, x in model([picture.to(world.device)])[0].items()}
-        result["boxes"][:, 2:] -= result["boxes"][:, :2]
-        columns = (result[key] for key in ("boxes", "labels", "scores", "masks"))
-        keys = list(data.categories)               # of the labels 1, 2, ...
-        for box, label, score, mask in zip(*columns, strict=True):
-            code = coder.encode((mask[0] > 0.5).numpy().astype("uint8", order="F"))
-            found.append({"image_id": target["image_id"], "category_id": keys[label - 1],
-                          "bbox": box.tolist(), "score": score.item(), "segmentation": code})
+        result = model([picture.to(world.device)])[0]
+        found += in_coco_format(result, target["image_id"], keys)
     return sum(world.gather_objects(found), [])
+
+
+def in_coco_format(result, image_id, keys):
+    """Mask R-CNN's result for one picture as a list of COCO's detections. keys: category ids."""
+    from pycocotools import mask as coder
+    boxes, labels, scores, masks = (result[name].cpu()
+                                    for name in ("boxes", "labels", "scores", "masks"))
+    found = []
+    for box, label, score, mask in zip(boxes, labels, scores, masks, strict=True):
+        x1, y1, x2, y2 = box.tolist()
+        code = coder.encode((mask[0] > 0.5).numpy().astype("uint8", order="F"))
+        found.append({"image_id": image_id, "category_id": keys[label - 1],
+                      "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score.item(),
+                      "segmentation": code})
+    return found
 
 
 def average_precision(data, found):
     """COCO's AP, AP50, AP75 in percent of all detections: {"box": three numbers, "mask": three}."""
     from pycocotools.cocoeval import COCOeval
     scores = {"box": (0.0, 0.0, 0.0), "mask": (0.0, 0.0, 0.0)}
-    for name, kind in (("box", "bbox"), ("mask", "segm")) if found else ():
+    if not found:                                  # pycocotools needs at least one
+        return scores
+    for name, kind in (("box", "bbox"), ("mask", "segm")):
         with contextlib.redirect_stdout(None):
             judge = COCOeval(data.coco, data.coco.loadRes([dict(f) for f in found]), kind)
             judge.params.imgIds = data.ids
-            for compute in (judge.evaluate, judge.accumulate, judge.summarize):
-                compute()
+            judge.evaluate()
+            judge.accumulate()
+            judge.summarize()
         scores[name] = tuple(100 * float(x) for x in judge.stats[:3])
     return scores
+
+
+def in_words(scores):
+    """The scores of average_precision as a line of text."""
+    parts = []
+    for name, (ap, ap50, ap75) in scores.items():
+        parts.append(f"{name} AP {ap:.1f}%, AP50 {ap50:.1f}%, AP75 {ap75:.1f}%")
+    return "; ".join(parts)
 
 
 def parse_args(argv=None):
@@ -278,28 +329,31 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
-    world = setup(args.device)
+    world = setup(args.device, same_shapes=False)  # pictures of all sizes are padded to the largest
     if args.batch_size % world.size:
         raise UserError(f"--batch-size {args.batch_size} is no multiple of {world.size} processes")
-    data, test = (Coco(args.data_dir, split, args.limit) for split in ("train", "val"))
+    data = Coco(args.data_dir, "train", args.limit)
+    test = Coco(args.data_dir, "val", args.limit)
     if data.categories != test.categories:
         raise UserError(f"the splits have other categories: train {data.categories}, "
                         f"val {test.categories}")
     torch.manual_seed(args.seed)
     seen = args.batch_size if world.device.type == "cuda" else args.batch_size // world.size
+    frozen = seen < LEAST_FOR_NORM
+    note = ""
+    if frozen:
+        note = (f"; batch norm frozen, as it would see {seen} pictures: not comparable with the "
+                f"customary {BATCH}")
     model = mask_rcnn(args.backbone, args.arch, data.num_classes, world, args.branch,
-                      args.mean_std, frozen := seen < LEAST_FOR_NORM)
-    note = (f"; batch norm frozen, as it would see {seen} pictures: not comparable with the "
-            f"customary {BATCH}" if frozen else "")
-    say(f"{args.steps} steps of {args.batch_size} pictures, rate "
-        f"{args.lr * args.batch_size / BATCH:g}{note}")
+                      args.mean_std, frozen)
+    rate = args.lr * args.batch_size / BATCH
+    say(f"{args.steps} steps of {args.batch_size} pictures, rate {rate:g}{note}")
     train(model, data, args, world)
     found = detect(model, test, args, world)
     if world.rank == 0:
         scores = average_precision(test, found)
         log(args, world, step=args.steps, **scores)
-        print("; ".join(f"{name} AP {ap:.1f}%, AP50 {ap50:.1f}%, AP75 {ap75:.1f}%"
-                        for name, (ap, ap50, ap75) in scores.items()) + note)
+        print(in_words(scores) + note)
 
 
 if __name__ == "__main__":

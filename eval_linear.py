@@ -198,10 +198,8 @@ def augmented(images, settings, world):
     """For fit_classifier: a function of the epoch that yields this process's part of randomly
     cropped and flipped pictures and labels; the steps of an epoch."""
     n = len(images.names)
-    batch_size = max(1, min(settings.batch_size, n) // world.size)                # of one process
+    batch_size = batch_of(settings, n, world.size) // world.size                  # of one process
     steps = n // (batch_size * world.size)
-    if steps == 0:
-        raise UserError(f"{n} labelled images are too few for {world.size} processes")
 
     def batches(epoch):
         order = epoch_order(n, settings.seed, epoch)[:steps * batch_size * world.size]
@@ -212,15 +210,31 @@ def augmented(images, settings, world):
     return batches, steps
 
 
-def scaled(lr, settings):
+def batch_of(settings, n, processes=1):
+    """The images in a step, of all processes together: at most all n labelled ones."""
+    if n < max(2, processes):
+        raise UserError(f"{n} labelled images are too few to fit a classifier (in {processes} "
+                        f"processes)")
+    return max(1, min(settings.batch_size, n) // processes) * processes
+
+
+def scaled(lr, batch_size):
     """A learning rate for 256 images grows linearly with the batch."""
-    return lr * settings.batch_size / 256
+    return lr * batch_size / 256
 
 
-def probe(dim, num_classes, settings, device):
+def rate_of_classifier(settings, batch_size):
+    """Its learning rate, which it says."""
+    rate = scaled(settings.lr, batch_size)
+    say(f"learning rate of the classifier: {rate:g} ({settings.lr:g} for 256 images, the batch is "
+        f"{batch_size})")
+    return rate
+
+
+def probe(dim, num_classes, settings, batch_size, device):
     """A linear classifier and its optimiser."""
     head = zero_linear(dim, num_classes)
-    rate = scaled(settings.lr, settings)
+    rate = rate_of_classifier(settings, batch_size)
     if settings.optimizer == "lars":    # its steps are 0.001 |w| long: weights of 0 would not do
         torch.nn.init.normal_(head.weight, std=0.01, generator=step_generator(settings.seed))
         return head.to(device), LARS(head.parameters(), rate, weight_decay=0.0)
@@ -231,6 +245,7 @@ def linear_on_features(features, labels, num_classes, settings, run=None):
     """A linear classifier of features computed once (N, D), standardised for the training and
     divided by sqrt(D), which makes them about unit length: one learning rate suits all checkpoints.
     Every process computes the same on its own."""
+    batch_size = batch_of(settings, len(features))
     mean = features.mean(0)
     std = features.std(0)
     std = std.clamp_min(1e-2 * std.mean().item() + 1e-12)    # of features that hardly vary
@@ -242,8 +257,7 @@ def linear_on_features(features, labels, num_classes, settings, run=None):
             yield x[index], labels[index]
     x = (features - mean) * scale
     labels = labels.to(features.device)
-    head, optimizer = probe(features.shape[1], num_classes, settings, features.device)
-    batch_size = min(settings.batch_size, len(x))
+    head, optimizer = probe(features.shape[1], num_classes, settings, batch_size, features.device)
     steps = len(x) // batch_size
     fit_classifier(head, optimizer, batches, steps, settings, run=run)
     with torch.no_grad():                          # W (z - mean) scale + b = W' z + b'
@@ -261,7 +275,8 @@ def linear_on_pictures(backbone, dim, images, settings, world, run=None, check=N
                 z = backbone(x).float()
             yield z, labels
     backbone.eval().requires_grad_(False)
-    head, optimizer = probe(dim, images.num_classes, settings, world.device)
+    batch_size = batch_of(settings, len(images.names), world.size)
+    head, optimizer = probe(dim, images.num_classes, settings, batch_size, world.device)
     model = DistributedDataParallel(head) if world.size > 1 else head
     batches, steps = augmented(images, settings, world)
     fit_classifier(model, optimizer, features, steps, settings, run=run,
@@ -279,9 +294,12 @@ def finetune(backbone, dim, images, settings, world, run=None):
     if hasattr(backbone, "encoder"):               # a vision transformer
         backbone.encoder.pos_embedding.requires_grad_(False)
     head = zero_linear(dim, images.num_classes).to(world.device)
+    batch_size = batch_of(settings, len(images.names), world.size)
+    backbone_rate = scaled(settings.backbone_lr, batch_size)
     optimizer = torch.optim.SGD(                   # what gets no gradient is left alone
-        [{"params": backbone.parameters(), "lr": scaled(settings.backbone_lr, settings)},
-         {"params": head.parameters(), "lr": scaled(settings.lr, settings)}], momentum=0.9)
+        [{"params": backbone.parameters(), "lr": backbone_rate},
+         {"params": head.parameters(), "lr": rate_of_classifier(settings, batch_size)}],
+        momentum=0.9)
     query = torch.nn.Sequential(OrderedDict(backbone=backbone))    # last.pt's names in training
     model = torch.nn.Sequential(OrderedDict(query=query, head=head)).train()
     if world.size > 1:
@@ -390,16 +408,13 @@ def resolve(args, trained_with, made_for=None):
 
 
 def use_recipe(settings):
-    """Fills in the recipe's values and prints the schedule."""
+    """Fills in the recipe's values."""
     recipe = recipes.evaluation(settings.protocol, settings.dataset, settings.labels,
                                 settings.method, settings.arch)
     names = ("optimizer", "lr", "backbone_lr", "drops", "epochs", "batch_size", "augment")
     recipes.apply(settings, recipe, f"--protocol {settings.protocol}", names)
     if recipe.get("augment") and settings.method not in recipes.LINEAR:
         say(f"*** the checkpoint does not say its method: MoCo v3's probe for {settings.arch}")
-    if recipe:
-        say(f"learning rate of the classifier: {scaled(settings.lr, settings):g} "
-            f"({settings.lr:g} for 256 images, the batch is {settings.batch_size})")
 
 
 def evaluate(settings, backbone, dim, world):

@@ -12,7 +12,6 @@ see make_view_set.
 Legend of the shapes: N images, n of a batch, T patch tokens of an image, K features of a token, D
 size of an image embedding.
 """
-import contextlib
 import datetime
 import hashlib
 import math
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import genview
 import recipes
@@ -38,6 +38,9 @@ LEVELS = (0, 100, 200, 300, 400)  # of the 1,000 noising steps (release)
 STABLE = "sd2-community/stable-diffusion-2-1-unclip"
 LARGEST_BATCH = 1024              # images generated at once; a GPU is busy long before
 ENCODER_BATCH = 8                 # fixed: rounding depends on it and can decide on a level
+SMALL = 64                        # side up to which pictures need no saving of memory
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+             SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]   # setup turns the first off: training
 
 
 # --------------------------------------------------------------------------------- the two formulas
@@ -103,8 +106,8 @@ def load_pipeline(model, dtype, device, solver="own"):
     model = genview.mini() if model == "mini" else model
     new = tuple(int(part) for part in diffusers.__version__.split(".")[:2]) >= (0, 42)
     kind = {"dtype" if new else "torch_dtype": dtype, "use_safetensors": True}
-    unet = Path(model, "unet/diffusion_pytorch_model.safetensors")
-    if unet.with_suffix(".fp16.safetensors").exists() and not unet.exists():
+    weights = [file.name for file in Path(model, "unet").glob("*.safetensors")]
+    if weights and all(".fp16" in name for name in weights):       # in one file or several
         kind["variant"] = "fp16"
     try:                                           # safetensors: no pickled code
         pipe = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(model, **kind)
@@ -121,11 +124,17 @@ def load_pipeline(model, dtype, device, solver="own"):
     pipe.set_progress_bar_config(disable=True)
     if solver == "dpm":
         pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    pipe.vae.enable_slicing()                      # decodes one by one: a batch causes no rounding
+    if own_size(pipe) > SMALL:
+        pipe.vae.enable_slicing()                  # decodes one by one
     pipe.to(device)
     with torch.inference_mode():                   # the condition is the image: the prompt is empty
         pipe.empty_prompt = pipe.encode_prompt("", pipe.device, 1, False)[0]  # (1, words, features)
     return pipe
+
+
+def own_size(pipe):
+    """Side of the images that the model is made for."""
+    return pipe.unet.config.sample_size * pipe.vae_scale_factor
 
 
 def check(pipe, steps):
@@ -141,14 +150,19 @@ def check(pipe, steps):
             raise UserError(f"the model's parts do not fit: {what} is {here}, its image encoder "
                             f"needs {there}")
     length = pipe.scheduler.config.num_train_timesteps
-    with contextlib.suppress(ValueError, IndexError):
+    reason = f"its schedule has {length} steps"
+    try:
         pipe.scheduler.set_timesteps(steps)
         if pipe.scheduler.timesteps.max() < length:
             return
-    raise UserError(f"--steps {steps} is too many for the model's schedule of {length} steps")
+    except Exception as error:                     # each scheduler refuses in its own way
+        reason = " ".join(str(error).split())[:200] or reason
+    raise UserError(f"--steps {steps} does not suit the model's {type(pipe.scheduler).__name__}: "
+                    f"{reason}")
 
 
 @torch.inference_mode()
+@sdpa_kernel(ATTENTION)
 def encode(pipe, pictures):
     """One pass of CLIP gives both: patch tokens (n, T, K) and the embedding c (n, D) of up to
     ENCODER_BATCH PIL images."""
@@ -174,6 +188,7 @@ def encode_all(pipe, images, indices, on_unreadable=lambda index, error: None):
 
 
 @torch.inference_mode()
+@sdpa_kernel(ATTENTION)
 def generate(pipe, level, embeddings, seeds, steps, guidance, size):
     """Variations of images, of one noise level, each from its own seed: c (n, D) -> (n, 3, S, S)
     uint8.
@@ -475,13 +490,13 @@ def precision_of(args, world):
 
 def make_generator(args, pipe, device):
     """The Generator of the flags, and of the model where they say nothing."""
-    size = args.size or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    size = args.size or own_size(pipe)
     save_size = args.save_size
     if not save_size:
         save_size = 32 if args.dataset.startswith("cifar") else min(512, size)
     largest = args.batch_size
     if not largest:
-        on_cpu = 64 if size <= 64 else 1
+        on_cpu = 64 if size <= SMALL else 1
         largest = LARGEST_BATCH if device.type == "cuda" else on_cpu
     batch_size = min(largest, args.batch_size or 64)
     return Generator(pipe, args.steps, args.guidance, size, save_size, batch_size, largest)

@@ -18,7 +18,15 @@ from torch.utils.data import DataLoader, Dataset
 import shapes
 from quality_loss import fit_foreground, foreground_threshold, orient_foreground, pair_quality
 from support import augment, data
-from support.augment import Augmentation, Draws, normalise, recolour, renormalise
+from support.augment import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Augmentation,
+    Draws,
+    normalise,
+    recolour,
+    renormalise,
+)
 from support.command_line import UserError, progress, say
 from support.data import IN_MEMORY_SIZE, Images, spaced
 from support.files import read_component, write_whole
@@ -28,6 +36,8 @@ from support.seeds import epoch_order, step_generator
 
 FIT_IMAGES = 10_000           # images that the foreground component is fitted on (release)
 FRACTION = 0.4                # of all tokens that is foreground; sets alpha, Eq. 7 (release)
+RGB = (0, 1, 2)               # the order of the channels of views
+OTHER_TOKENS = 20             # class and register tokens at most: DINOv2 has 5, timm up to 17
 MINI = Path(__file__).with_name("weights") / "mini-unclip"    # by studies/train_generator.py
 DATA_DIRS = {"shapes": "data", "cifar10": "data", "cifar100": "data", "imagenet": "data/imagenet",
              "folder": None}                       # where they lie by default
@@ -367,76 +377,178 @@ def clip_tokens(vision_model, hidden):
     return vision_model.post_layernorm(hidden[:, 1:])
 
 
-def preprocessing(name):
-    """The model's preprocessor_config.json, {} where it has none: mean, std and size it expects."""
-    from transformers import ImageProcessingMixin
+class Preprocessing(NamedTuple):
+    """What a vision model expects of its pictures."""
+    size: int                                      # height and width in pixels
+    mean: tuple                                    # of red, green and blue in [0, 1]
+    std: tuple
+    order: tuple                                   # its channels: 0 is red, 1 green, 2 blue
+
+
+def preprocessing_of(name, config, is_clip):
+    """Preprocessing by a model's own image processor, of transformers or of timm; where the model
+    has none, that of the views."""
+    from transformers import AutoImageProcessor, CLIPImageProcessor
+    side = side_of(config, "image_size", 224)
+    kind = CLIPImageProcessor if is_clip else AutoImageProcessor
     try:
-        own, _ = ImageProcessingMixin.get_image_processor_dict(name)
+        processor = kind.from_pretrained(name, trust_remote_code=False)
     except OSError:
-        return {}
-    crop = own.get("crop_size")
-    return own | {"crop_size": {"height": crop} if isinstance(crop, int) else crop or {}}
+        if not is_clip:
+            say(f"*** {name} has no readable preprocessor_config.json (timm: pretrained_cfg): its "
+                f"pictures get CLIP's mean and std")
+        return Preprocessing(side, CLIP_MEAN, CLIP_STD, RGB)
+    return probe(processor, side)
+
+
+def probe(processor, side):
+    """Preprocessing, read off what the processor makes of a black, a red, a green and a blue
+    picture of this side: no matter which of its settings does what."""
+    pictures = np.zeros((4, side, side, 3), dtype=np.uint8)
+    for colour in range(3):
+        pictures[1 + colour, :, :, colour] = 255
+    pixels = processor(list(pictures), return_tensors="pt")["pixel_values"]     # (4, 3, S, S)
+    shape = tuple(pixels.shape)
+    if shape[:2] != (4, 3) or shape[2] != shape[-1]:
+        raise UserError(f"its image processor makes {shape} of four square pictures")
+    size = shape[2]
+    black, *colours = pixels[:, :, size // 2, size // 2].double()
+    slopes = torch.stack(colours) - black                                       # (colour, channel)
+    counts = slopes.abs() > 1e-4 * slopes.abs().max()
+    if (counts.sum(0) != 1).any() or (counts.sum(1) != 1).any():
+        raise UserError("its image processor mixes red, green and blue")
+    order = slopes.abs().argmax(0)                                 # the colour of each channel
+    channels = order.argsort()                                     # the channel of each colour
+    slope = slopes[torch.arange(3), channels]
+    # channel = slope * colour + black = (colour - mean) / std
+    mean = -black[channels] / slope
+    std = 1 / slope
+    return Preprocessing(size, tuple(mean.tolist()), tuple(std.tolist()), tuple(order.tolist()))
+
+
+def side_of(config, name, default):
+    """A size that a configuration has as one number or as height and width."""
+    return int(np.ravel(getattr(config, name, None) or default)[0])
+
+
+def load_vision_model(name):
+    """A vision model of transformers or, by its wrapper, of timm; in float32, in evaluation mode.
+    Returns the model; is it a CLIP model?"""
+    from transformers import AutoConfig, AutoModel, CLIPVisionModel, ViTModel, logging
+    logging.set_verbosity_error()                  # it would report parts left out on purpose
+    logging.disable_progress_bar()
+    kinds = {
+        "clip": CLIPVisionModel,
+        "clip_vision_model": CLIPVisionModel,
+        # The class of masked autoencoders hides 3/4 of the patches in evaluation mode, too. Its
+        # encoder is a ViT, which sees all.
+        "vit_mae": ViTModel,
+    }
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    kind = kinds.get(config.model_type, AutoModel)
+    model = kind.from_pretrained(name, trust_remote_code=False).float().eval()
+    is_clip = kind is CLIPVisionModel
+    return model if is_clip else getattr(model, "vision_model", model), is_clip
+
+
+def feature_map(hidden, patches_across):
+    """The last hidden state of any vision model -> features (N, T, K), T places row by row.
+
+    patches_across: of a vision transformer, how many patches stand side by side; its class and
+    register tokens stand before the patches. Convolutional and later layers have fewer places, and
+    some models do not say: then the largest square of tokens is taken.
+    """
+    if hidden.ndim == 4 and hidden.shape[2] == hidden.shape[3]:                 # (N, K, H, W)
+        return hidden.flatten(2).mT
+    if hidden.ndim == 4 and hidden.shape[1] == hidden.shape[2]:                 # (N, H, W, K)
+        return hidden.flatten(1, 2)
+    if hidden.ndim != 3:
+        raise UserError(f"its last hidden state {tuple(hidden.shape)} is no square map")
+    tokens = hidden.shape[1]
+    side = patches_across if 1 < patches_across ** 2 <= tokens else math.isqrt(tokens)
+    others = tokens - side ** 2
+    if others > OTHER_TOKENS:
+        raise UserError(f"its {tokens} tokens are no map of {side} x {side} places")
+    return hidden[:, others:]
 
 
 class FrozenEncoder(torch.nn.Module):
-    """E: a frozen vision model of transformers, views (N, 3, S, S) -> features (N, T, K).
+    """E: a frozen vision model of transformers or timm, views (N, 3, S, S) -> features (N, T, K).
 
     Views of another size than the model's are resized to it.
     """
 
-    # release: the image tower of OpenCLIP's ConvNeXt-Base-wide at 224 pixels, maps of 7 x 7 x 1024
+    # release: the image tower of OpenCLIP's ConvNeXt-Base-wide, maps of 7 x 7 x 1024
     NAMES = {"clip": "openai/clip-vit-base-patch32",
              "release": "timm/convnext_base.clip_laion2b_augreg"}
+    SIZES = {"release": 224}                       # the authors' size, not the model's own 256
 
     def __init__(self, name):
-        """name: mini, clip, release, a hub id or a folder. UserError where it cannot be loaded."""
+        """name: mini, clip, release, a hub id or a folder. UserError where it cannot be loaded or
+        its features are no use."""
         super().__init__()
-        from transformers import AutoConfig, AutoModel, CLIPVisionModel, logging
-        logging.set_verbosity_error()              # it would report parts left out on purpose
-        logging.disable_progress_bar()
-        name = mini() / "image_encoder" if name == "mini" else self.NAMES.get(name, name)
+        path = str(mini() / "image_encoder") if name == "mini" else self.NAMES.get(name, name)
         try:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-            self.is_clip = config.model_type in ("clip", "clip_vision_model")
-            kind = CLIPVisionModel if self.is_clip else AutoModel
-            model = kind.from_pretrained(name, trust_remote_code=False).float()
-            self.model = model if self.is_clip else getattr(model, "vision_model", model)
-            own = preprocessing(name)
-            vision = getattr(config, "vision_config", config)
-            self.size = own.get("crop_size", {}).get("height")
-            self.size = self.size or getattr(vision, "image_size", 224)
-            self.mean, self.std = own.get("image_mean"), own.get("image_std")
-            self(torch.zeros(1, 3, self.size, self.size))                # does it take images?
+            self.model, self.is_clip = load_vision_model(path)
         except Exception as error:                 # of several libraries
-            first = " ".join(str(error).split())[:150]
-            raise UserError(f"the encoder {name} could not be loaded ({type(error).__name__}: "
-                            f"{first}): download it where there is a network and name its folder "
-                            f"by --encoder (timm's, such as release, need pip install timm), or "
+            raise UserError(f"the encoder {path} could not be loaded ({in_short(error)}): "
+                            f"download it where there is a network and name its folder by "
+                            f"--encoder (timm's, such as release, need pip install timm), or "
                             f"train with --quality off; --dataset shapes needs no download"
                             ) from None
         self.eval().requires_grad_(False)
+        try:
+            own = preprocessing_of(path, self.model.config, self.is_clip)
+            self.size = self.SIZES.get(name, own.size)
+            self.mean = own.mean
+            self.std = own.std
+            self.order = own.order
+            self.check()
+        except Exception as error:                 # of several libraries
+            raise UserError(f"the encoder {path} cannot be used ({in_short(error)}): name another "
+                            f"vision model by --encoder, or train with --quality off") from None
+
+    def check(self):
+        """Raises UserError unless two calls with one picture give the same, finite features."""
+        generator = torch.Generator().manual_seed(0)
+        picture = torch.randn(1, 3, self.size, self.size, generator=generator)
+        features = self(picture)
+        if not features.isfinite().all():
+            raise UserError("its features of a picture of noise are not finite")
+        change = (self(picture) - features).abs().max()
+        largest = features.abs().max()
+        if change > 1e-3 * largest:
+            raise UserError(f"two calls with one picture give features that differ by "
+                            f"{change:.2g}; the largest is {largest:.2g}")
 
     @torch.no_grad()
     def forward(self, views):
-        if self.mean:                              # views are normalised with CLIP's numbers
+        if (self.mean, self.std) != (CLIP_MEAN, CLIP_STD):     # which the views have
             views = renormalise(views, self.mean, self.std)
+        if self.order != RGB:
+            views = torch.stack([views[:, colour] for colour in self.order], 1)
         if views.shape[-1] != self.size:
             size = (self.size, self.size)
             views = F.interpolate(views, size=size, mode="bilinear", antialias=True)
         hidden = self.model(pixel_values=views).last_hidden_state
         if self.is_clip:
             return clip_tokens(getattr(self.model, "vision_model", self.model), hidden)
-        if hidden.ndim == 4:                       # a convnet's map (N, K, H, W)
-            return hidden.flatten(2).mT
-        patches = math.isqrt(hidden.shape[1]) ** 2             # without class and register tokens
-        return hidden[:, hidden.shape[1] - patches:]
+        patch = side_of(self.model.config, "patch_size", self.size)
+        return feature_map(hidden, self.size // patch)
+
+
+def in_short(error):
+    """First words of an error on one line, with its kind where it is another library's."""
+    words = " ".join(str(error).split())[:150]
+    return words if isinstance(error, UserError) else f"{type(error).__name__}: {words}"
 
 
 class PairQuality:
     """P_1, P_2 -> q, s^f, s^b of each pair, (N,), by a frozen encoder E and the first principal
     component v1 of its features (section "quality-driven contrastive loss")."""
     def __init__(self, encoder, component):
-        self.encoder, self.component = encoder, component
+        self.encoder = encoder
+        self.component = component
 
     @torch.inference_mode()
     def __call__(self, view1, view2):
@@ -476,13 +588,15 @@ def load_or_fit_foreground(batches, count, size, path=None, flip=False):
 
 
 def collect_tokens(batches, count):
-    """The tokens of all batches, (N, T, K) in half precision: 6.5 GB for 10,000 images of ViT-H/14.
-    count: as many images at most."""
+    """The tokens of all batches, (N, T, K) in half precision, 6.5 GB for 10,000 images of ViT-H/14;
+    in float32 where some are beyond its range. count: as many images at most."""
     tokens = None
     filled = 0
     for part in batches:
         if tokens is None:
             tokens = torch.empty(count, *part.shape[1:], dtype=torch.half)
+        if tokens.dtype == torch.half and part.abs().max() > torch.finfo(torch.half).max:
+            tokens = tokens.float()
         tokens[filled:filled + len(part)] = part
         filled += len(part)
     if not filled:
@@ -498,7 +612,12 @@ def component_of_encoder(encoder, images, image_size, world, path=None, kept=Non
     resumed, which has it already.
     """
     empty = torch.zeros(1, 3, image_size, image_size, device=world.device)
-    size = encoder(empty).shape[2]
+    with world.autocast():
+        features = encoder(empty)
+    if not features.isfinite().all():
+        name = str(world.dtype).removeprefix("torch.")
+        raise UserError(f"the encoder's features are not finite in {name}: --precision float32")
+    size = features.shape[2]
     component = None
     if world.rank == 0 and kept and Path(kept).exists():
         component, _ = read_component(kept, size)
@@ -515,4 +634,4 @@ def tokens_of(encoder, images, chosen, image_size, world):
         pictures = data.read_squares(images, part.tolist(), image_size)
         with world.autocast():
             x = encoder(normalise(pictures.to(world.device) / 255))
-        yield x.half().cpu()
+        yield x.cpu()

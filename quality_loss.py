@@ -7,38 +7,78 @@ This file needs nothing but PyTorch: copy it. Three lines turn a contrastive los
     loss = info_nce(q, k, queue, temperature=0.2, weights=quality_weights(quality))
 
 `component` comes from fit_foreground, once, on E's feature maps of some thousand images. Weights
-and losses are computed in float32 on any device, whatever the dtype or autocast around them; shapes
-that do not fit raise a ValueError that names them; finite input gives no NaN. GenView is cited by
-its sections' names: "adaptive view generation", "quality-driven loss" (its weights: all losses).
+and losses are computed in float32 on any device, whatever the dtype or autocast around them; what
+is no tensor or does not fit raises a ValueError that names it; finite input gives no NaN. GenView
+is cited by its sections' names: "adaptive view generation", "quality-driven loss" (its weights: all
+losses).
 
 Shapes: N pairs, T positions of a feature map, K features at a position, D size of an embedding, M
 keys, V views, P prototypes. v1, F, M^f, z^f, s^f, q, w, l, L are the paper's symbols; in the losses
 q is the query.
 """
 import functools
+import inspect
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def in_float32(function):
-    """Decorator: tensors in float32, clamped to +-1e15 (products do not overflow); no autocast."""
-    def cast(x):
-        return x.float().clamp(-1e15, 1e15) if torch.is_tensor(x) else x
+def without_autocast(function):
+    """Decorator: no autocast. ValueError where an argument that is annotated as Tensor is none."""
+    parameters = inspect.signature(function).parameters
+    names = list(parameters)
+    tensors = [name for name in names if parameters[name].annotation is Tensor]
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
-        device = next(x.device for x in (*args, *kwargs.values()) if torch.is_tensor(x))
-        with torch.autocast(device.type, enabled=False):
-            return function(*map(cast, args), **{name: cast(x) for name, x in kwargs.items()})
+        given = dict(zip(names, args, strict=False)) | kwargs
+        device = "cpu"
+        for name in tensors:
+            if name in given:                      # else Python says what is missing
+                _check(torch.is_tensor(given[name]), f"{name} must be a tensor", given[name])
+                device = given[name].device.type
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
     return wrapper
+
+
+def in_float32(function):
+    """Decorator: without_autocast, and all tensors as _clamped."""
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        args = [_clamped(x) for x in args]
+        kwargs = {name: _clamped(x) for name, x in kwargs.items()}
+        return function(*args, **kwargs)
+    return without_autocast(wrapper)
+
+
+def _clamped(x):
+    """A tensor in float32 and in +-1e15, so that products do not overflow; else x itself."""
+    return x.float().clamp(-1e15, 1e15) if torch.is_tensor(x) else x
 
 
 def _check(condition, wanted, *got):
     if not condition:
-        got = (str(tuple(x.shape) if torch.is_tensor(x) else x) for x in got)
-        raise ValueError(f"{wanted}, got {', '.join(got)}")
+        raise ValueError(f"{wanted}, got {', '.join(map(_seen, got))}")
+
+
+def _seen(x):
+    """The shape of a tensor, a number itself, the type of anything else."""
+    if torch.is_tensor(x):
+        return str(tuple(x.shape)) if x.ndim else str(x.item())
+    return str(x) if isinstance(x, (int, float, tuple)) else type(x).__name__
+
+
+def _positive(temperature):
+    """A number above 0, or a learnable one: a tensor that holds one number. While torch.compile
+    traces, its value is not known."""
+    if torch.is_tensor(temperature):
+        if temperature.numel() != 1 or torch.compiler.is_compiling():
+            return temperature.numel() == 1
+        temperature = temperature.item()
+    return temperature > 0
 
 
 def _reduce(x, group, operation=dist.ReduceOp.SUM):
@@ -50,7 +90,7 @@ def _reduce(x, group, operation=dist.ReduceOp.SUM):
 
 # --------------------------------------------------------------------------------- weights of pairs
 @in_float32
-def foreground_attention(features, component):
+def foreground_attention(features: Tensor, component: Tensor):
     r"""Where in a view the foreground is, and where the background: distributions over positions.
 
     Args:
@@ -74,7 +114,7 @@ def foreground_attention(features, component):
 
 
 @in_float32
-def pair_quality(features1, features2, component):
+def pair_quality(features1: Tensor, features2: Tensor, component: Tensor):
     r"""Quality of positive pairs: the same subject is good, the same surroundings are not.
 
     Args:
@@ -91,9 +131,10 @@ def pair_quality(features1, features2, component):
     fg1, bg1 = foreground_attention(features1, component)
     fg2, bg2 = foreground_attention(features2, component)
     # z^f = sum_hw M^f_hw F_hw,    z^b = sum_hw M^b_hw F_hw
-    z_f1, z_f2, z_b1, z_b2 = (
-        torch.einsum("nt,ntk->nk", attention, features) for attention, features in
-        ((fg1, features1), (fg2, features2), (bg1, features1), (bg2, features2)))         # (N, K)
+    z_f1 = torch.einsum("nt,ntk->nk", fg1, features1)                                   # (N, K)
+    z_f2 = torch.einsum("nt,ntk->nk", fg2, features2)
+    z_b1 = torch.einsum("nt,ntk->nk", bg1, features1)
+    z_b2 = torch.einsum("nt,ntk->nk", bg2, features2)
     s_f = F.cosine_similarity(z_f1, z_f2)                       # s_i^f: same subject?          (N,)
     s_b = F.cosine_similarity(z_b1, z_b2)                       # s_i^b: same surroundings?     (N,)
     q = s_f - s_b                                               # q_i = s_i^f - s_i^b           (N,)
@@ -102,7 +143,7 @@ def pair_quality(features1, features2, component):
 
 @torch.no_grad()
 @in_float32
-def quality_weights(quality, gamma=1.0, group=None):
+def quality_weights(quality: Tensor, gamma=1.0, group=None):
     r"""Weights of the pairs in the loss: a softmax of quality over the batch, scaled to mean 1.
 
     Args:
@@ -123,14 +164,14 @@ def quality_weights(quality, gamma=1.0, group=None):
 
 # ------------------------------------------------------------------------------------------- losses
 @in_float32
-def info_nce(query, key, negatives, *, temperature, weights=None):
+def info_nce(query: Tensor, key: Tensor, negatives: Tensor, *, temperature, weights=None):
     r"""InfoNCE against given negatives, such as MoCo v2's queue.
 
     l_i = -log( exp(q_i.k_i / t) / (exp(q_i.k_i / t) + sum_m exp(q_i.n_m / t)) )
 
     Args:
         query, key: q, k, (N, D), the positive pairs; of unit length by convention (not enforced).
-        negatives: n, (M, D).    temperature: t > 0.
+        negatives: n, (M, D).    temperature: t > 0, a number or a tensor.
         weights: w, (N,), of mean 1 (quality_weights); None is exactly the unweighted loss.
     Returns L, a scalar, log(1 + M) at chance level. Source: MoCo (He et al. 2020), Eq. 1.
     >>> q = torch.tensor([[1., 0.]])
@@ -138,7 +179,7 @@ def info_nce(query, key, negatives, *, temperature, weights=None):
     tensor(0.3133)
     """
     _check(query.ndim == 2 and len(query) and query.shape == key.shape
-           and negatives.shape[1:] == query.shape[1:] and temperature > 0,
+           and negatives.shape[1:] == query.shape[1:] and _positive(temperature),
            "wanted query and key (N, D), negatives (M, D), temperature > 0",
            query, key, negatives, temperature)
     positive = (query * key).sum(1, keepdim=True)                               # q_i.k_i   (N, 1)
@@ -148,7 +189,7 @@ def info_nce(query, key, negatives, *, temperature, weights=None):
 
 
 @in_float32
-def info_nce_in_batch(query, keys, *, temperature, weights=None, offset=0):
+def info_nce_in_batch(query: Tensor, keys: Tensor, *, temperature, weights=None, offset=0):
     r"""InfoNCE with the other keys of the (gathered) batch as negatives, as in MoCo v3.
 
     l_i = -log( exp(q_i.k_(offset+i) / t) / sum_m exp(q_i.k_m / t) )
@@ -162,7 +203,7 @@ def info_nce_in_batch(query, keys, *, temperature, weights=None, offset=0):
     tensor(0.3133)
     """
     _check(query.ndim == keys.ndim == 2 and query.shape[1] == keys.shape[1] and len(query)
-           and 0 <= offset <= len(keys) - len(query) and temperature > 0,
+           and 0 <= offset <= len(keys) - len(query) and _positive(temperature),
            "wanted query (N, D), keys (M, D), offset with offset + N <= M, temperature > 0",
            query, keys, offset, temperature)
     logits = query @ keys.T / temperature                                       # (N, M)
@@ -171,7 +212,7 @@ def info_nce_in_batch(query, keys, *, temperature, weights=None, offset=0):
 
 
 @in_float32
-def negative_cosine(prediction, target, weights=None):
+def negative_cosine(prediction: Tensor, target: Tensor, weights=None):
     r"""The loss of BYOL and SimSiam, one direction of the two. No gradient flows into the target.
 
     l_i = -cos(p_i, stopgrad(z_i))
@@ -187,7 +228,7 @@ def negative_cosine(prediction, target, weights=None):
 
 
 @in_float32
-def swapped_prediction(scores, codes, *, temperature, weights=None):
+def swapped_prediction(scores: Tensor, codes: Tensor, *, temperature, weights=None):
     r"""The loss of SwAV: each view predicts the codes of the others.
 
     l_i = -mean over a, v != a of  sum_p codes_aip log softmax_p(scores_vip / t)
@@ -200,7 +241,7 @@ def swapped_prediction(scores, codes, *, temperature, weights=None):
     tensor(1.3863)
     """
     _check(scores.ndim == codes.ndim == 3 and scores.shape[1:] == codes.shape[1:]
-           and scores.numel() and 0 < len(codes) <= len(scores) > 1 and temperature > 0,
+           and scores.numel() and 0 < len(codes) <= len(scores) > 1 and _positive(temperature),
            "wanted scores (V, N, P), codes (A, N, P), A <= V > 1, temperature > 0",
            scores, codes, temperature)
     log_p = (scores / temperature).log_softmax(2)                               # (V, N, P)
@@ -211,7 +252,7 @@ def swapped_prediction(scores, codes, *, temperature, weights=None):
 
 @torch.no_grad()
 @in_float32
-def sinkhorn(scores, epsilon=0.05, iterations=3, group=None):
+def sinkhorn(scores: Tensor, epsilon=0.05, iterations=3, group=None):
     r"""SwAV's codes: soft assignments of images to prototypes, each prototype used equally.
 
     Q = exp(scores / epsilon), columns and rows alternately normalised to a sum of 1.
@@ -239,12 +280,15 @@ def _weighted_mean(losses, weights):
     """L = (1/N) sum_i w_i l_i: the weights reach each pair's loss before the mean."""
     if weights is None:
         return losses.mean()
-    _check(weights.shape == losses.shape, f"weights must be ({len(losses)},)", weights)
+    _check(torch.is_tensor(weights) and weights.shape == losses.shape,
+           f"weights must be a tensor ({len(losses)},)", weights)
     return (weights * losses).mean()
 
 
 # ---------------------------------------------------------------------- the foreground component v1
-def fit_foreground(tokens, grid, fraction=0.4):
+@torch.no_grad()
+@without_autocast
+def fit_foreground(tokens: Tensor, grid, fraction=0.4):
     r"""First principal component of tokens, turned to the foreground, and the threshold alpha.
 
     Args:
@@ -253,39 +297,55 @@ def fit_foreground(tokens, grid, fraction=0.4):
         fraction: alpha is the quantile that makes this share of all tokens foreground.
     Returns v1 (K,) of unit length; alpha, a float. Source: adaptive view generation, Eq. 7.
     """
-    _check(tokens.ndim == 3 and grid[0] * grid[1] == tokens.shape[1],
+    _check(tokens.ndim == 3 and tokens.numel() and grid[0] * grid[1] == tokens.shape[1],
            f"tokens must be (N, {grid[0] * grid[1]}, K) on this grid", tokens, grid)
-    # v1 = first eigenvector of Cov(tokens), parts are summed in float64: tokens may be large
-    # and of half precision. The shift is near the mean and keeps the sums precise.
-    shift, first, second = tokens[:256].float().mean((0, 1)), 0.0, 0.0
+    # v1 = first eigenvector of Cov(tokens). Sums of parts: tokens may be large and of half
+    # precision. They are kept in float64 on the CPU, as some devices have none (MPS). The shift is
+    # near the mean and keeps the sums precise.
+    shift = _clamped(tokens[:256]).mean((0, 1))                                 # (K,)
+    count = tokens.shape[0] * tokens.shape[1]                                   # N T
+    first = 0.0
+    second = 0.0
     for part in tokens.split(256):
-        x = part.float().flatten(0, 1) - shift                                  # (n T, K)
-        first, second = first + x.double().sum(0), second + (x.T @ x).double()
-    covariance = second - torch.outer(first, first) / tokens[..., 0].numel()    # times N T  (K, K)
-    v1 = torch.linalg.eigh(covariance)[1][:, -1].float()     # eigenvalues rise: the last is largest
+        x = _clamped(part).flatten(0, 1) - shift                                # (n T, K)
+        first = first + x.sum(0).cpu().double()
+        second = second + (x.T @ x).cpu().double()
+    covariance = second - torch.outer(first, first) / count        # times N T  (K, K)
+    _, vectors = torch.linalg.eigh(covariance)         # eigenvalues rise: the last is largest
+    v1 = vectors[:, -1].float().to(tokens.device)
     return orient_foreground(v1, tokens, grid, fraction)
 
 
-def orient_foreground(component, tokens, grid, fraction=0.4):
+@torch.no_grad()
+@without_autocast
+def orient_foreground(component: Tensor, tokens: Tensor, grid, fraction=0.4):
     """The sign of a component is arbitrary: foreground is the side that is more frequent at the
     centre of the images than along their border (ours). See fit_foreground for the rest."""
-    v1 = component.float() / component.float().norm()
-    a = torch.cat([part.float() @ v1 for part in tokens.split(256)])        # <token_ij, v1>  (N, T)
+    _check(component.shape == tokens.shape[2:] and component.any(),
+           "component must be (K,) and not zero, tokens (N, T, K)", component, tokens)
+    v1 = component.float() / component.abs().max()         # first: squares do not overflow
+    v1 = v1 / v1.norm()
+    a = torch.cat([_clamped(part) @ v1 for part in tokens.split(256)])      # <token_ij, v1>  (N, T)
     border = torch.ones(*grid, dtype=torch.bool, device=a.device)               # (rows, columns)
     border[1:-1, 1:-1] = False
 
     def centrality(a):
         alpha = foreground_threshold(a, fraction)
         frequency = (a > alpha).float().mean(0).view(*grid)
-        return (frequency[~border].mean() - frequency[border].mean()).nan_to_num(), alpha
-    (plus, alpha), (minus, minus_alpha) = centrality(a), centrality(-a)
-    return (v1, alpha) if plus >= minus else (-v1, minus_alpha)
+        difference = frequency[~border].mean() - frequency[border].mean()
+        return difference.nan_to_num(), alpha                  # a grid may be all border
+
+    plus, plus_alpha = centrality(a)
+    minus, minus_alpha = centrality(-a)
+    return (v1, plus_alpha) if plus >= minus else (-v1, minus_alpha)
 
 
-def foreground_threshold(a, fraction=0.4):
+@without_autocast
+def foreground_threshold(a: Tensor, fraction=0.4):
     """alpha (Eq. 7): the quantile of a (N, T) above which this share of all tokens lies; images
     beyond torch.quantile's limit are skipped."""
-    return torch.quantile(a[::1 + a.numel() // 16_000_000].flatten(), 1 - fraction).item()
+    every = 1 + a.numel() // 16_000_000
+    return torch.quantile(a[::every].flatten(), 1 - fraction).item()
 
 
 if __name__ == "__main__":
@@ -293,7 +353,8 @@ if __name__ == "__main__":
     features = torch.eye(3)                                            # subject, grass, sky
     pairs = {"new surroundings": [0, 2, 2, 2], "same surroundings": [0, 1, 1, 1],
              "subject lost": [1, 1, 1, 1]}                             # the first is wanted
-    view1, view2 = (features[torch.tensor(x)] for x in ([[0, 1, 1, 1]] * 3, [*pairs.values()]))
+    view1 = features[torch.tensor([[0, 1, 1, 1]] * 3)]
+    view2 = features[torch.tensor(list(pairs.values()))]
     q, s_f, s_b = pair_quality(view1, view2, features[0])
     print("pair                  s_f    s_b      q      w")
     for name, *row in zip(pairs, s_f, s_b, q, quality_weights(q), strict=True):

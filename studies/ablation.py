@@ -1,7 +1,6 @@
 """What do generated views add, and how many of the hand-made transformations do they replace?
 
     python -m studies.ablation --preset gain --data-dir data/cifar10-jpeg --jobs 2   # a CPU, hours
-    python -m studies.ablation --preset gpu --data-dir data/cifar10-jpeg --generator-data data/tiny
     python -m studies.ablation --dataset shapes --methods all --rows plain quality --jobs 2
     python -m studies.ablation --table                                               # what is there
 
@@ -43,60 +42,100 @@ from support.files import append, write_whole
 from support.processes import fast_dtype, setup
 from support.seeds import step_generator
 
-# method: (name in the table, training script, its flags)
+
+class Method(NamedTuple):
+    name: str                                      # in the table
+    script: str
+    flags: dict
+
+
+class Row(NamedTuple):
+    name: str                                      # in the table
+    kind: str | None                               # of its views: noise level, control, None
+    views: str                                     # --views
+    quality: str                                   # --quality
+
+
 METHODS = {
-    "mocov2": ("MoCo v2", "train_moco.py", {}),
-    "mocov3": ("MoCo v3", "train_moco.py", {"method": "mocov3"}),
-    "vit": ("MoCo v3, small ViT", "train_moco.py", {"method": "mocov3", "arch": "vit_narrow"}),
-    "byol": ("BYOL", "train_byol.py", {}),
-    "simsiam": ("SimSiam", "train_byol.py", {"method": "simsiam"}),
-    "swav": ("SwAV", "train_swav.py", {}),
+    "mocov2": Method("MoCo v2", "train_moco.py", {}),
+    "mocov3": Method("MoCo v3", "train_moco.py", {"method": "mocov3"}),
+    "vit": Method("MoCo v3, small ViT", "train_moco.py",
+                  {"method": "mocov3", "arch": "vit_narrow"}),
+    "byol": Method("BYOL", "train_byol.py", {}),
+    "simsiam": Method("SimSiam", "train_byol.py", {"method": "simsiam"}),
+    "swav": Method("SwAV", "train_swav.py", {}),
 }
-# row: (name in the table, its views, --views, --quality)
+# Controls: the image after the autoencoder, which is softer; this with smooth noise, as far from
+# the image as the generated view: the same change without the generator's knowledge.
+CONTROLS = ("copies", "smooth")
 ROWS = {
-    "plain": ("plain", None, "pair", "off"),
-    # Controls: the image after the autoencoder, which is softer; this with smooth noise, as far
-    # from the image as the generated view: the same change without the generator's knowledge.
-    "copies": ("the autoencoder's copies", "copies", "pair", "off"),
-    "smooth": ("copies with smooth noise", "smooth", "pair", "off"),
-    **{f"noise{level}": (f"generated views, noise {level}", str(level), "pair", "off")
-       for level in (0, 200, 400)},
-    "adaptive": ("generated views, adaptive noise", "adaptive", "pair", "off"),
-    "quality": ("... and quality weights", "adaptive", "pair", "exact"),
-    "extra": ("the same images as extra samples", "adaptive", "extra", "off"),
+    "plain": Row("plain", None, "pair", "off"),
+    "copies": Row("the autoencoder's copies", "copies", "pair", "off"),
+    "smooth": Row("copies with smooth noise", "smooth", "pair", "off"),
+    "noise0": Row("generated views, noise 0", "0", "pair", "off"),
+    "noise200": Row("generated views, noise 200", "200", "pair", "off"),
+    "noise400": Row("generated views, noise 400", "400", "pair", "off"),
+    "adaptive": Row("generated views, adaptive noise", "adaptive", "pair", "off"),
+    "quality": Row("... and quality weights", "adaptive", "pair", "exact"),
+    "extra": Row("the same images as extra samples", "adaptive", "extra", "off"),
 }
-TRANSFORMATIONS = {"flips": {"crop_min": 1, "colour": 0}, "flips+crops": {"colour": 0}, "all": {}}
 CONTROLLED = ("plain", "copies", "smooth", "noise0", "adaptive")
-PRESETS = {                                        # [(transformations, epochs, rows, seeds)]
-    "gain": [(("flips", "flips+crops"), 60, CONTROLLED, 5), ("all", 60, ("plain", "adaptive"), 5),
-             ("flips+crops", 150, ("plain", "adaptive"), 5),
-             ("flips+crops", 60, ("extra", "noise200"), 5), ("flips+crops", 60, ("quality",), 3)],
-    "gpu": [(name, 200, (*CONTROLLED, "quality"), 3) for name in TRANSFORMATIONS],
-}
+TRANSFORMATIONS = {"flips": {"crop_min": 1, "colour": 0}, "flips+crops": {"colour": 0}, "all": {}}
+EPOCHS = {"cifar10": 20, "shapes": 30}
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)    # Student's t, 1 to 9 degrees
 
 
-class Run(NamedTuple):
-    """What makes a run; the same names in a line of the results."""
+class Trial(NamedTuple):
+    """One training with its evaluation; the same names in a line of the results."""
     dataset: str
     method: str
     transformations: str
     row: str
     epochs: int
-    images: int
+    images: int | None                             # None: all
     arch: str
     model: str                                     # mini, or the name of the generator's folder
     seed: int
 
 
+class Setting(NamedTuple):
+    """What the lines of one table share; the same names in a line of the results."""
+    dataset: str
+    method: str
+    transformations: str
+    epochs: int
+    images: int | None
+    arch: str
+    model: str
+    hardware: str
+
+
+class Comparison(NamedTuple):
+    """Trials: each row with each of the transformations and seeds."""
+    transformations: list
+    epochs: int
+    rows: list
+    seeds: list
+
+
+GAIN = [                                           # --preset gain
+    Comparison(["flips", "flips+crops"], 60, CONTROLLED, range(5)),
+    Comparison(["all"], 60, ["plain", "adaptive"], range(5)),
+    Comparison(["flips+crops"], 150, ["plain", "adaptive"], range(5)),
+    Comparison(["flips+crops"], 60, ["extra", "noise200"], range(5)),
+    Comparison(["flips+crops"], 60, ["quality"], range(3)),
+]
+
+
 def call(jobs, *command, **flags):
     """Runs a script beside jobs - 1 others and returns its output; UserError where it fails."""
-    command = [*command, *(f"--{key.replace('_', '-')}={flags[key]}" for key in flags)]
-    env = os.environ | {"OMP_NUM_THREADS": str((os.cpu_count() or 1) // jobs or 1)}
+    command = [*command, *(f"--{name.replace('_', '-')}={flags[name]}" for name in flags)]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"{' '.join(command)}: {last}")
+        said = done.stderr.strip().splitlines() or ["no message"]
+        raise UserError(f"{' '.join(command)}: {said[-1]}")
     return done.stdout
 
 
@@ -104,22 +143,28 @@ def call(jobs, *command, **flags):
 def make_views(args, kind):
     """Writes the views of one noise level, or a control's, into <output-dir>/views-<kind>."""
     folder = args.output_dir / f"views-{kind}"
-    if kind not in ("copies", "smooth"):
+    if kind not in CONTROLS:
         text = call(1, "generate_views.py", dataset="cifar10", data_dir=args.data_dir, noise=kind,
                     views_dir=folder, model=args.model, limit=args.limit, **GENERATION["mini"])
         say(f"views, noise {kind}: {text.strip().splitlines()[-1]}")
     elif len(list(folder.rglob("*.png"))) < args.limit:
         images = load_images("cifar10", args.data_dir, "train", 32, args.limit)
-        pipe = load_pipeline(args.model, torch.float32, setup().device)
-        views = reconstruct(pipe, images.pixels)
-        if kind == "smooth":
-            paths = find_views(images, make_views(args, "adaptive"), "cifar10")
-            generated, _ = views_into_memory(images, paths)
-            views = smooth(images.pixels, views, generated)
-        for name, view in zip(images.names, views, strict=True):
-            save = partial(Image.fromarray(view.permute(1, 2, 0).numpy()).save, format="PNG")
-            write_whole((folder / name).with_suffix(".png"), save)
+        pictures = make_control(args, kind, images)
+        for name, picture in zip(images.names, pictures, strict=True):
+            image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+            write_whole((folder / name).with_suffix(".png"), partial(image.save, format="PNG"))
     return folder
+
+
+def make_control(args, kind, images):
+    """The control of each image, (N, 3, 32, 32) uint8."""
+    pipe = load_pipeline(args.model, torch.float32, setup().device)
+    copies = reconstruct(pipe, images.pixels)
+    if kind == "copies":
+        return copies
+    paths = find_views(images, make_views(args, "adaptive"), "cifar10")
+    views, _ = views_into_memory(images, paths)
+    return smooth(images.pixels, copies, views)
 
 
 def smooth(images, copies, views):
@@ -128,58 +173,87 @@ def smooth(images, copies, views):
     |copy + a noise - image| = |view - image| is solved for a >= 0; noise: 8 x 8 normal numbers a
     channel, enlarged bilinearly. A copy that is already further away stays as it is.
     """
-    x, offset = images.float(), copies.float() - images.float()
+    x = images.float()
+    offset = copies.float() - x
     noise = torch.randn(len(x), 3, 8, 8, generator=step_generator(0))
     noise = F.interpolate(noise, size=x.shape[-2:], mode="bilinear")
-    square, along = noise.square().sum((1, 2, 3)), (noise * offset).sum((1, 2, 3))
+    square = noise.square().sum((1, 2, 3))                                               # (N,)
+    along = (noise * offset).sum((1, 2, 3))
     missing = ((views.float() - x).square() - offset.square()).sum((1, 2, 3)).clamp_min(0)
     a = ((along.square() + square * missing).sqrt() - along) / square
     a = torch.where(missing > 0, a, 0)[:, None, None, None]
     return (x + offset + a * noise).round().clamp(0, 255).byte()
 
 
-# --------------------------------------------------------------------------------------- the runs
+# ------------------------------------------------------------------------------------- the trials
 def plan(args):
-    """The runs that the flags ask for; those of one seed follow each other."""
-    parts = PRESETS.get(args.preset) or [(args.transformations, args.epochs, args.rows, args.seeds)]
-    runs = []
-    for names, epochs, rows, seeds in parts:
-        seeds = range(seeds) if isinstance(seeds, int) else seeds
-        names = [names] if isinstance(names, str) else names
-        runs += [Run(args.dataset, method, name, row, args.epochs or epochs, args.limit, args.arch,
-                     Path(args.model).name, seed)
-                 for seed, name, method, row in product(seeds, names, args.methods, rows)]
-    return runs
+    """The trials that the flags ask for; those of one seed follow each other."""
+    comparisons = [Comparison(args.transformations, EPOCHS[args.dataset], args.rows, args.seeds)]
+    if args.preset:
+        comparisons = GAIN
+    trials = []
+    for part in comparisons:
+        for seed, transformations, method, row in product(
+                part.seeds, part.transformations, args.methods, part.rows):
+            trials.append(Trial(
+                args.dataset, method, transformations, row, args.epochs or part.epochs, args.limit,
+                args.arch, Path(args.model).name, seed))
+    return trials
 
 
-def run_one(args, run):
-    """Trains and evaluates; one line more in the results."""
-    start, folder = time.time(), args.output_dir / "-".join(map(str, run))
-    _, kind, views, quality = ROWS[run.row]
-    flags = dict(dataset=run.dataset, epochs=run.epochs, knn_every=0, views=views, quality=quality,
-                 seed=run.seed, output_dir=folder) | TRANSFORMATIONS[run.transformations]
-    if run.dataset == "shapes":                    # the training makes the views
-        flags |= dict(views_dir="none") if kind is None else dict(noise=kind)
+def trial_of(line):
+    """The trial of a line of the results."""
+    return Trial(*[line[name] for name in Trial._fields])
+
+
+def training_flags(args, trial, folder):
+    """The flags of its training script, as keywords."""
+    row = ROWS[trial.row]
+    flags = dict(dataset=trial.dataset, epochs=trial.epochs, knn_every=0, views=row.views,
+                 quality=row.quality, seed=trial.seed, output_dir=folder)
+    flags |= TRANSFORMATIONS[trial.transformations]
+    if row.kind is None:
+        flags["views_dir"] = "none"
+    elif trial.dataset == "shapes":                # the training makes the views
+        flags["noise"] = row.kind
     else:
-        views_dir = "none" if kind is None else args.output_dir / f"views-{kind}"
-        flags |= dict(views_dir=views_dir, data_dir=args.data_dir, limit=run.images, arch=run.arch)
-        if quality == "exact":                     # E is the generator's encoder, fitted already
-            encoder = "mini" if args.model == "mini" else f"{args.model}/image_encoder"
-            flags |= dict(encoder=encoder, component=views_dir / "foreground.npz")
-    _, name, own = METHODS[run.method]
-    call(args.jobs, name, "--resume", **flags | own)
-    limit = {} if run.dataset == "shapes" else dict(limit=run.images)
-    text = call(args.jobs, "eval_linear.py", checkpoint=folder / "last.pt", seed=run.seed, **limit)
-    top1 = {key.lower(): float(value) for key, value in re.findall(r"(\w+) top-1 ([\d.]+)%", text)}
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    neg = [entry["neg"] for entry in log if "neg" in entry and entry["epoch"] > run.epochs - 1]
-    line = run._asdict() | top1 | {
-        "neg": round(statistics.mean(neg), 4) if neg else None, "commit": commit(),
-        "seconds": round(time.time() - start), "date": time.strftime("%Y-%m-%d"),
-        "hardware": hardware()}
+        flags["views_dir"] = args.output_dir / f"views-{row.kind}"
+    if trial.dataset == "cifar10":
+        flags |= dict(data_dir=args.data_dir, limit=trial.images, arch=trial.arch)
+        if row.quality == "exact":                 # E is the generator's encoder, fitted already
+            flags["encoder"] = "mini" if args.model == "mini" else f"{args.model}/image_encoder"
+            flags["component"] = flags["views_dir"] / "foreground.npz"
+    return flags | METHODS[trial.method].flags
+
+
+def run_trial(args, trial):
+    """Trains and evaluates; one line more in the results."""
+    start = time.time()
+    folder = args.output_dir / "-".join(map(str, trial))
+    script = METHODS[trial.method].script
+    call(args.jobs, script, "--resume", **training_flags(args, trial, folder))
+    limit = {} if trial.images is None else {"limit": trial.images}
+    text = call(args.jobs, "eval_linear.py", checkpoint=folder / "last.pt", seed=trial.seed,
+                **limit)
+    scores = re.findall(r"(\w+) top-1 ([\d.]+)%", text)
+    line = trial._asdict()
+    line |= {name.lower(): float(score) for name, score in scores}
+    line["neg"] = mean_neg(folder / "log.jsonl", trial.epochs)
+    line["commit"] = commit()
+    line["seconds"] = round(time.time() - start)
+    line["date"] = time.strftime("%Y-%m-%d")
+    line["hardware"] = hardware()
     append(args.results, json.dumps(line) + "\n")
-    say(f"{run.transformations}, {run.epochs} epochs, {run.method}, {run.row}, seed {run.seed}: "
-        f"kNN {top1['knn']}, linear {top1['linear']}, neg {line['neg']} ({line['seconds']} s)")
+    say(f"{trial.transformations}, {trial.epochs} epochs, {trial.method}, {trial.row}, "
+        f"seed {trial.seed}: kNN {line['knn']}, linear {line['linear']}, neg {line['neg']} "
+        f"({line['seconds']} s)")
+
+
+def mean_neg(path, epochs):
+    """The mean cosine of negatives in the last epoch of a log, None where the method has none."""
+    log = map(json.loads, path.read_text().splitlines())
+    neg = [line["neg"] for line in log if "neg" in line and line["epoch"] > epochs - 1]
+    return round(statistics.mean(neg), 4) if neg else None
 
 
 def commit():
@@ -198,12 +272,12 @@ def hardware():
 
 # -------------------------------------------------------------------------------------- the table
 def read_results(path):
-    """The lines of finished runs, as dicts."""
+    """The lines of finished trials, as dicts."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def gains(lines, row, score):
-    """Differences of a row to plain, paired by seed. lines: of one group."""
+    """Differences of a row to plain, paired by seed. lines: of one setting."""
     plain = {line["seed"]: line[score] for line in lines if line["row"] == "plain"}
     return [line[score] - plain[line["seed"]] for line in lines
             if line["row"] == row and line["seed"] in plain]
@@ -214,46 +288,59 @@ def interval(values):
     return T95[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def groups(lines):
-    """{(dataset, method, transformations, epochs, images, arch, model, hardware): lines}."""
-    found, names = defaultdict(list), [name for name in Run._fields if name not in ("row", "seed")]
+def by_setting(lines):
+    """{setting: its lines}."""
+    found = defaultdict(list)
     for line in lines:
-        found[tuple(line[name] for name in (*names, "hardware"))] += [line]
+        setting = Setting(*[line[name] for name in Setting._fields])
+        found[setting].append(line)
     return found
 
 
 def table(lines):
     """Means and standard deviations over the seeds, gains with their 95% intervals, in Markdown."""
-    def spread(values):
-        deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.1f}{deviation}"
-
-    def gain(values):
-        if not values:
-            return ""
-        text = f" ± {interval(values):.1f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):+.1f}{text}"
     text = ""
-    for (dataset, method, transformations, epochs, images, arch, model, hardware), group in groups(
-            lines).items():
-        text += (f"\n{dataset}, {METHODS[method][0]}, {transformations}, {epochs} epochs, "
-                 f"{images or 'all'} images, {arch}, generator {model}; {hardware}:\n\n"
-                 "| pairs | seeds | kNN | gain | linear | gain | neg |\n" + "| --- " * 7 + "|\n")
-        for row in (row for row in ROWS if any(line["row"] == row for line in group)):
-            mine = [line for line in group if line["row"] == row]
-            neg = [line["neg"] for line in mine if line["neg"] is not None]
-            cells = [ROWS[row][0], len(mine)]
-            for score in ("knn", "linear"):
-                other = "" if row == "plain" else gain(gains(group, row, score))
-                cells += [spread([line[score] for line in mine]), other]
-            cells.append(f"{round(statistics.mean(neg), 2) + 0.0:.2f}" if neg else "")    # no -0
-            text += f"| {' | '.join(map(str, cells))} |\n"
+    for setting, group in by_setting(lines).items():
+        text += (f"\n{setting.dataset}, {METHODS[setting.method].name}, {setting.transformations}, "
+                 f"{setting.epochs} epochs, {setting.images or 'all'} images, {setting.arch}, "
+                 f"generator {setting.model}; {setting.hardware}:\n\n")
+        text += "| pairs | seeds | kNN | gain | linear | gain | neg |\n" + "| --- " * 7 + "|\n"
+        for row in ROWS:
+            if any(line["row"] == row for line in group):
+                text += f"| {' | '.join(cells(group, row))} |\n"
     return text
 
 
+def cells(lines, row):
+    """A row of a table, as texts. lines: of one setting."""
+    mine = [line for line in lines if line["row"] == row]
+    texts = [ROWS[row].name, str(len(mine))]
+    for score in ("knn", "linear"):
+        texts.append(mean_and_spread([line[score] for line in mine]))
+        texts.append("" if row == "plain" else mean_gain(gains(lines, row, score)))
+    neg = [line["neg"] for line in mine if line["neg"] is not None]
+    mean = f"{statistics.mean(neg):.2f}" if neg else ""
+    texts.append(mean.replace("-0.00", "0.00"))
+    return texts
+
+
+def mean_and_spread(values):
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def mean_gain(values):
+    if not values:
+        return ""
+    half = f" ± {interval(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.1f}{half}"
+
+
+# -------------------------------------------------------------------------------------------- main
 def parse_args():
-    add = (parser := Parser("Training with and without each part of GenView.")).add_argument
-    add("--preset", choices=PRESETS, help="the runs of docs/RESULTS.md: gain on a CPU, gpu")
+    parser = Parser("Training with and without each part of GenView.")
+    add = parser.add_argument
+    add("--preset", choices=["gain"], help="the trials of docs/RESULTS.md: hours on a CPU")
     add("--table", action="store_true", help="only print the table of all results")
     add("--dataset", choices=["cifar10", "shapes"], default="cifar10", help="images to train on")
     add("--methods", nargs="+", choices=[*METHODS, "all"], default=["mocov2"], help="to compare")
@@ -263,25 +350,21 @@ def parse_args():
         help="the hand-made transformations that are kept")
     add("--data-dir", default="data", help="CIFAR-10, or its images in a folder")
     add("--model", default="mini", help="mini, or a folder of studies/train_generator.py")
-    add("--generator-data", help="train the generator first, on this folder of images")
-    add("--generator-steps", type=whole(1), default=50_000, help="steps of that training")
-    add("--arch", help="default: resnet10_narrow, which is for CPUs; --preset gpu: resnet18")
-    add("--limit", type=whole(256), help="images of cifar10; default: 10000, --preset gpu: 50000")
-    add("--epochs", type=whole(1), help="of each run; default: 20, shapes 30, or the preset's")
-    add("--seeds", type=whole(), nargs="+", default=[0, 1, 2], help="one run of each row for each")
-    add("--jobs", type=whole(1), default=1, help="runs at the same time")
-    add("--results", type=Path, help="one line a run; default: <output-dir>/results.jsonl")
+    add("--arch", default="resnet10_narrow", help="of the images of cifar10")
+    add("--limit", type=whole(256), help="images of cifar10; default: 10000")
+    add("--epochs", type=whole(1), help="of each trial; default: 20, shapes 30, or the preset's")
+    add("--seeds", type=whole(), nargs="+", default=[0, 1, 2], help="a trial of each row for each")
+    add("--jobs", type=whole(1), default=1, help="trials at the same time")
+    add("--results", type=Path, help="one line a trial; default: <output-dir>/results.jsonl")
     add("--output-dir", type=Path, default=Path("runs/ablation"), help="views and runs")
     args = parser.parse_args()
-    args.results = args.results or args.output_dir / "results.jsonl"
-    gpu, shapes = args.preset == "gpu", args.dataset == "shapes"
-    args.arch = args.arch or ("resnet18" if gpu else "resnet10_narrow")
-    args.limit = None if shapes else args.limit or (50_000 if gpu else 10_000)
-    if not args.preset:
-        args.epochs = args.epochs or (30 if shapes else 20)
-    if shapes and (args.preset or {"copies", "smooth"} & set(args.rows)):
+    shapes = args.dataset == "shapes"
+    if shapes and (args.preset or set(CONTROLS) & set(args.rows)):
         raise UserError("presets and the controls copies and smooth are for --dataset cifar10")
-    args.methods = list(METHODS) if "all" in args.methods else args.methods
+    args.limit = None if shapes else args.limit or 10_000
+    args.results = args.results or args.output_dir / "results.jsonl"
+    if "all" in args.methods:
+        args.methods = list(METHODS)
     return args
 
 
@@ -289,28 +372,24 @@ def main():
     args = parse_args()
     if args.table:
         return say(table(read_results(args.results)) or f"no runs in {args.results}")
-    if args.generator_data:
-        args.model = args.output_dir / "generator"
-        call(1, "-m", "studies.train_generator", data_dir=args.generator_data,
-             output_dir=args.model, steps=args.generator_steps)
-    runs = plan(args)
-    done = {Run(*(line[name] for name in Run._fields)) for line in read_results(args.results)}
-    left = [run for run in runs if run not in done]
-    for kind in dict.fromkeys(ROWS[run.row][1] for run in left):
-        if kind is not None and args.dataset != "shapes":
+    trials = plan(args)
+    done = {trial_of(line) for line in read_results(args.results)}
+    left = [trial for trial in trials if trial not in done]
+    kinds = dict.fromkeys(ROWS[trial.row].kind for trial in left)      # each once, in order
+    for kind in kinds:
+        if kind is not None and args.dataset == "cifar10":
             make_views(args, kind)
-    start, finished = time.time(), []
+    start = time.time()
+    finished = []
 
-    def work(run):
-        run_one(args, run)
-        finished.append(run)
+    def work(trial):
+        run_trial(args, trial)
+        finished.append(trial)
         hours = (time.time() - start) / 3600 / len(finished) * (len(left) - len(finished))
-        say(f"{len(finished)} of {len(left)} runs, about {hours:.1f} h left")
-    with ThreadPoolExecutor(args.jobs) as pool:    # after a failure no other run starts
+        say(f"{len(finished)} of {len(left)} trials, about {hours:.1f} h left")
+    with ThreadPoolExecutor(args.jobs) as pool:    # after a failure no other trial starts
         list(pool.map(work, left))
-    lines = [line for line in read_results(args.results)
-             if Run(*(line[name] for name in Run._fields)) in runs]
-    say(table(lines))
+    say(table([line for line in read_results(args.results) if trial_of(line) in trials]))
 
 
 if __name__ == "__main__":

@@ -59,9 +59,13 @@ def views_of(pipe, c, seeds, steps, guidance):
 @torch.inference_mode()
 def reconstruct(pipe, pixels):
     """What the autoencoder keeps of pixels (n, 3, 32, 32) uint8, in the same form."""
-    parts = (part.to(pipe.device) / 127.5 - 1 for part in pixels.split(100))
-    kept = torch.cat([pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample for x in parts])
-    return ((kept.clamp(-1, 1) + 1) * 127.5).round().byte().to(pixels.device)
+    parts = []
+    for part in pixels.split(100):
+        x = part.to(pipe.device) / 127.5 - 1
+        z = pipe.vae.encode(x).latent_dist.mean
+        parts.append(pipe.vae.decode(z).sample)
+    x = torch.cat(parts).clamp(-1, 1)
+    return ((x + 1) * 127.5).round().byte().to(pixels.device)
 
 
 @torch.inference_mode()
@@ -69,8 +73,10 @@ def draw_samples(pipe, pixels, path, steps, guidance):
     """Writes a PNG; its rows: pixels (n, 3, 32, 32) uint8, reconstructions, views by level."""
     c = pipe.image_encoder(augment.normalise(pixels / 255)).image_embeds
     views = views_of(pipe, c, range(len(pixels)), steps, guidance).values()
-    grid = torch.cat([x.cpu() for x in (pixels, reconstruct(pipe, pixels), *views)]) / 255
-    files.write_whole(path, lambda p: save_image(grid, p, nrow=len(pixels), format="png"))
+    rows = [pixels, reconstruct(pipe, pixels), *views]
+    grid = torch.cat([row.cpu() for row in rows]) / 255
+    files.write_whole(path, lambda temporary: save_image(
+        grid, temporary, nrow=len(pixels), format="png"))
 
 
 def percent(hits):
@@ -78,8 +84,8 @@ def percent(hits):
 
 
 def markdown(header, *rows):
-    rows = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def tables(truth, original, kept, error, by_level, proportion):
@@ -89,24 +95,34 @@ def tables(truth, original, kept, error, by_level, proportion):
     squared error is error; by_level: {level: (features, labels, pixels)}, each (2 n, ...): a view
     of every image, then another of each; proportion (n,). Returns Markdown.
     """
-    same, rows = {}, [("originals", 100, percent(original == truth), "", ""), (
-        f"the autoencoder's (mean squared error {error:.4f} on [-1, 1])",
-        percent(kept == original), percent(kept == truth), "", "")]
+    rows = [("originals", 100, percent(original == truth), "", ""),
+            (f"the autoencoder's (mean squared error {error:.4f} on [-1, 1])",
+             percent(kept == original), percent(kept == truth), "", "")]
+    same = {}                                      # {level: is the label the original's? (2, n)}
     for level, (features, labels, pixels) in by_level.items():
-        labels, (f1, f2), (x1, x2) = labels.view(2, -1), features.chunk(2), pixels.float().chunk(2)
-        same[level] = labels == original                                                # (2, n)
-        distance, difference = 1 - (f1 * f2).sum(1).mean(), (x1 - x2).square().mean().sqrt()
+        labels = labels.view(2, -1)
+        same[level] = labels == original
+        f1, f2 = features.chunk(2)
+        x1, x2 = pixels.float().chunk(2)
+        distance = 1 - (f1 * f2).sum(1).mean()
+        difference = (x1 - x2).square().mean().sqrt()
         rows.append((f"views, noise level {level}", percent(same[level]), percent(labels == truth),
                      f"{distance:.3f}", f"{difference:.1f}"))
-    groups = []
-    for level in gv.LEVELS:                        # each stands for a fifth of the proportions
-        inside = gv.noise_level(proportion) == level
-        agree = [percent(s[:, inside]) if inside.any() else "-" for s in same.values()]
-        groups.append((f"{level / 500:g} to {(level + 100) / 500:g}", int(inside.sum()), *agree))
     header = ("pictures", "judge's label as on the original", "judge's label true",
               "two views of one image: 1 - cosine", "root mean square difference (of 255)")
-    fifths = ("foreground proportion", "images", *(f"level {level}" for level in same))
-    return markdown(header, *rows) + "\n" + markdown(fifths, *groups)
+    return markdown(header, *rows) + "\n" + table_of_fifths(same, proportion)
+
+
+def table_of_fifths(same, proportion):
+    """Agreement by foreground proportion (n,). same: {level: (2, n)}."""
+    header = ("foreground proportion", "images", *(f"level {level}" for level in same))
+    rows = []
+    for level in gv.LEVELS:                        # each stands for a fifth of the proportions
+        inside = gv.noise_level(proportion) == level
+        agreement = [percent(s[:, inside]) if inside.any() else "-" for s in same.values()]
+        name = f"{level / 500:g} to {(level + 100) / 500:g}"
+        rows.append((name, int(inside.sum()), *agreement))
+    return markdown(header, *rows)
 
 
 def foreground_table(judge, pixels, a, label):
@@ -116,22 +132,57 @@ def foreground_table(judge, pixels, a, label):
     in each image (unlike Eq. 7), compared with the places of the mean map, the same in all images,
     and with random ones. The other places get the image's mean colour. Returns Markdown.
     """
-    count, x, mean = round(FRACTION * 64), pixels.float(), pixels.float().mean((2, 3), keepdim=True)
+    count = round(FRACTION * 64)
+    x = pixels.float()
+    colour = x.mean((2, 3), keepdim=True)
     scores = {"the map's foreground": a, "the mean map's": a.mean(0).expand_as(a),
               "random": torch.rand(a.shape, generator=torch.Generator().manual_seed(0))}
     rows = [(f"{count} of the 64 places of each picture",
              "judge's label as on the original: only these left", "only the others left")]
     for name, score in scores.items():
         rank = score.argsort(1, descending=True).argsort(1)
-        keep = F.interpolate((rank < count).view(-1, 1, 8, 8).float(), size=32)
-        parts = [torch.lerp(mean, x, part).round().byte() for part in (keep, 1 - keep)]
-        rows.append((name, *(percent(judge(part)[1] == label) for part in parts)))
+        foreground = (rank < count).float().view(-1, 1, 8, 8)
+        agreement = []
+        for places in (foreground, 1 - foreground):
+            kept = F.interpolate(places, size=32)
+            _, seen = judge(torch.lerp(colour, x, kept).round().byte())
+            agreement.append(percent(seen == label))
+        rows.append((name, *agreement))
     return markdown(*rows)
 
 
+def evaluate(args, world):
+    """Writes samples.png. Returns the tables, Markdown."""
+    how = {"steps": args.steps, "guidance": args.guidance}
+    pipe = gv.load_pipeline(args.model, torch.float32, world.device)
+    images = load_images("cifar10", args.data_dir, "test", 32, args.images)
+    n = len(images.names)
+    pixels = images.pixels.to(world.device)
+    draw_samples(pipe, pixels[data.spaced(n, 16)], args.output_dir / "samples.png", **how)
+    judge = train_judge(args, world)
+    encoded = list(gv.encode_all(pipe, images, range(n)))
+    tokens = torch.cat([tokens for _, tokens, _ in encoded]).cpu()
+    c = torch.cat([c for _, _, c in encoded])
+    v1, alpha = fit_foreground(tokens, (8, 8), FRACTION)
+    proportion = gv.foreground_proportion(tokens, v1, alpha)
+    seeds = []                                     # two views of each image
+    for seed in (args.seed, args.seed + 1):
+        seeds += [gv.image_seed(seed, name) for name in images.names]
+    views = views_of(pipe, c.repeat(2, 1), seeds, **how)
+    by_level = {level: (*judge(x), x) for level, x in views.items()}
+    copies = reconstruct(pipe, pixels)
+    error = ((copies.float() - pixels.float()) / 127.5).square().mean()
+    _, original = judge(pixels)
+    _, kept = judge(copies)
+    return "\n".join([
+        tables(images.labels, original, kept, error, by_level, proportion),
+        foreground_table(judge, images.pixels, tokens.float() @ v1, original)])
+
+
 def main():
+    usual = GENERATION["mini"]
     parser = Parser("Measures what a 32 x 32 generator's views keep, by noise level.")
-    add, usual = parser.add_argument, GENERATION["mini"]
+    add = parser.add_argument
     add("--data-dir", default="data", help="CIFAR-10, or a folder with train/ and test/ in it")
     add("--model", default="mini", help="mini, or a folder of a StableUnCLIPImg2ImgPipeline")
     add("--images", type=whole(2), default=1000, help="test images that are judged")
@@ -142,26 +193,10 @@ def main():
     add("--seed", type=whole(), default=0, help="of the judge and the views")
     add("--device", help="cuda, mps or cpu (default: the first that is available)")
     args = parser.parse_args()
-    world, how = setup(args.device), (args.steps, args.guidance)
+    world = setup(args.device)
     torch.manual_seed(args.seed)                   # of the judge's initial weights
-    pipe = gv.load_pipeline(args.model, torch.float32, world.device)
-    images = load_images("cifar10", args.data_dir, "test", 32, args.images)
-    pixels, n = images.pixels.to(world.device), len(images.pixels)
-    draw_samples(pipe, pixels[data.spaced(n, 16)], args.output_dir / "samples.png", *how)
-    judge = train_judge(args, world)
-    _, tokens, c = zip(*gv.encode_all(pipe, images, range(n)), strict=True)
-    tokens, c = torch.cat(tokens).cpu(), torch.cat(c)
-    v1, alpha = fit_foreground(tokens, (8, 8), FRACTION)
-    proportion = gv.foreground_proportion(tokens, v1, alpha)
-    seeds = [gv.image_seed(args.seed + k, name) for k in (0, 1) for name in images.names]
-    views = views_of(pipe, c.repeat(2, 1), seeds, *how)
-    by_level = {level: (*judge(x), x) for level, x in views.items()}
-    kept = reconstruct(pipe, pixels)
-    error = ((kept.float() - pixels.float()) / 127.5).square().mean()
-    original, copied = (judge(x)[1] for x in (pixels, kept))
-    text = tables(images.labels, original, copied, error, by_level, proportion) + "\n"
-    text += foreground_table(judge, images.pixels, tokens.float() @ v1, original)
-    files.write_whole(args.output_dir / "tables.md", lambda temporary: temporary.write_text(text))
+    text = evaluate(args, world)
+    files.write_whole(args.output_dir / "tables.md", lambda path: path.write_text(text))
     say(f"{text}\n{args.output_dir}: tables.md, samples.png")
 
 

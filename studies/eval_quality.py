@@ -24,8 +24,9 @@ from support.seeds import step_generator
 def area_under_curve(positive, negative):
     """The probability that a random positive value is above a random negative one."""
     order = negative.sort().values
-    below, up_to = (torch.searchsorted(order, positive, right=r).double() for r in (False, True))
-    return ((below + up_to) / 2).mean().item() / len(negative)
+    below = torch.searchsorted(order, positive, right=False).double()
+    up_to = torch.searchsorted(order, positive, right=True).double()
+    return ((below + up_to) / 2).mean().item() / len(negative)           # equal ones count half
 
 
 def partners(labels, same_class, generator):
@@ -39,14 +40,21 @@ def partners(labels, same_class, generator):
     return order[rank.masked_fill(~fits, len(labels)).argmin(1)]
 
 
-def main():
-    add = (parser := Parser("Measures what the quality of a pair tells.")).add_argument
-    add("--data-dir", default="data", help="CIFAR-10, or a folder with train/ and test/ in it")
-    add("--images", type=whole(100), default=5000, help="images, a pair each")
-    add("--seed", type=whole(), default=0, help="of the views and of the pairs")
-    add("--device", help="cuda, mps or cpu (default: the first that is available)")
-    args = parser.parse_args()
-    world, generator = setup(args.device), step_generator(args.seed)
+def row_of(name, image, view, v1, labels, generator):
+    """A row of the table. image, view: tokens of images and of their own views (N, 64, K)."""
+    quality, s_f, s_b = pair_quality(image, view, v1)
+    areas = []
+    for same_class in (False, True):
+        other = partners(labels, same_class, generator)
+        others = pair_quality(image, view[other], v1)
+        areas += map(area_under_curve, (quality, s_f, s_b), others)
+    return (name, f"{quality.mean():.3f}", f"{quality.std():.3f}",
+            *(f"{area:.3f}" for area in areas))
+
+
+def evaluate(args, world):
+    """The text with its table, Markdown."""
+    generator = step_generator(args.seed)
     pipe = gv.load_pipeline("mini", torch.float32, world.device)
     images = load_images("cifar10", args.data_dir, "train", 32, args.images)
     n = len(images.names)
@@ -60,22 +68,27 @@ def main():
     level = gv.noise_level(gv.foreground_proportion(image, v1, alpha))
     seeds = [gv.image_seed(args.seed, name) for name in images.names]
     c = torch.cat([c for _, _, c in gv.encode_all(pipe, images, range(n))])
-    views = views_of(pipe, c, seeds, **GENERATION["mini"])
-    view = {key: features(pixels) for key, pixels in views.items()}
-    rows = [("views", "mean q", "spread of q", "another class: q", "s_f", "s_b",
-             "the same class: q", "s_f", "s_b")]
-    adaptive = torch.stack([view[x][i] for i, x in enumerate(level.tolist())])
-    for name, x in [*((f"noise level {key}", x) for key, x in view.items()),
-                    ("adaptive noise", adaptive)]:
-        own = pair_quality(image, x, v1)                                        # q, s^f, s^b
-        areas = []
-        for same_class in (False, True):
-            other = partners(images.labels, same_class, generator)
-            areas += map(area_under_curve, own, pair_quality(image, x[other], v1))
-        rows.append((name, f"{own[0].mean():.3f}", f"{own[0].std():.3f}",
-                     *(f"{area:.3f}" for area in areas)))
-    say(f"{n} pairs; area under the curve, own view against the view of an image of\n\n"
-        + markdown(*rows))
+    pixels = views_of(pipe, c, seeds, **GENERATION["mini"])
+    views = {key: features(x) for key, x in pixels.items()}
+    adaptive = torch.stack([views[key][i] for i, key in enumerate(level.tolist())])
+    named = {f"noise level {key}": view for key, view in views.items()}
+    named["adaptive noise"] = adaptive
+    header = ("views", "mean q", "spread of q", "another class: q", "s_f", "s_b",
+              "the same class: q", "s_f", "s_b")
+    rows = [row_of(name, image, view, v1, images.labels, generator) for name, view in named.items()]
+    return (f"{n} pairs; area under the curve, own view against the view of an image of\n\n"
+            + markdown(header, *rows))
+
+
+def main():
+    parser = Parser("Measures what the quality of a pair tells.")
+    add = parser.add_argument
+    add("--data-dir", default="data", help="CIFAR-10, or a folder with train/ and test/ in it")
+    add("--images", type=whole(100), default=5000, help="images, a pair each")
+    add("--seed", type=whole(), default=0, help="of the views and of the pairs")
+    add("--device", help="cuda, mps or cpu (default: the first that is available)")
+    args = parser.parse_args()
+    say(evaluate(args, setup(args.device)))
 
 
 if __name__ == "__main__":

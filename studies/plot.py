@@ -1,7 +1,11 @@
-"""Draws docs/gain.png: what each kind of view gains over plain pairs (needs matplotlib).
+"""Draws what each kind of view gains over plain pairs, or the curves of runs (needs matplotlib).
 
-    python -m studies.plot                    # from docs/results.jsonl, of studies/ablation.py
+    python -m studies.plot                               # docs/gain.png, of docs/results.jsonl
+    python -m studies.plot --runs runs/a runs/b          # runs/curves.png, of their log.jsonl
 """
+import itertools
+import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -10,47 +14,148 @@ if not __package__:
     sys.stderr.write("error: call it from the root of the repository: python -m studies.plot\n")
     sys.exit(2)
 
-from studies.ablation import CONTROLLED, ROWS, gains, groups, interval, read_results
+from studies.ablation import CONTROLLED, ROWS, by_setting, gains, interval, read_results
 from support.command_line import Parser, UserError, script
+from support.files import read_settings, write_whole
+
+GAINING = [row for row in CONTROLLED if row != "plain"]
+# A panel each: name in log.jsonl, title.
+QUANTITIES = {"loss": "loss (dashed: chance level)", "knn": "kNN top-1, %",
+              "pos": "pos: cosine of positives", "neg": "neg: mean cosine of negatives",
+              "std": "std: spread of the embeddings", "lr": "learning rate"}
 
 
-def draw(columns, path):
-    """columns: {title: lines of one setting}. A point a seed; the mean and its 95% interval."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axis = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
-    for shift, row in enumerate(CONTROLLED[1:]):
+# ----------------------------------------------------------------------------------- of an ablation
+def columns_of(lines):
+    """{title: lines of one setting that has gains}; of several machines the first counts."""
+    columns = {}
+    for setting, group in by_setting(lines).items():
+        title = f"{setting.transformations},\n{setting.epochs} epochs"
+        if title not in columns and any(gains(group, row, "knn") for row in GAINING):
+            columns[title] = group
+    return columns
+
+
+def draw_gains(columns):
+    """A point a seed; the mean and its 95% interval. Returns the figure."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for shift, row in enumerate(GAINING):
+        colour = f"C{shift}"
         for column, lines in enumerate(columns.values()):
-            values, x = gains(lines, row, "knn"), column + 0.2 * shift - 0.3
+            values = gains(lines, row, "knn")
+            x = column + 0.2 * shift - 0.3
             axis.plot([x + 0.06] * len(values), values, ".", color="grey", markersize=4)
             if len(values) > 1:
                 axis.errorbar(x, statistics.mean(values), interval(values), fmt="o", capsize=4,
-                              color=f"C{shift}")
-        axis.plot([], [], "o", color=f"C{shift}", label=ROWS[row][0])              # the legend's
+                              color=colour)
+        axis.plot([], [], "o", color=colour, label=ROWS[row].name)     # for the legend alone
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(range(len(columns)), columns)
     axis.set_ylabel("gain in kNN top-1 over plain pairs")
     axis.legend(fontsize=8)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    return figure
+
+
+# ------------------------------------------------------------------------------------------ of runs
+def read_log(folder):
+    """The lines of log.jsonl, as dicts. One that is not whole (a kill cut it short) is left out."""
+    path = folder / "log.jsonl"
+    if not path.exists():
+        raise UserError(f"{folder} holds no log.jsonl: --runs takes the folders of runs")
+    texts = path.read_text().splitlines()
+    lines = [json.loads(text) for text in texts if text.endswith("}")]
+    lines = [line for line in lines if "epoch" in line]                # not a generator's
+    if not lines:
+        raise UserError(f"{path} holds no epochs yet: a training writes a line every --log-every "
+                        f"steps")
+    return lines
+
+
+def curve(log, name):
+    """Epochs and values of a quantity; the last value of each epoch counts: a run that went on from
+    a checkpoint may hold a step twice."""
+    values = {line["epoch"]: line[name] for line in log if name in line}
+    epochs = sorted(values)
+    return epochs, [values[epoch] for epoch in epochs]
+
+
+def name_of(folder):
+    """The folder's name, and what the run says that it is."""
+    name = folder.resolve().name
+    path = folder / "args.json"
+    label = read_settings(path).get("label") if path.exists() else None
+    return f"{name}: {label}" if label else name
+
+
+def draw_runs(logs):
+    """logs: [(name of a run, lines of its log)]. A panel a quantity, a line a run. Returns the
+    figure."""
+    from matplotlib.figure import Figure
+    lines = list(itertools.chain(*[log for _, log in logs]))
+    last = max(line["epoch"] for line in lines)
+    names = [name for name in QUANTITIES if any(name in line for line in lines)]
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(4 * columns, 3 * rows + 0.25 * len(logs)), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for name, panel in zip(names, panels, strict=False):
+        draw_panel(panel, name, logs)
+        panel.set_xlim(0, 1.02 * last)
+    for panel in panels[len(names):]:              # the rest of the last row
+        panel.set_axis_off()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", fontsize=8)
+    return figure
+
+
+def draw_panel(panel, name, logs):
+    """One quantity of all runs."""
+    panel.set_title(QUANTITIES[name], fontsize=10)
+    panel.set_xlabel("epoch", fontsize=8)
+    marker = "." if name == "knn" else None        # it may have one value alone
+    for number, (run, log) in enumerate(logs):
+        colour = f"C{number}"
+        panel.plot(*curve(log, name), label=run, color=colour, marker=marker)
+        if name == "loss":
+            panel.plot(*curve(log, "chance"), "--", color=colour, linewidth=0.8)
+
+
+# -------------------------------------------------------------------------------------------- main
+def parse_args():
+    parser = Parser("Draws the gains of an ablation, or the curves of runs.")
+    add = parser.add_argument
+    add("--results", type=Path, default=Path("docs/results.jsonl"), help="of studies/ablation.py")
+    add("--runs", type=Path, nargs="+", metavar="DIR", help="draw these runs instead, by epoch")
+    add("--output", type=Path,
+        help="the picture, a .png; default: docs/gain.png, of runs runs/curves.png")
+    args = parser.parse_args()
+    args.output = args.output or Path("runs/curves.png" if args.runs else "docs/gain.png")
+    if args.output.suffix != ".png":
+        raise UserError(f"--output {args.output}: the picture is a PNG, its name must end so: .png")
+    return args
+
+
+def draw(args):
+    """The figure that the flags ask for."""
+    if args.runs:
+        return draw_runs([(name_of(folder), read_log(folder)) for folder in args.runs])
+    columns = columns_of(read_results(args.results))
+    if not columns:
+        raise UserError(f"{args.results} holds no trials to compare: python -m studies.ablation "
+                        f"--preset gain makes them")
+    return draw_gains(columns)
 
 
 def main():
-    add = (parser := Parser("Draws the gains of an ablation.")).add_argument
-    add("--results", type=Path, default=Path("docs/results.jsonl"), help="of studies/ablation.py")
-    add("--output", type=Path, default=Path("docs/gain.png"), help="the picture")
-    args = parser.parse_args()
-    columns = {}
-    for (_, _, transformations, epochs, *_), lines in groups(read_results(args.results)).items():
-        if any(gains(lines, row, "knn") for row in CONTROLLED[1:]):    # the first machine counts
-            columns.setdefault(f"{transformations},\n{epochs} epochs", lines)
-    if not columns:
-        raise UserError(f"{args.results} holds no runs to compare: python -m studies.ablation "
-                        f"--preset gain makes them")
+    args = parse_args()
     try:
-        draw(columns, args.output)
+        figure = draw(args)
     except ImportError:
         raise UserError("this picture needs matplotlib: pip install matplotlib") from None
+    write_whole(args.output, lambda path: figure.savefig(
+        path, format="png", dpi=130, metadata={"Software": None}))
 
 
 if __name__ == "__main__":

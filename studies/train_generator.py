@@ -57,10 +57,10 @@ class Autoencoder(nn.Module):
             sample_size=SIZE, mid_block_add_attention=False,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
 
-    def forward(self, draw, pixels):
+    def forward(self, random, pixels):
         x = pixels / 127.5 - 1
         q = self.vae.encode(x).latent_dist
-        z = q.mean + q.std * torch.randn(q.mean.shape, **draw)
+        z = q.mean + q.std * torch.randn(q.mean.shape, **random)
         # KL(N(mean, var) || N(0, 1)): its small weight keeps the latents near unit scale
         kl = 0.5 * (q.mean ** 2 + q.var - 1 - q.logvar).float().mean()
         return {"error": F.mse_loss(self.vae.decode(z).sample.float(), x), "kl": 1e-5 * kl}
@@ -88,7 +88,7 @@ class Teacher(nn.Module):
         x = (pixels / 127.5 - 1).contiguous(memory_format=torch.channels_last)  # faster on a CPU
         return self.features(x).flatten(2).mT.float()
 
-    def forward(self, draw, pixels, labels):
+    def forward(self, random, pixels, labels):
         # captions = -log(exp(<f, t_y> + b_y) / sum_k exp(<f, t_k> + b_k)), f = mean of m, k a class
         scores = self.classes(self.maps(pixels).mean(1))               # (n, classes)
         return {"captions": F.cross_entropy(scores.float(), labels)}
@@ -105,7 +105,8 @@ def targets(pixels, teacher):
     some = pixels[spaced(len(pixels), 2000)].split(500)
     maps = torch.cat([teacher.maps(part) for part in some])            # (<= 2000, 64, K)
     mean = maps.mean((0, 1))                                           # (K,)
-    offset, std = mean.lerp(maps.mean(0), 0.25), (maps - mean).square().mean().sqrt()
+    offset = mean.lerp(maps.mean(0), 0.25)                             # (64, K)
+    std = (maps - mean).square().mean().sqrt()
     return lambda pixels: (teacher.maps(pixels) - offset) / std
 
 
@@ -120,17 +121,21 @@ class ImageEncoder(nn.Module):
         self.model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
             hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
             image_size=SIZE, patch_size=4, projection_dim=EMBEDDING, hidden_act="gelu"))
-        self.objects, self.layout = nn.Linear(EMBEDDING, 128), nn.Linear(EMBEDDING, 3 * 16 * 16)
+        self.objects = nn.Linear(EMBEDDING, 128)
+        self.layout = nn.Linear(EMBEDDING, 3 * 16 * 16)
         self.target = target
 
-    def forward(self, draw, pixels):
-        x, t = pixels / 127.5 - 1, self.target(pixels)                 # t (n, 64, K)
+    def forward(self, random, pixels):
+        x = pixels / 127.5 - 1
+        t = self.target(pixels)                                        # (n, 64, K)
         output = self.model(augment.normalise(x / 2 + 0.5))
-        tokens = clip_tokens(self.model.vision_model, output.last_hidden_state).float()  # 2 K
-        c, thumbnail = output.image_embeds, F.avg_pool2d(x, 2).flatten(1)       # (n, D), (n, 768)
+        tokens = clip_tokens(self.model.vision_model, output.last_hidden_state).float()
+        half = tokens[..., :t.shape[2]]                                # (n, 64, K), of 2 K
+        c = output.image_embeds                                        # (n, D)
+        thumbnail = F.avg_pool2d(x, 2).flatten(1)                      # (n, 768)
         # Tokens learn 2 t: then their first component lies in this half, not in the untrained one.
         # The weights bring the losses to a similar size at the end: 2.3, 0.7, 2.9.
-        return {"tokens": 10 * F.mse_loss(tokens[..., :t.shape[2]] / 2, t),
+        return {"tokens": 10 * F.mse_loss(half / 2, t),
                 "objects": 10 * F.mse_loss(self.objects(c).float(), t.mean(1)),
                 "layout": 400 * F.mse_loss(self.layout(c).float(), thumbnail)}
 
@@ -143,7 +148,8 @@ def equalise(encoder, c):
 
     c: C's embeddings (N, D), N > 1. Returns a copy of C whose last linear layer gives c', and c'.
     """
-    encoder, c = copy.deepcopy(encoder), c.float()
+    encoder = copy.deepcopy(encoder)
+    c = c.float()
     variance, axes = torch.linalg.eigh(torch.cov(c.T.cpu().double()))           # MPS has no float64
     variance = variance.clamp_min(1e-4 * variance.max())                # the smallest are uncertain
     turn = (axes * variance ** -0.25).to(c)                             # (D, D)
@@ -151,7 +157,7 @@ def equalise(encoder, c):
     return encoder, c @ turn
 
 
-class Generator(nn.Module):
+class UNet(nn.Module):
     """Part 4, unCLIP's U-Net: denoises z, given c with noise of level l, and l.
 
     It has no attention, which would triple its time on a CPU: the prompt has no influence.
@@ -170,18 +176,22 @@ class Generator(nn.Module):
             beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False,
             timestep_spacing="trailing")
 
-    def forward(self, draw, z, c):
-        z, c, n = z.float(), c.float(), len(z)
+    def forward(self, random, z, c):
+        z = z.float()
+        c = c.float()
+        n = len(z)
         # Half of the levels l are 0, where there is most to learn; the others uniform in [0, 500).
-        level = torch.randint(500, (n,), **draw) * (torch.rand(n, **draw) < 0.5)
-        e = torch.randn(c.shape, **draw)
-        condition = noised(c, level, e, self.normalizer, self.image_noise)
+        level = torch.randint(500, (n,), **random) * (torch.rand(n, **random) < 0.5)
+        noise = torch.randn(c.shape, **random)
+        condition = noised(c, level, noise, self.normalizer, self.image_noise)
         # Classifier-free guidance: a tenth is trained without a condition.
-        condition = condition * (torch.rand(n, 1, **draw) >= 0.1)
+        condition = condition * (torch.rand(n, 1, **random) >= 0.1)
+        e = torch.randn(z.shape, **random)
         # Steps t: the larger of two draws, because c matters most at the late ones.
-        e, t = torch.randn(z.shape, **draw), torch.randint(1000, (2, n), **draw).amax(0)
+        t = torch.randint(1000, (2, n), **random).amax(0)
         # z_t = sqrt(abar_t) z + sqrt(1 - abar_t) e,  target v = sqrt(abar_t) e - sqrt(1 - abar_t) z
-        z_t, v = self.scheduler.add_noise(z, e, t), self.scheduler.get_velocity(z, e, t)
+        z_t = self.scheduler.add_noise(z, e, t)
+        v = self.scheduler.get_velocity(z, e, t)
         predicted = self.unet(z_t, t, z.new_zeros(n, 1, 16), class_labels=condition).sample
         return {"v": F.mse_loss(predicted.float(), v)}
 
@@ -195,54 +205,70 @@ def noised(c, level, noise, normalizer, scheduler):
     scheduler's; s: sinusoids. Source: GenView, section "framework"; Ramesh et al. 2022.
     """
     z = normalizer.unscale(scheduler.add_noise(normalizer.scale(c), noise, level))
-    return torch.cat([z, diffusers.models.embeddings.get_timestep_embedding(
-        level, c.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0)], 1)
+    sinusoids = diffusers.models.embeddings.get_timestep_embedding(
+        level, c.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0)
+    return torch.cat([z, sinusoids], 1)
 
 
-def fit_part(part, net, *data, args, world, checkpoint, state):
+def train_part(part, net, *data, args, world, checkpoint, state):
     """Trains a part from its last checkpoint on. Returns the moving average of its weights, frozen.
 
-    data: tensors of N rows. net(draw, *batch) returns losses by name; batch: random rows of each;
-    draw: the arguments of random functions. state: of all parts, {part: ...}, updated.
+    data: tensors of N rows. net(random, *batch) returns losses by name; batch: random rows of each;
+    random: the arguments of random functions. state: of all parts, {part: ...}, updated.
     """
-    (steps, batch, rate), saved, device = PARTS[part], state[part], world.device
-    steps, batch = max(1, round(steps * args.steps)), max(1, round(batch * args.batch_size))
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    net = net.to(device, memory_format=layout)                         # the faster of the two
+    share_of_steps, share_of_batch, peak = PARTS[part]
+    steps = max(1, round(share_of_steps * args.steps))
+    batch = max(1, round(share_of_batch * args.batch_size))
+    layout = torch.channels_last if world.device.type == "cuda" else torch.contiguous_format
+    net = net.to(world.device, memory_format=layout)                   # the faster of the two
     ema = copy.deepcopy(net).requires_grad_(False).eval()
-    adamw = torch.optim.AdamW(net.parameters(), rate, (0.9, 0.98), weight_decay=0.01, fused=True)
+    adamw = torch.optim.AdamW(net.parameters(), peak, (0.9, 0.98), weight_decay=0.01, fused=True)
     modules = {"ema": ema, "net": net, "optimizer": adamw}
+    saved = state[part]
     for name in modules.keys() & saved.keys():
         modules[name].load_state_dict(saved[name])
-    start, save_time, window = saved.get("step", 0), time.time(), []
+    start = saved.get("step", 0)
+    save_time = time.time()
+    pending = []                                   # losses that are not yet in the log
     bar = progress(range(start, steps), part, "step", total=steps, initial=start)
     for step in bar:
-        seed = step_generator(args.seed, list(PARTS).index(part), step).initial_seed()
-        draw = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
-        lr = linear_warmup(rate, step + 1, min(200, 0.1 * steps)) * cosine(step / steps)
+        lr = linear_warmup(peak, step + 1, min(200, 0.1 * steps)) * cosine(step / steps)
         adamw.param_groups[0]["lr"] = lr
-        index = torch.randint(len(data[0]), (batch,), **draw)
+        random = random_of(args.seed, part, step, world.device)
+        index = torch.randint(len(data[0]), (batch,), **random)
         with world.autocast():
-            losses = net(draw, *(rows[index] for rows in data))
+            losses = net(random, *(rows[index] for rows in data))
         descend(net, ema, adamw, sum(losses.values()), step)
-        window.append(torch.stack([value.detach() for value in losses.values()]))
+        pending.append(torch.stack([value.detach() for value in losses.values()]))
         done = step + 1 == steps
         save = done or time.time() - save_time > 60 * args.save_minutes
         if save or (step + 1) % args.log_every == 0:
-            means = dict(zip(losses, torch.stack(window).mean(0).tolist(), strict=True))
-            if not all(map(math.isfinite, means.values())):
-                raise UserError(f"the loss of the {part} is not finite at step {step + 1}: "
-                                f"{means}; the same command continues from the last checkpoint")
-            line = {"part": part, "step": step + 1, "lr": lr, "time": round(time.time(), 1)} | means
-            files.append(args.output_dir / "log.jsonl", json.dumps(line) + "\n")
+            means = dict(zip(losses, torch.stack(pending).mean(0).tolist(), strict=True))
+            log(args.output_dir, part, step + 1, lr, means)
             bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()}, refresh=False)
-            window = []
+            pending = []
         if save:
             kept = {"ema": ema} if done else modules
-            state[part] = {name: m.state_dict() for name, m in kept.items()} | {"step": step + 1}
+            state[part] = {name: module.state_dict() for name, module in kept.items()}
+            state[part]["step"] = step + 1
             checkpoint.save(parts=state)
             save_time = time.time()
     return ema
+
+
+def random_of(seed, part, step, device):
+    """The arguments of random functions at this step; random numbers depend on nothing else."""
+    number = step_generator(seed, list(PARTS).index(part), step).initial_seed()
+    return {"generator": torch.Generator(device).manual_seed(number), "device": device}
+
+
+def log(folder, part, step, lr, means):
+    """A line of log.jsonl; UserError where a loss is not finite."""
+    if not all(map(math.isfinite, means.values())):
+        raise UserError(f"the loss of the {part} is not finite at step {step}: {means}; the same "
+                        f"command continues from the last checkpoint")
+    line = {"part": part, "step": step, "lr": lr, "time": round(time.time(), 1)}
+    files.append(folder / "log.jsonl", json.dumps(line | means) + "\n")
 
 
 def descend(net, ema, optimizer, loss, step):
@@ -260,11 +286,14 @@ def descend(net, ema, optimizer, loss, step):
 
 def open_checkpoint(args, world):
     """The checkpoint of these settings, and the state of each part so far."""
-    names = "dataset data_dir limit steps batch_size seed".split()
-    identity = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
-    checkpoint = Checkpoint(args.output_dir / "last.pt", identity | {"parts": PARTS}, world)
-    state = checkpoint.load().get("parts", {})
-    return checkpoint, {part: {} for part in PARTS} | state
+    identity = {
+        "--dataset": args.dataset, "--data-dir": args.data_dir, "--limit": args.limit,
+        "--steps": args.steps, "--batch-size": args.batch_size, "--seed": args.seed,
+        "parts": PARTS}
+    checkpoint = Checkpoint(args.output_dir / "last.pt", identity, world)
+    state = {part: {} for part in PARTS}
+    state |= checkpoint.load().get("parts", {})
+    return checkpoint, state
 
 
 def text_side(folder):
@@ -272,8 +301,9 @@ def text_side(folder):
 
     Leaves vocab.json and merges.txt in folder for transformers 4: version 5 saves tokenizer.json.
     """
-    words, merges = Path(folder, "vocab.json"), Path(folder, "merges.txt")
-    words.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    words = folder / "vocab.json"
+    merges = folder / "merges.txt"
     words.write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}))
     merges.write_text("#version: 0.2\n")
     model = transformers.CLIPTextModel(transformers.CLIPTextConfig(
@@ -282,46 +312,63 @@ def text_side(folder):
     return model, transformers.CLIPTokenizer(str(words), str(merges), model_max_length=8)
 
 
-def save_pipeline(folder, vae, encoder, generator):
+def save_pipeline(folder, vae, encoder, unet):
     """Saves the parts as a StableUnCLIPImg2ImgPipeline in half precision."""
     text_encoder, tokenizer = text_side(folder / "tokenizer")
-    diffusers.StableUnCLIPImg2ImgPipeline(
-        transformers.CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=SIZE),
-        encoder, generator.normalizer, generator.image_noise, tokenizer, text_encoder,
-        generator.unet, generator.scheduler, vae).to(torch.float16).save_pretrained(folder)
+    pipe = diffusers.StableUnCLIPImg2ImgPipeline(
+        feature_extractor=transformers.CLIPImageProcessor(
+            size={"shortest_edge": SIZE}, crop_size=SIZE),
+        image_encoder=encoder, image_normalizer=unet.normalizer,
+        image_noising_scheduler=unet.image_noise, tokenizer=tokenizer, text_encoder=text_encoder,
+        unet=unet.unet, scheduler=unet.scheduler, vae=vae)
+    pipe.to(torch.float16).save_pretrained(folder)
+
+
+def with_mirrored(pixels, labels, samples):
+    """Pictures seen often, in so many samples, are also mirrored: worth encoding, too."""
+    if samples <= 30 * len(pixels):
+        return pixels, labels
+    return torch.cat([pixels, pixels.flip(3)]), labels.repeat(2)
+
+
+@torch.inference_mode()
+def encode(function, pixels, world):
+    """function(x) of all pictures, in half precision."""
+    parts = []
+    with world.autocast():
+        for part in progress(pixels.split(500), "encoding", "batch"):
+            parts.append(function(part / 127.5 - 1).half())
+    return torch.cat(parts)                # not under autocast, which refuses float16 on a CPU
+
+
+def normalizer_of(c):
+    """Brings embeddings to mean 0 and a mean variance of 1."""
+    normalizer = diffusers.pipelines.stable_diffusion.StableUnCLIPImageNormalizer(EMBEDDING)
+    normalizer.requires_grad_(False)
+    normalizer.mean.copy_(c.mean(0, keepdim=True))
+    normalizer.std.fill_(c.var(0).mean().sqrt())
+    return normalizer
 
 
 def train(args, world):
     """The four parts in turn, each with the frozen earlier ones; then saves the pipeline."""
     checkpoint, state = open_checkpoint(args, world)
-    learn = partial(fit_part, args=args, world=world, checkpoint=checkpoint, state=state)
+    learn = partial(train_part, args=args, world=world, checkpoint=checkpoint, state=state)
     images = load_images(args.dataset, args.data_dir, "train", SIZE, args.limit)
-    pixels, labels = images.pixels.to(world.device), images.labels.to(world.device)
-    some = pixels[spaced(len(pixels), 16)]
-    if args.steps * args.batch_size > 30 * len(pixels):        # seen often: worth encoding, too
-        pixels, labels = torch.cat([pixels, pixels.flip(3)]), labels.repeat(2)
-
-    @torch.inference_mode()
-    def encode(function):
-        """function(x) of all pictures, in half precision."""
-        with world.autocast():
-            parts = [function(part / 127.5 - 1).half()
-                     for part in progress(pixels.split(500), "encoding", "batch")]
-        return torch.cat(parts)            # not under autocast, which refuses float16 on a CPU
+    pixels, labels = with_mirrored(images.pixels.to(world.device), images.labels.to(world.device),
+                                   args.steps * args.batch_size)
     torch.manual_seed(args.seed)                               # of the initial weights
     vae = learn("autoencoder", Autoencoder(), pixels).vae
     teacher = learn("teacher", Teacher(images.num_classes), pixels, labels)
     encoder = learn("encoder", ImageEncoder(targets(pixels, teacher)), pixels).model
-    z = encode(lambda x: vae.encode(x).latent_dist.mean)
-    c = encode(lambda x: encoder(augment.normalise(x / 2 + 0.5)).image_embeds)
+    z = encode(lambda x: vae.encode(x).latent_dist.mean, pixels, world)
+    c = encode(lambda x: encoder(augment.normalise(x / 2 + 0.5)).image_embeds, pixels, world)
     encoder, c = equalise(encoder, c)
     vae.register_to_config(scaling_factor=1 / z.float().std().item())          # to variance 1
-    normalizer = diffusers.pipelines.stable_diffusion.StableUnCLIPImageNormalizer(EMBEDDING)
-    normalizer.requires_grad_(False).mean.copy_(c.mean(0, keepdim=True))
-    normalizer.std.fill_(c.var(0).mean().sqrt())               # to mean 0, a mean variance of 1
-    generator = learn("generator", Generator(normalizer), z * vae.config.scaling_factor, c)
-    save_pipeline(args.output_dir, vae, encoder, generator)
+    unet = learn("generator", UNet(normalizer_of(c)), z * vae.config.scaling_factor, c)
+    save_pipeline(args.output_dir, vae, encoder, unet)
     pipe = load_pipeline(str(args.output_dir), torch.float32, world.device)
+    some = images.pixels[spaced(len(images.pixels), 16)].to(world.device)
     draw_samples(pipe, some, args.output_dir / "samples.png", **GENERATION["mini"])
 
 

@@ -1,13 +1,16 @@
 """One checkpoint mechanism for every training: saved whole, gone on from, refused where it is of
 another run."""
+import signal
+import threading
+import time
 from pathlib import Path
 
 import torch
 
-from support.command_line import UserError
+from support.command_line import Terminated, UserError
 from support.files import write_whole
 from support.pretrained import load_checkpoint
-from support.processes import compare
+from support.processes import STOP_SIGNALS, compare
 
 
 class Checkpoint:
@@ -39,7 +42,10 @@ class Checkpoint:
     def _compare(self, path, state):
         if not isinstance(state, dict) or "identity" not in state:
             raise UserError(f"{path} is no checkpoint of such a run: name another --output-dir")
-        saved = state["identity"]
+        self.refuse_other(path, state["identity"])
+
+    def refuse_other(self, path, saved):
+        """UserError where the file at path, with the identity saved, is of another run."""
         for name, now in self.identity.items():
             then = saved.get(name, now)            # the checkpoint of another version may lack it
             if then != now:
@@ -51,3 +57,39 @@ class Checkpoint:
         if self.world.rank == 0:
             state["identity"] = self.identity
             write_whole(self.path, lambda temporary: torch.save(state, temporary), sync=True)
+
+
+class SaveTimes:
+    """When a training saves: every so many minutes, and when a signal asks it to stop, which
+    clusters and terminals send before they kill. All processes call the same methods."""
+    def __init__(self, minutes, world):
+        self.minutes = minutes
+        self.world = world
+        self.last = time.monotonic()
+        self.stop = 0                              # the number of the signal that came
+        self.handlers = {}                         # those that were there before
+        if threading.current_thread() is not threading.main_thread():  # no other thread may
+            return
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:             # nohup ignores SIGHUP
+                self.handlers[number] = signal.signal(number, self._note)
+
+    def _note(self, number, _):
+        self.stop = number
+
+    def due(self):
+        late = self.world.rank == 0 and time.monotonic() - self.last > 60 * self.minutes
+        return self.world.any(self.stop or late)
+
+    def saved(self, path, command):
+        """Notes the time; raises Terminated after a signal. command: in words, what goes on."""
+        self.last = time.monotonic()
+        if self.world.any(self.stop):
+            self.world.wait()                      # for the first process's files
+            raise Terminated(f"terminated after saving {path}; {command} goes on",
+                             self.stop or signal.SIGTERM)
+
+    def end(self):
+        """After the training a signal ends the process at once."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)

@@ -88,6 +88,9 @@ def _explain(error):
     if isinstance(error, KeyboardInterrupt):
         return ("interrupted; the same command goes on from the last finished file, training with "
                 "--resume"), 130
+    if "more than 1 value per channel" in str(error):
+        return ("batch normalisation sees a single value: use a larger --batch-size, more images "
+                "or larger ones"), 2
     return _explain_torch(error) if isinstance(error, RuntimeError) else None
 
 

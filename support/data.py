@@ -63,15 +63,16 @@ class Images(NamedTuple):
         return self._replace(names=names, labels=self.labels[index], pixels=pixels)
 
 
-def open_image(path):
-    """An image file as PIL's RGB image, upright; UserError where it cannot be read."""
+def open_image(path, upright=True):
+    """An image file as PIL's RGB image, upright (or as it is stored); UserError where it cannot be
+    read."""
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             warnings.simplefilter("error", Image.DecompressionBombWarning)   # a far too large image
             with Image.open(path) as image:
                 image.load()
-                turn = how_to_turn(image)
+                turn = how_to_turn(image) if upright else None
                 image = eight_bits(image)
                 if turn is not None:
                     image = image.transpose(turn)

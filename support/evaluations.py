@@ -7,7 +7,7 @@ import torch
 
 from support.checkpoint import Checkpoint
 from support.command_line import UserError, say
-from support.files import write_json, write_whole
+from support.files import read_settings, write_json, write_whole
 
 # Settings that may differ when an evaluation is resumed. Digests of the backbone and of the images'
 # names take the place of the first two.
@@ -46,11 +46,16 @@ class Evaluation:
                     if name not in FREE}
         identity["backbone"] = digest(backbone)
         identity["images"] = images.source
-        self.checkpoint = Checkpoint(self.folder / "last.pt", identity, world)
+        # As JSON gives it back: tuples are lists there.
+        self.identity = json.loads(json.dumps(identity))
+        self.checkpoint = Checkpoint(self.folder / "last.pt", self.identity, world)
         found = self.checkpoint.path.exists()
         if (self.folder / "args.json").exists() or (found and not settings.resume):
             raise UserError(f"{self.folder} holds a run already: go on with --resume, or name "
                             f"another --output-dir")
+        earlier = self.folder / "result.json"
+        if earlier.exists():
+            self.checkpoint.refuse_other(earlier, read_settings(earlier).get("identity", {}))
         self.state = self.checkpoint.load()
         self.log = self.state.get("log", [])
         try:
@@ -96,7 +101,8 @@ class Evaluation:
             if head:
                 write_whole(self.folder / "head.pt", lambda p: torch.save(head.state_dict(), p))
             write_json(self.folder / "result.json",
-                       {"results": self.results, "settings": vars(self.settings)})
+                       {"results": self.results, "settings": vars(self.settings),
+                        "identity": self.identity})
         say(f"{protocol} {in_words(accuracies)} (fitted on {count} labelled images{left_out})")
 
 

@@ -95,6 +95,21 @@ def release(lock):
     lock.close()
 
 
+def keep_lines(path, wanted):
+    """Rewrites a log of objects, one a line, with those for which wanted(object) is true. Lines
+    that a kill cut short or that are not ours go."""
+    path = Path(path)
+    kept = []
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for line in text.splitlines(keepends=True):
+        try:
+            if wanted(json.loads(line)) and line.endswith("\n"):
+                kept.append(line)
+        except (ValueError, TypeError, KeyError):
+            continue
+    write_whole(path, lambda temporary: temporary.write_text("".join(kept)))
+
+
 def sweep(paths, seconds=3600):
     """Removes temporary files that a killed process left, where they are older than so many
     seconds: a running process may still write the newer ones."""
@@ -102,6 +117,17 @@ def sweep(paths, seconds=3600):
         with contextlib.suppress(OSError):
             if time.time() - path.lstat().st_mtime >= seconds:
                 path.unlink()
+
+
+def refuse_stand_in(path):
+    """UserError where a download left something else in the place of a file."""
+    with open(path, "rb") as file:
+        begin = file.read(100).lstrip()
+    if begin.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a git-lfs pointer, not the file itself: fetch it with git lfs "
+                        f"pull")
+    if begin.startswith(b"<"):
+        raise UserError(f"{path} is a web page, not the file itself: download it again")
 
 
 def read_settings(path):
@@ -138,6 +164,7 @@ def read_component(path, size=None):
     Returns component (K,) and threshold or None. Raises UserError where file or size is wrong.
     """
     try:
+        refuse_stand_in(path)
         data = np.load(path, allow_pickle=False)
         is_npz = isinstance(data, np.lib.npyio.NpzFile)
         component = torch.from_numpy(np.asarray(data["component"] if is_npz else data))

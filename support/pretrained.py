@@ -15,7 +15,7 @@ import torch
 
 from support.augment import CLIP_MEAN, CLIP_STD
 from support.command_line import UserError, say
-from support.files import read_settings
+from support.files import read_settings, refuse_stand_in
 from support.networks import VITS, make_backbone, vision_transformer
 
 MEAN_STD = {
@@ -64,6 +64,8 @@ VIT_NAMES = [                                      # of all layouts, applied in 
 ]
 # Heads and decoders, which may stand under a backbone's prefix.
 OTHER_PARTS = r"((pro|pred|queue|decoder|mask|head_)\w*|fc|heads?|classifier|pooler)(\.|$)"
+# What torch.compile, FSDP and activation checkpointing add to names.
+WRAPPERS = r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 # Words in a prefix: of several backbones the lowest is taken, the one that its authors evaluate.
 ROLES = {"teacher": 1, "student": 2, "k": 3, "key": 3, "momentum": 3, "target": 3, "ema": 3}
 HARMLESS = (                  # objects that mmengine, Lightning, DINO and timm save beside weights
@@ -86,6 +88,7 @@ def load_checkpoint(path):
     Raises UserError where that is missing, damaged or holds objects that are not HARMLESS."""
     stand_ins = {}
     try:
+        refuse_stand_in(path)
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
             return load_file(path)
@@ -94,9 +97,13 @@ def load_checkpoint(path):
             if damaged:
                 raise ValueError(f"{damaged} is damaged")
         checkpoint = read(path, stand_ins)
+    except UserError:
+        raise
     except Exception as error:      # OSError, UnpicklingError, RuntimeError, EOFError, KeyError
         line = re.search(".*GLOBAL.*", str(error)) or re.search(".*Unpickler.*|.+", str(error))
         why = line[0].strip() if line else "empty"
+        if "weights_only" in why:                  # PyTorch's advice is to read it unsafely
+            why = "torch.save did not write it"
         raise UserError(f"{path} cannot be loaded as a checkpoint ({why}); "
                         f"name a last.pt or backbone.pt by its path") from None
     refused = [name for name in stand_ins if not re.fullmatch(HARMLESS, name)]
@@ -181,6 +188,10 @@ def load_backbone(path, arch=None, heads=None, branch=None, mean_std=None):
     heads = choose_heads(found, arch, heads)
     backbone, dim = build(found.state, arch, heads)
     backbone.load_state_dict(found.state, strict=False)       # num_batches_tracked may be missing
+    for key, x in found.state.items():
+        if not x.isfinite().all():
+            raise UserError(f"{path} holds numbers that are not finite, in {key}: its training "
+                            f"diverged; take an earlier checkpoint")
     name, mean, std = choose_mean_std(found, mean_std)
     found.notes.append(f"mean and std: {name} (--mean-std)")
     if has_stem_of_solo_learn(found):
@@ -203,7 +214,7 @@ def flatten(value, name="", depth=6):
 
 def find_backbone(path, checkpoint, branch):
     """Found, of the backbone that is meant: of several the one of the lowest role."""
-    tensors = dict(flatten(checkpoint))
+    tensors = {re.sub(WRAPPERS, "", key): x for key, x in flatten(checkpoint)}
     layouts = {}                                   # {prefix: layout}
     for key in tensors:
         for anchor, layout in ANCHORS.items():

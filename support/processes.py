@@ -5,7 +5,6 @@ import datetime
 import gc
 import os
 import signal
-import threading
 from typing import NamedTuple
 
 import torch
@@ -16,20 +15,6 @@ from support.command_line import UserError
 # What clusters, terminals and SLURM's --signal send before they end a process.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1")
                 if hasattr(signal, name)]
-
-
-class StopRequest:
-    """Notes signals that ask this process to stop: number is that of the last one, 0 before."""
-    def __init__(self):
-        self.number = 0
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:     # nohup has SIGHUP ignored
-                signal.signal(number, self._note)
-
-    def _note(self, number, _):
-        self.number = number
 
 
 class World(NamedTuple):
@@ -95,17 +80,19 @@ def compare(what, value, advice):
                             f"{advice}")
 
 
-def setup(device=None, patience=datetime.timedelta(minutes=30), precision=None):
+def setup(device=None, patience=datetime.timedelta(minutes=30), precision=None,
+          same_shapes=True):
     """Picks the device (cuda, else mps, else cpu) and starts the process group under torchrun.
 
     patience: how long processes wait for each other before they give up. precision: name of the
     dtype, or auto: float16 on GPUs without bfloat16, for code that scales its loss; None: float32
-    there. Returns World.
+    there. same_shapes: all steps have the same, so that cuDNN's search for the fastest algorithm,
+    which is done for each new shape, pays. Returns World.
     """
     chosen = _choose_device(device)
+    torch.backends.cudnn.benchmark = same_shapes
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.backends.cudnn.benchmark = True
     elif chosen.type == "cpu":
         _keep_memory()
         torch.backends.cuda.enable_flash_sdp(False)   # also of CPUs: small ViTs train twice as fast

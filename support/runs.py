@@ -6,17 +6,16 @@ script draws or keeps there.
 import json
 import math
 import os
-import signal
 import textwrap
 import time
 from pathlib import Path
 
 import torch
 
-from support.checkpoint import Checkpoint
-from support.command_line import Terminated, UserError, duration, progress, real, say, whole
-from support.files import append, claim, release, sweep, write_json, write_whole
-from support.processes import StopRequest, cores_of_process
+from support.checkpoint import Checkpoint, SaveTimes
+from support.command_line import UserError, duration, progress, real, say, whole
+from support.files import append, claim, keep_lines, release, sweep, write_json, write_whole
+from support.processes import cores_of_process
 
 # Flags that may differ when a run is resumed: they do not change its result.
 FREE = {"data_dir", "output_dir", "resume", "device", "compile", "workers", "skip_bad", "knn_every",
@@ -151,8 +150,7 @@ class Run:
         """Opens the folder once all is loaded. steps: of an epoch; label: the run in words."""
         self.steps = steps
         self.label = label
-        self.saved = time.monotonic()
-        self.stop = StopRequest()
+        self.save_times = SaveTimes(self.args.save_minutes, self.world)
         self.pending = []                          # read-outs that are not yet in the log
         self.summary = ""
         self.neg = 0.0
@@ -172,19 +170,11 @@ class Run:
 
     def _prune_log(self):
         """Removes the lines after the checkpoint: they will be written again."""
-        path = self.folder / "log.jsonl"
         done = self.epoch * self.steps + self.step
-        kept = []
-        text = path.read_text(errors="replace") if path.exists() else ""
-        for line in text.splitlines(keepends=True):
-            try:
-                values = json.loads(line)
-                early = values["epoch"] <= self.epoch if "knn" in values else values["step"] <= done
-            except (ValueError, TypeError, KeyError):
-                continue                           # a kill cut it short, or it is not ours
-            if early and line.endswith("\n"):
-                kept.append(line)
-        write_whole(path, lambda temporary: temporary.write_text("".join(kept)))
+
+        def is_done(line):
+            return line["epoch"] <= self.epoch if "knn" in line else line["step"] <= done
+        keep_lines(self.folder / "log.jsonl", is_done)
 
     def begin_epoch(self, epoch):
         """Starts the progress bar. Returns the first step to do."""
@@ -204,8 +194,7 @@ class Run:
         last = step + 1 == self.steps
         if last or (step + 1) % self.args.log_every == 0:
             self._log_means(step, list(readouts))
-            late = time.monotonic() - self.saved > 60 * self.args.save_minutes
-            if not last and self.world.any(self.stop.number or (self.main and late)):
+            if not last and self.save_times.due():
                 self.save(self.now, step + 1)
 
     def _log_means(self, step, names):
@@ -252,14 +241,11 @@ class Run:
         self.checkpoint.save(
             model=state, optimizer=self.optimizer.state_dict(), epoch=epoch, step=step,
             statistics=statistics, scaler=self.world.scaler.state_dict(), args=vars(self.args))
-        self.saved = time.monotonic()
-        if self.world.any(self.stop.number):
-            self.world.wait()                      # for the first process's files
-            raise Terminated(f"terminated after saving {self.checkpoint.path}; the same command "
-                             f"with --resume goes on", self.stop.number or signal.SIGTERM)
+        self.save_times.saved(self.checkpoint.path, "the same command with --resume")
 
     def end(self):
         """Leaves the folder to others."""
+        self.save_times.end()
         if self.main:
             release(self.lock)
 

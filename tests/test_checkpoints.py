@@ -206,3 +206,34 @@ def test_refusals_are_one_line(content, flags, message, networks, tmp_path, monk
     torch.save(content(blank(make_backbone("resnet18", 224)[0]), blank(networks[6])), "x.pth")
     with pytest.raises(UserError, match=f"^x.pth:? [^\n]*{message}[^\n]*$"):
         load_backbone("x.pth", **flags)
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+@pytest.mark.parametrize("content, message", [
+    ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a git-lfs pointer"),
+    ("\n<html>404</html>", "is a web page"), ("anything else", "cannot be loaded as a checkpoint")])
+def test_what_a_download_left_instead_is_named(name, content, message, tmp_path):
+    """And nobody is told to load it unsafely."""
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        load_backbone(tmp_path / name)
+    assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("word", [
+    "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
+def test_wrappers_inside_a_name_are_taken_out(word, tmp_path):
+    state = blank(make_backbone("resnet18", 224)[0])
+    state["conv1.weight"] = torch.ones(64, 3, 7, 7)
+    wrapped = {key.replace("layer1.0.", f"layer1.0.{word}"): x for key, x in state.items()}
+    torch.save({"model": {f"{word}{key}": x for key, x in wrapped.items()}}, tmp_path / "x.pth")
+    backbone, _, settings = load_backbone(tmp_path / "x.pth")
+    assert settings["arch"] == "resnet18" and (backbone.conv1.weight == 1).all()
+
+
+def test_a_diverged_checkpoint_is_refused(tmp_path):
+    state = make_backbone("resnet18", 224)[0].state_dict()
+    state["layer4.1.bn2.running_var"].fill_(float("nan"))
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="not finite, in layer4.1.bn2.running_var"):
+        load_backbone(tmp_path / "x.pth")

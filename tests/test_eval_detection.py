@@ -1,8 +1,12 @@
 """eval_detection.py on a small set in COCO's format: squares on noise."""
 import builtins
+import copy
 import functools
 import json
+import math
 import os
+import re
+import shutil
 from contextlib import redirect_stdout
 from types import SimpleNamespace
 
@@ -94,6 +98,7 @@ def test_trains_and_evaluates(coco, backbone, tmp_path, monkeypatch, capsys):
     before = (tmp_path / "last.pt").read_bytes()
     detect(monkeypatch, *flags)
     assert (tmp_path / "last.pt").read_bytes() == before and said in capsys.readouterr().out
+    assert json_lines(tmp_path / "log.jsonl") == log
     other = torch.load(backbone, weights_only=True)
     other["conv1.weight"] *= 2
     torch.save(other, tmp_path / "other.pt")
@@ -114,27 +119,269 @@ def test_two_processes_share_the_work(coco, backbone, tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path / "run/last.pt")["step"] == 2
 
 
-def test_the_truth_scores_100(coco):
-    """Boxes and masks survive the way through our targets to COCO's format; crowds and pictures
-    without objects are left out."""
+def edited(coco, folder, edit, split="val"):
+    """A folder with the split's pictures and its annotations as edit(content) changes them."""
+    name = f"annotations/instances_{split}2017.json"
+    content = json.loads((coco / name).read_text())
+    edit(content)
+    (folder / "annotations").mkdir()
+    (folder / name).write_text(json.dumps(content))
+    (folder / f"{split}2017").symlink_to(coco / f"{split}2017")
+    return folder
+
+
+def truth_of(data):
+    """The objects of a split as detections."""
     from pycocotools import mask as coder
-    data = eval_detection.Coco(coco, "val")
-    assert len(eval_detection.Coco(coco, "train")) == 6 and len(data) == 3
-    assert data.num_classes == 3 and data.categories == {1: "a", 3: "b"}
     found, keys = [], list(data.categories)
-    for picture, target in (data[i] for i in range(3)):
-        assert picture.shape == (3, 96, 120) and target["masks"].shape[1:] == (96, 120)
+    for _, target in (data[i] for i in range(len(data))):
         objects = (target["boxes"], target["labels"], target["masks"])
         for box, label, mask in zip(*objects, strict=True):
-            x1, y1, x2, y2 = map(int, box.tolist())
-            assert mask[y1:y2, x1:x2].all() and mask.sum() == (x2 - x1) * (y2 - y1)
+            x1, y1, x2, y2 = box.tolist()
             found.append({"image_id": target["image_id"], "category_id": keys[label - 1],
                           "score": 1.0, "bbox": [x1, y1, x2 - x1, y2 - y1],
                           "segmentation": coder.encode(np.asfortranarray(mask.numpy()))})
-    assert len(found) == 2
-    scores = eval_detection.average_precision(data, found)
-    assert scores == {name: pytest.approx((100, 100, 100)) for name in ("box", "mask")}
+    return found
+
+
+PERFECT = {name: pytest.approx((100, 100, 100)) for name in ("box", "mask")}
+
+
+def test_the_truth_scores_100(coco):
+    """Boxes and masks survive the way through our targets to COCO's format; crowds and pictures
+    without objects are left out."""
+    data = eval_detection.Coco(coco, "val")
+    assert len(eval_detection.Coco(coco, "train")) == 6 and len(data) == 3
+    assert data.num_classes == 3 and data.categories == {1: "a", 3: "b"}
+    for picture, target in (data[i] for i in range(3)):
+        assert picture.shape == (3, 96, 120) and target["masks"].shape[1:] == (96, 120)
+        for box, mask in zip(target["boxes"], target["masks"], strict=True):
+            x1, y1, x2, y2 = map(int, box.tolist())
+            assert mask[y1:y2, x1:x2].all() and mask.sum() == (x2 - x1) * (y2 - y1)
+    found = truth_of(data)
+    assert len(found) == 2 and eval_detection.average_precision(data, found) == PERFECT
     assert eval_detection.average_precision(data, []) == {"box": (0, 0, 0), "mask": (0, 0, 0)}
+
+
+# ------------------------------------------------------------------- what is put right on reading
+def all_of(kind, **changes):
+    """An edit of all entries of a kind; a change is a value, or what makes one of entry and place;
+    None removes the field."""
+    def edit(content):
+        for place, entry in enumerate(content[kind]):
+            for name, change in changes.items():
+                entry[name] = change(entry, place) if callable(change) else change
+                if entry[name] is None:
+                    del entry[name]
+    return edit
+
+
+def as_text(content):
+    for kind, names in (("images", ["id", "height", "width"]), ("categories", ["id"]),
+                        ("annotations", ["id", "image_id", "category_id", "iscrowd", "area"])):
+        for entry in content[kind]:
+            entry |= {name: str(entry[name]) for name in names}
+    for entry in content["annotations"]:
+        entry["bbox"] = [str(x) for x in entry["bbox"]]
+
+
+def mask_runs(mask):
+    """Lengths of the runs of zeros and ones, column by column, zeros first."""
+    runs, value = [0], 0
+    for x in mask.T.flatten().tolist():
+        if x != value:
+            runs.append(0)
+            value = x
+        runs[-1] += 1
+    return runs
+
+
+def run_length_encoded(packed):
+    """An edit: masks as run lengths, which pycocotools may pack into text."""
+    def edit(content):
+        from pycocotools import mask as coder
+        for entry in content["annotations"]:
+            mask = np.zeros((96, 120), dtype=np.uint8)
+            x, y, w, h = entry["bbox"]
+            mask[y:y + h, x:x + w] = 1
+            code = {"size": [96, 120], "counts": mask_runs(mask)}
+            if packed:
+                code["counts"] = coder.encode(np.asfortranarray(mask))["counts"].decode()
+            entry["segmentation"] = code
+    return edit
+
+
+def with_a_line(entry, _):
+    """Its polygons and one of two points; run lengths stay."""
+    mask = entry["segmentation"]
+    return [[5, 5, 9, 9], *mask] if isinstance(mask, list) else mask
+
+
+@pytest.mark.parametrize("edit", [
+    all_of("annotations", id=lambda _, i: i), all_of("annotations", id=7),
+    all_of("annotations", id=None), all_of("annotations", id=lambda _, i: f"a{i}"),
+    all_of("annotations", area=None), all_of("annotations", area=-1),
+    all_of("annotations", iscrowd=lambda entry, _: entry["iscrowd"] or None), as_text,
+    run_length_encoded(False), run_length_encoded(True),
+    all_of("annotations", segmentation=with_a_line)], ids=[
+        "ids from 0", "one id for all", "no ids", "words as ids", "no area", "areas below 0",
+        "iscrowd of crowds alone", "numbers as text", "run lengths", "packed run lengths",
+        "two-point parts"])
+def test_the_truth_scores_100_however_it_is_written(coco, tmp_path, edit):
+    data = eval_detection.Coco(edited(coco, tmp_path, edit), "val")
+    found = truth_of(data)
+    assert len(found) == 2 and eval_detection.average_precision(data, found) == PERFECT
+    plain = eval_detection.Coco(coco, "val")
+    for (_, target), (_, other) in ((data[i], plain[i]) for i in range(3)):
+        assert all(torch.equal(target[key], other[key]) for key in ("boxes", "labels", "masks"))
+
+
+# -------------------------------------------------------------------- what is refused on reading
+def first_of(kind, **changes):
+    """An edit of the first entry of a kind; None removes the field."""
+    def edit(content):
+        entry = content[kind][0]
+        entry.update(changes)
+        for name in [name for name in changes if changes[name] is None]:
+            del entry[name]
+    return edit
+
+
+def run_lengths(size, counts):
+    return first_of("annotations", segmentation={"size": size, "counts": counts})
+
+
+DAMAGED = {
+    "the image id 11 is not unique": first_of("images", id=11),
+    "the category id 3 is not unique": first_of("categories", id="3"),
+    "image 10 has no width: correct": first_of("images", width=None),
+    "image 10 has 0 as height, not a number of pixels": first_of("images", height=0),
+    "image 10 has 7 as file_name, not the name of a file": first_of("images", file_name=7),
+    "image number 1 has no id": first_of("images", id=None),
+    "annotation number 1 has no image_id": first_of("annotations", id=None, image_id=None),
+    "annotation 1 is of image 99, which the file's images": first_of("annotations", image_id=99),
+    'annotation 1 has "ten" as image_id, not a whole': first_of("annotations", image_id="ten"),
+    "annotation 1 has 10.5 as image_id, not a whole": first_of("annotations", image_id=10.5),
+    "annotation 1 is of category 5, which the file's": first_of("annotations", category_id=5),
+    "annotation 1 has a box but no segmentation": first_of("annotations", segmentation=[]),
+    "[[20, 20, 60, 60]] as segmentation, not polygons": first_of(
+        "annotations", segmentation=[[20, 20, 60, 60]]),
+    "annotation 1 has [[]] as segmentation, not": first_of("annotations", segmentation=[[]]),
+    "60] as segmentation, not polygons of three or more": first_of(
+        "annotations", segmentation=[20, 20, 60, 20, 60, 60]),
+    "NaN, 20, 60, 20, 60, 60]] as segmentation": first_of(
+        "annotations", segmentation=[[math.nan, 20, 60, 20, 60, 60]]),
+    "000000.0, 20, 60, 20, 60, 60]] as segmentation": first_of(
+        "annotations", segmentation=[[1e15, 20, 60, 20, 60, 60]]),
+    "[120, 96], .* run lengths within 120 x 96 pixels": run_lengths([120, 96], [0, 4, 11516]),
+    "[0, 4, 100]} as segmentation": run_lengths([96, 120], [0, 4, 100]),
+    '"counts": "041M0"} as segmentation': run_lengths([96, 120], "041M0"),
+    "annotation 1 has no bbox": first_of("annotations", bbox=None),
+    "annotation 1 has [1, 2, 3] as bbox, not left, top": first_of("annotations", bbox=[1, 2, 3]),
+    "[9, 9, -5, 5] as bbox": first_of("annotations", bbox=[9, 9, -5, 5]),
+    "[200, 9, 5, 5] as bbox, .* within 120 x 96 pixels": first_of(
+        "annotations", bbox=[200, 9, 5, 5]),
+    "annotation 1 has 2 as iscrowd, not 0 or 1": first_of("annotations", iscrowd=2),
+    "annotation number 1 is 5, not an object": lambda c: c["annotations"].insert(0, 5),
+    "its pictures hold no object to find": all_of("annotations", iscrowd=1),
+    "1 of the 3 pictures that .* are missing or empty, such as .*none.png": first_of(
+        "images", file_name="none.png")}
+
+
+@pytest.mark.parametrize("message", DAMAGED)
+def test_damaged_annotations_are_named_in_one_line(coco, tmp_path, capsys, message):
+    folder = edited(coco, tmp_path, DAMAGED[message])
+    line = refusal(capsys, eval_detection.Coco, folder, "val")
+    assert re.search(message.replace("[", r"\["), line)
+    assert str(folder / "annotations/instances_val2017.json") in line
+
+
+def test_whatever_a_field_holds(coco, tmp_path):
+    """The file is refused, or all goes well to the average precision."""
+    outcomes = set()
+    original = json.loads((coco / "annotations/instances_val2017.json").read_text())
+    path = edited(coco, tmp_path, lambda _: None) / "annotations/instances_val2017.json"
+    odd = [None, -1, math.inf, "x", [[]], [None] * 4, [1e9] * 6, {"size": 1}]
+    for kind, entries in original.items():
+        for name in entries[0]:
+            for value in odd:
+                content = copy.deepcopy(original)
+                content[kind][0][name] = value
+                path.write_text(json.dumps(content))
+                try:
+                    data = eval_detection.Coco(tmp_path, "val")
+                except UserError:
+                    outcomes.add("refused")
+                    continue
+                outcomes.add(len(truth_of(data)))
+                scores = eval_detection.average_precision(data, truth_of(data))
+                assert scores == PERFECT, (kind, name, value)
+    assert outcomes == {"refused", 2}
+
+
+@pytest.mark.parametrize("changes", [
+    dict(segmentation=[[20, 20, 40, 40, 60, 60]]), dict(segmentation=[[20, 20] * 3]),
+    dict(bbox=[20, 20, 0, 40])])
+def test_objects_without_extent_are_left_out_and_counted(coco, tmp_path, capsys, changes):
+    data = eval_detection.Coco(edited(coco, tmp_path, first_of("annotations", **changes)), "val")
+    assert [len(data[i][1]["labels"]) for i in range(3)] == [0, 1, 0]
+    said = capsys.readouterr().out
+    assert "3 pictures, 1 objects (and 3 crowds or without extent), 2 categories: a, b" in said
+
+
+def test_a_training_split_of_crowds_holds_nothing_to_find(coco, tmp_path):
+    folder = edited(coco, tmp_path, all_of("annotations", iscrowd=1), "train")
+    with pytest.raises(UserError, match="its pictures hold no object to find"):
+        eval_detection.Coco(folder, "train")
+
+
+def test_a_limit_that_leaves_nothing_to_find_is_named(coco, tmp_path):
+    def last_first(content):                       # the picture without objects
+        content["images"][2]["id"] = 1
+    folder = edited(coco, tmp_path, last_first)
+    with pytest.raises(UserError, match=r"its pictures \(--limit 1\) hold no object to find"):
+        eval_detection.Coco(folder, "val", limit=1)
+
+
+def test_an_empty_picture_is_named_before_the_training(coco, tmp_path):
+    edited(coco, tmp_path, lambda _: None)
+    (tmp_path / "val2017").unlink()
+    shutil.copytree(coco / "val2017", tmp_path / "val2017")
+    (tmp_path / "val2017/1.png").write_bytes(b"")
+    with pytest.raises(UserError, match="1 of the 3 pictures .* such as .*val2017/1.png"):
+        eval_detection.Coco(tmp_path, "val")
+
+
+@pytest.mark.parametrize("stored, size, orientation, seen", [
+    ((120, 96), (120, 96), 6, "stored"), ((120, 96), (96, 120), 6, "upright"),
+    ((120, 96), (120, 96), 3, "upright"), ((120, 96), (120, 96), None, "stored"),
+    ((60, 48), (120, 96), None, None), ((120, 96), (96, 120), None, None)])
+def test_pictures_are_of_the_size_in_the_annotations(
+        coco, tmp_path, stored, size, orientation, seen):
+    """A picture whose EXIF flag turns it is upright, unless only the stored one is of this size."""
+    width, height = size
+
+    def edit(content):
+        all_of("images", file_name="0.jpg", width=width, height=height)(content)
+        content["annotations"] = content["annotations"][:1]            # no crowd's run lengths
+    folder = edited(coco, tmp_path, edit)
+    (folder / "val2017").unlink()
+    (folder / "val2017").mkdir()
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    picture = Image.new("RGB", stored)
+    picture.paste("red", (0, 0, stored[0] // 2, stored[1] // 2))
+    picture.save(folder / "val2017/0.jpg", exif=exif, quality=95)
+    data = eval_detection.Coco(folder, "val")
+    if seen is None:
+        message = f"{stored[0]} x {stored[1]} pixels, .* says {width} x {height}: boxes"
+        with pytest.raises(UserError, match=message):
+            data[2]
+        return
+    content = data[2][0]
+    assert tuple(content.shape[1:]) == (height, width)
+    assert (content[0, 5, 5] > 0.5).item() == (seen == "stored")
 
 
 def test_mirrored():
@@ -171,24 +418,13 @@ def test_the_schedule_and_the_shares():
         shares(3)
 
 
-def made_coco(folder, **changes):
-    """A split of one picture with one object of category 7, of 7 and 9."""
-    for name in ("train2017", "annotations"):
-        (folder / name).mkdir()
-    Image.new("RGB", (120, 96)).save(folder / "train2017/0.png")
-    thing = dict(id=1, image_id=1, category_id=7, iscrowd=0, area=900, bbox=[20, 20, 30, 30],
-                 segmentation=[[20, 20, 50, 20, 50, 50, 20, 50]]) | changes
-    categories = [dict(id=9, name="late"), dict(id=0, name="first"), dict(id=7, name="second")]
-    (folder / "annotations/instances_train2017.json").write_text(json.dumps(dict(
-        images=[dict(id=1, file_name="0.png", height=96, width=120)], annotations=[thing],
-        categories=categories)))
-    return folder
-
-
-def test_any_category_ids_are_numbered_from_one_and_back(tmp_path, capsys):
+def test_any_category_ids_are_numbered_from_one_and_back(coco, tmp_path, capsys):
     """0 is the background, whatever the file's ids; they return in the detections."""
-    pytest.importorskip("pycocotools", reason="pycocotools is optional")
-    data = eval_detection.Coco(made_coco(tmp_path), "train")
+    def edit(content):
+        content["categories"] = [dict(id=9, name="late"), dict(id=0, name="first"),
+                                 dict(id=7, name="second")]
+        all_of("annotations", category_id=7)(content)
+    data = eval_detection.Coco(edited(coco, tmp_path, edit), "val", limit=1)
     picture, target = data[0]
     assert target["labels"].tolist() == [2] and data.num_classes == 4
     assert "3 categories: first, second, late" in capsys.readouterr().out
@@ -203,20 +439,10 @@ def test_any_category_ids_are_numbered_from_one_and_back(tmp_path, capsys):
     assert eval_detection.average_precision(data, found)["mask"][1] == pytest.approx(100)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(category_id=5), "annotation 1 is of category 5, which"),
-    (dict(segmentation=[]), "annotation 1 has a box but no segmentation")])
-def test_objects_without_category_or_mask_are_named(tmp_path, changes, message):
-    pytest.importorskip("pycocotools", reason="pycocotools is optional")
-    with pytest.raises(UserError, match=message):
-        eval_detection.Coco(made_coco(tmp_path, **changes), "train")
-
-
 @pytest.mark.parametrize("text", [
     "", "{", "[]", "{}", '{"images": []}', '{"images": [], "annotations": [], "categories": []}',
     '{"images": [{"id": 1}], "annotations": [{"id": 1, "image_id": 1}], "categories": []}',
-    '{"images": [{"id": 1}], "annotations": [{"image_id": 1, "id": 1}], "categories": [{"id": 1}]}'
-])
+    '{"images": 1, "annotations": 1, "categories": 1}', "[" * 100_000, "\x00\xff"])
 def test_missing_and_damaged_annotations_are_named(tmp_path, text):
     pytest.importorskip("pycocotools", reason="pycocotools is optional")
     (tmp_path / "train2017").mkdir()

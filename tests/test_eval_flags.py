@@ -9,7 +9,9 @@ import contextlib
 import functools
 import json
 import math
+import os
 import re
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +25,10 @@ from running import call, end, json_lines, refusal, start_two
 import eval_detection
 import eval_linear
 from support.augment import CLIP_MEAN, CLIP_STD
+from support.command_line import Terminated, UserError
 from support.networks import make_backbone
 from support.pretrained import MEAN_STD, load_backbone
+from support.processes import setup
 
 MEAN, STD = (torch.tensor(x).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
 COUNT, TESTS = 24, 4                               # coded pictures of the splits
@@ -339,6 +343,48 @@ def test_the_probe_of_features_takes_them_in_the_order_of_the_seed(coded, colour
     assert any(not torch.equal(value, heads[1][name]) for name, value in heads[0].items())
 
 
+@pytest.mark.parametrize("flags", [["--epochs=1"], *([*ON_PICTURES[name], "--epochs=1"]
+                                                    for name in ON_PICTURES)])
+def test_the_rate_is_that_of_the_batch_that_is_really_used(flags, coded, colours, tmp_path, capsys):
+    """24 pictures with --batch-size 256: the rate for 256 is multiplied by 24 / 256."""
+    for batch, real in ((256, 24), (8, 8)):
+        run = evaluate(colours, coded.folder, tmp_path / str(batch), "--image-size", coded.size,
+                       *flags, "--lr=2.56", "--drops=0.99", "--batch-size", batch)
+        rate = 2.56 * real / 256
+        assert run.log[0]["lr"] == pytest.approx(rate)
+        assert (f"learning rate of the classifier: {rate:g} (2.56 for 256 images, the batch is "
+                f"{real})") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [[], ["--protocol=knn"], ["--protocol=finetune", "--labels=1"]])
+def test_a_second_evaluation_never_replaces_another_one_s_result(flags, coded, colours, tmp_path):
+    """The same one may; one of other settings or data is refused."""
+    more = ["--image-size", coded.size, *flags]
+    if "--protocol=knn" not in flags:
+        more += ["--epochs=1", "--lr=0.1"]
+    first = evaluate(colours, coded.folder, tmp_path / "out", *more)
+    again = evaluate(colours, coded.folder, tmp_path / "out", *more, "--resume")
+    assert again.results == first.results
+    before = (tmp_path / "out/result.json").read_bytes()
+    for other in (["--limit=16"], ["--seed=1"]):
+        with pytest.raises(UserError, match="of another run"):
+            evaluate(colours, coded.folder, tmp_path / "out", *more, "--resume", *other)
+    assert (tmp_path / "out/result.json").read_bytes() == before
+
+
+def test_too_few_labels_and_a_single_value_in_batch_norm_are_named(
+        coded, colours, image_folder, tmp_path, capsys):
+    (tmp_path / "one.txt").write_text("cat/0000.png\n")
+    line = refusal(capsys, evaluate, colours, image_folder, tmp_path / "out", "--image-size=32",
+                   "--protocol=finetune", "--labels-file", tmp_path / "one.txt", "--epochs=1")
+    assert "1 labelled images are too few to fit a classifier" in line
+    torch.save(make_backbone("resnet18", 224)[0].state_dict(), tmp_path / "large.pt")
+    line = refusal(capsys, evaluate, tmp_path / "large.pt", image_folder, tmp_path / "bn",
+                   "--image-size=32", "--protocol=finetune", "--labels=1", "--batch-size=1",
+                   "--epochs=1")
+    assert "batch normalisation sees a single value" in line
+
+
 # ------------------------------------------------------------------------------- optimisers by hand
 def flat_set(folder):
     """The features and labels of the training pictures of a set, in the order of their names."""
@@ -377,9 +423,9 @@ SCHEDULES = {"cosine": ([], cosine(3.0, 4)), "no drops": (["--drops"], cosine(3.
 @pytest.mark.parametrize("flags, rates", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("augment", [False, True])
 def test_the_probe_by_hand(flags, rates, augment, colours, sets, tmp_path):
-    """The rate grows with the batch as given, 1.5 for 256 and 3 for 512. On features computed once
-    these are standardised: what hardly varies counts as if it varied by a hundredth of the mean."""
-    run = evaluate(colours, sets / "agree", tmp_path, "--epochs=4", "--lr=1.5", "--batch-size=512",
+    """The rate is 64 for 256 images, 3 for the 12 of a batch. On features computed once these are
+    standardised: what hardly varies counts as if it varied by a hundredth of the mean."""
+    run = evaluate(colours, sets / "agree", tmp_path, "--epochs=4", "--lr=64", "--batch-size=512",
                    "--augment" if augment else "--no-augment", *flags)
     x, labels = flat_set(sets / "agree")
     mean, scale = torch.zeros(128).double(), torch.ones(128).double()
@@ -409,7 +455,7 @@ def test_the_size_of_a_feature_does_not_matter(colours, sets, tmp_path):
     state = colour_network()
     state["0.weight"][0] *= 1000
     other = save_network(tmp_path / "other/last.pt", state)
-    flags = ["--epochs=4", "--lr=3"]
+    flags = ["--epochs=4", "--lr=64"]
     one, two = (evaluate(network, sets / "agree", tmp_path / name, *flags)
                 for network, name in ((colours, "one"), (other, "two")))
     for a, b in zip(one.log, two.log, strict=True):
@@ -442,7 +488,7 @@ def mixed(tmp_path_factory):
 def test_finetuning_by_hand(vit, mixed, tmp_path):
     """SGD with momentum 0.9 and no decay, at the rates of the head and the rest; positions stay."""
     run = evaluate(vit, mixed, tmp_path, *FINETUNE, "--epochs=3", "--batch-size=512",
-                   "--lr=0.02", "--backbone-lr=0.01")
+                   "--lr", 0.04 * 256 / 12, "--backbone-lr", 0.02 * 256 / 12)
     backbone, head = load_backbone(vit)[0].eval(), torch.nn.Linear(96, 2)
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
@@ -636,10 +682,10 @@ LINEAR_FLAGS = {
                      lambda run: [len(x) for x in run.seen[1:]], [4, 4, 4], [6, 6]),
     "--optimizer": ([*PIXELS, "--lr=0"], ["--optimizer=sgd"], ["--optimizer=lars"],
                     lambda run: round(run.head["weight"].std().item(), 3), 0.0, 0.01),
-    "--lr": ([*PIXELS, "--batch-size=256"], ["--lr=1"], ["--lr=3"], rates, [1], [3]),
+    "--lr": ([*PIXELS, "--batch-size=8"], ["--lr=32"], ["--lr=96"], rates, [1], [3]),
     "--backbone-lr": ([*FINETUNE, "--epochs=3", "--lr=1"], ["--backbone-lr=0"],
                       ["--backbone-lr=0.1"], lambda run: moved(run, run.network) > 0, False, True),
-    "--drops": (["--epochs=2", "--lr=1", "--batch-size=256"], ["--drops=0.5"], ["--drops"],
+    "--drops": (["--epochs=2", "--lr=32", "--batch-size=8"], ["--drops=0.5"], ["--drops"],
                 lambda run: [round(x, 9) for x in rates(run)], [1, 0.1], [1, 0.5]),
     "--augment": (["--epochs=1", "--lr=1"], [], ["--augment"], lambda run: [*run.results],
                   ["kNN", "linear"], ["linear"]),
@@ -893,23 +939,47 @@ def test_detection_sees_pictures_in_the_order_of_the_seed_and_half_mirrored(dete
 
 
 def test_detection_saves_and_goes_on(detect, tmp_path, monkeypatch):
-    """--save-minutes: a killed run has a last.pt in --output-dir where they passed, and goes on."""
-    flags = ["--steps=4", "--batch-size=2", "--lr=1", "--seed=2", "--log-every=1"]
+    """--save-minutes: a killed run has a last.pt in --output-dir where they passed, and goes on.
+    SIGTERM: it saves, whatever the minutes. No line of the log is there twice."""
+    flags = ["--steps=6", "--batch-size=2", "--lr=1", "--seed=2", "--log-every=1"]
     whole = detect(*flags)
-    forward = Detector.forward
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL          # after the training it ends
 
-    def stops(self, pictures, targets=None):
-        if len(self.seen) == 2:
-            raise KeyboardInterrupt
-        return forward(self, pictures, targets)
-    for minutes, saved in ((0, True), (60, False)):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    def stopped(act, minutes, output, ending):
+        """A run in which act() is called before the third of its steps."""
+        forward = Detector.forward
+
+        def stops(self, pictures, targets=None):
+            if len(self.seen) == 2:
+                act()
+            return forward(self, pictures, targets)
+        with monkeypatch.context() as patch, pytest.raises(ending) as error:
             patch.setattr(Detector, "forward", stops)
-            detect(*flags, "--save-minutes", minutes, output=tmp_path / f"cut{minutes}")
-        assert (tmp_path / f"cut{minutes}/last.pt").exists() == saved
-    run = detect(*flags, output=tmp_path / "cut0")
-    assert run.seen == whole.seen[2:]
+            detect(*flags, "--save-minutes", minutes, output=output)
+        return str(error.value)
+
+    def kill():
+        raise KeyboardInterrupt
+    for minutes, saved in ((60, False), (0, True)):
+        cut = tmp_path / f"cut{minutes}"
+        stopped(kill, minutes, cut, KeyboardInterrupt)
+        assert (cut / "last.pt").exists() == saved
+    said = stopped(lambda: os.kill(os.getpid(), signal.SIGTERM), 60, cut, Terminated)
+    assert said == f"terminated after saving {cut}/last.pt; the same command goes on"
+    assert torch.load(cut / "last.pt")["step"] == 5
+    with open(cut / "log.jsonl", "a") as log:      # of steps after the checkpoint, cut by a kill
+        log.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')
+    run = detect(*flags, output=cut)
+    assert run.seen == whole.seen[5:] and run.log == whole.log
     assert run.model.weight.item() == pytest.approx(whole.model.weight.item(), abs=1e-7)
+
+
+def test_detection_has_no_search_for_algorithms(detect):
+    """cuDNN would search anew for each shape of a padded batch."""
+    setup("cpu")
+    assert torch.backends.cudnn.benchmark
+    detect("--steps=1", "--batch-size=2", "--lr=0")
+    assert not torch.backends.cudnn.benchmark
 
 
 def test_detection_takes_the_network_that_flags_name(detect, resnets, coco, monkeypatch, capsys):

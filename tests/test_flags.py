@@ -677,7 +677,7 @@ def test_output_dir(method, places, tmp_path, monkeypatch, capsys):
     del flags[at:at + 2]
     coded.record(SCRIPT_OF[method], *flags)
     folder, = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(rf"folder-{method}-plain-\d+-\d+", folder.name)
+    assert re.fullmatch(rf"folder-{method}-plain-\d+-\d+-\d+", folder.name)
     assert {path.name for path in folder.iterdir()} == {
         "last.pt", "backbone.pt", "log.jsonl", "args.json", "pairs.png"}
     assert coded.record(SCRIPT_OF[method], *flags, "--resume") == []

@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 from running import before_call, call, die, end, refusal, start
+from torch.backends.cuda import flash_sdp_enabled
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import generate_views as gv
 from genview import FRACTION, load_images
@@ -168,6 +170,37 @@ def test_tokens_do_not_depend_on_the_other_images_of_a_batch(world, images, dtyp
     assert torch.allclose(expected, tokens.float(), atol=atol)
 
 
+def test_small_pictures_are_decoded_at_once_and_large_ones_one_by_one(world, pipe, tmp_path):
+    """The same pictures both ways. Large: of a model for 2 * 40 pixels."""
+    shutil.copytree(world / "model", tmp_path / "large")
+    config = tmp_path / "large/unet/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 40}))
+    large = gv.load_pipeline(str(tmp_path / "large"), torch.float32, "cpu")
+    c = torch.randn(5, 16)
+    made = []
+    for model, batches in [(pipe, [5]), (large, [1] * 5)]:
+        seen = []
+        hook = model.vae.decoder.register_forward_pre_hook(lambda _, z, seen=seen: seen.append(z))
+        made.append(gv.generate(model, 100, c, range(5), steps=2, guidance=2.0, size=32))
+        hook.remove()
+        assert [len(z) for z, in seen] == batches
+    assert (made[0].int() - made[1].int()).abs().max() <= 1
+
+
+def test_attention_is_fused_meanwhile(pipe, images):
+    """setup turns this off for training, which stays as it is."""
+    seen = []
+    hooks = [model.register_forward_pre_hook(lambda *_: seen.append(flash_sdp_enabled()))
+             for model in (pipe.image_encoder, pipe.unet)]
+    with sdpa_kernel(SDPBackend.MATH):             # as setup has it
+        _, c = gv.encode(pipe, [images.pil(0)])
+        gv.generate(pipe, 0, c, [0], steps=1, guidance=1.0, size=32)
+        assert not flash_sdp_enabled()
+    for hook in hooks:
+        hook.remove()
+    assert seen == [True, True]
+
+
 # ------------------------------------------------------------------------------------------ the set
 def test_files_settings_and_levels(world, images):
     views = world / "views"
@@ -277,6 +310,27 @@ def test_another_solver_draws_other_pictures_of_the_same_noise(world, capsys):
     ours, theirs = pictures(world / "dpm"), pictures(world / "views")
     assert len(ours) == 4 and all((ours[name] != theirs[name]).any() for name in ours)
     assert "solver is dpm" in refusal(capsys, run, world, "dpm", "--limit", 4)
+
+
+def test_a_pipeline_in_half_precision_and_several_files(world, tmp_path):
+    """As save_pretrained(variant="fp16", max_shard_size=...) writes it."""
+    import diffusers
+    pipe = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(world / "model")
+    pipe.save_pretrained(tmp_path / "model", variant="fp16", max_shard_size="100KB")
+    assert len(list((tmp_path / "model/unet").glob("*.fp16-0*.safetensors"))) > 1
+    found = gv.load_pipeline(str(tmp_path / "model"), torch.float32, "cpu")
+    for one, other in zip(pipe.unet.parameters(), found.unet.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_scheduler_says_why_it_refuses(world, monkeypatch):
+    pipe = gv.load_pipeline(str(world / "model"), torch.float32, "cpu")
+
+    def refuse(steps):
+        raise ValueError(f"{steps} are not good\nfor me")
+    monkeypatch.setattr(pipe.scheduler, "set_timesteps", refuse)
+    with pytest.raises(UserError, match="^--steps 7 .*Scheduler: 7 are not good for me$"):
+        gv.check(pipe, 7)
 
 
 # ------------------------------------------------------------------------------------------- errors

@@ -480,8 +480,8 @@ def train(folder, image_folder, encoder_folder, views_folder, *flags):
              views_folder, "--quality=exact", "--encoder", encoder_folder, "--image-size=32",
              "--arch=resnet10_narrow", "--batch-size=8", "--epochs=1", "--queue=16", "--device=cpu",
              "--start-batches=0", "--knn-every=0", "--workers=0", "--output-dir", folder, *flags)
-    # Before the first step: tries with zeros, the pictures, the pairs that are drawn (pairs.png).
-    fitted = [(x, t) for x, t in seen[:steps[0].before] if x.any()]
+    # Before the first step: tries with one picture, the pictures, the pairs of pairs.png.
+    fitted = [(x, t) for x, t in seen[:steps[0].before] if len(x) > 1]
     return SimpleNamespace(fitted=fitted, steps=steps)
 
 

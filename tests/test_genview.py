@@ -415,9 +415,38 @@ def test_an_encoder_that_is_missing_or_reads_text_is_refused(tmp_path):
     config = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
                         intermediate_size=8)
     BertModel(config).save_pretrained(tmp_path / "bert")
-    for name in ("nothing", "bert"):
-        with pytest.raises(UserError, match=f"{name} could not be loaded.*--encoder"):
+    for name, fault in (("nothing", "could not be loaded.*folder by"), ("bert", "cannot be used")):
+        with pytest.raises(UserError, match=f"{name} {fault}.*--encoder"):
             FrozenEncoder(str(tmp_path / name))
+
+
+def test_tokens_beyond_half_precision_are_kept_in_float32():
+    small = torch.randn(4, 9, 5, generator=seeded(0))
+    large = small * 1e6                                # a later batch; the first is converted, too
+    assert genview.collect_tokens([small], 4).dtype == torch.half
+    tokens = genview.collect_tokens([small, large], 10)
+    assert tokens.dtype == torch.float32 and torch.equal(tokens[4:], large)
+    assert torch.equal(tokens[:4], small.half().float())
+
+
+def test_features_that_overflow_in_float16_are_named():
+    """Before a component is fitted or read: training would end at a loss that is not finite."""
+    def encoder(x):
+        half = torch.is_autocast_enabled("cpu")
+        return torch.full((len(x), 4, 5), math.inf if half else 1e5)
+    with pytest.raises(UserError, match="not finite in float16: --precision float32"):
+        genview.component_of_encoder(encoder, None, 8, CPU._replace(dtype=torch.float16))
+
+
+def test_features_of_the_fit_keep_their_range(tmp_path):
+    """As above, from the encoder to the component."""
+    images = load_images("folder", tiny.save_images(tmp_path, per_class=4), "train", 8)
+    direction = torch.tensor([3.0, 4, 0]) * 1e6
+
+    def encoder(x):
+        return x.mean(1).flatten(1)[:, :, None] * direction
+    v1 = genview.component_of_encoder(encoder, images, 8, CPU)
+    assert_close(v1.abs(), direction / 5e6, atol=1e-4, rtol=0)
 
 
 # ---------------------------------------------------------------------------- files and checkpoints

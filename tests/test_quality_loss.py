@@ -2,6 +2,7 @@
 the base losses)."""
 import doctest
 import importlib
+import inspect
 import itertools
 import math
 import os
@@ -242,6 +243,17 @@ def test_computes_in_float32_whatever_the_input(dtype, autocast):
             torch.testing.assert_close(a, b, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_component_is_fitted_without_autocast(dtype):
+    tokens = random(300, 16, 8) * torch.linspace(200, 1, 8)
+    expected, alpha = ql.fit_foreground(tokens, (4, 4))
+    with torch.autocast("cpu", dtype=dtype):
+        for v1, threshold in (ql.fit_foreground(tokens, (4, 4)),
+                              ql.orient_foreground(-expected, tokens, (4, 4))):
+            torch.testing.assert_close(v1, expected, atol=1e-6, rtol=0)
+            assert threshold == pytest.approx(alpha, abs=1e-4)
+
+
 EXTREMES = [0.0, 1e30, -1e30, 1e-30, 65504.0, 3e38]
 
 
@@ -268,6 +280,14 @@ def test_no_nan_for_extreme_input(value, other):
     check(ql.quality_weights(torch.tensor([value, other])))
     half = torch.full((2, 4, 3), 65504.0, dtype=torch.float16)
     check(*ql.pair_quality(half, -half, half[0, 0]))
+    tokens = torch.full((3, 4, 5), value)
+    tokens[:, 1, 2:] = other
+    component = torch.ones(5)
+    component[2:] = other
+    for v1, alpha in (ql.fit_foreground(tokens, (2, 2)),
+                      ql.orient_foreground(component, tokens, (2, 2))):
+        check(v1, torch.tensor(alpha))
+        assert v1.norm().item() == pytest.approx(1, abs=1e-5)
 
 
 # Short names: a case of the table fits on a line.
@@ -295,13 +315,67 @@ A, N, B, S = ql.foreground_attention, ql.info_nce, ql.info_nce_in_batch, ql.swap
     (S, [(2, 4), (2, 4)], {}, "(2, 4)"), (S, [(2, 4, 3), (3, 4, 3)], {}, "(3, 4, 3)"),
     (S, [(2, 4, 3), (2, 4, 5)], {}, "(2, 4, 5)"), (S, [(1, 4, 3), (1, 4, 3)], {}, "(1, 4, 3)"),
     (S, [(2, 4, 3), (2, 4, 3)], {"temperature": 0.0}, "0.0"),
-    (S, [(2, 4, 3), (2, 4, 3)], {"weights": W[:3]}, "(3,)")])
+    (S, [(2, 4, 3), (2, 4, 3)], {"weights": W[:3]}, "(3,)"),
+    (N, [(2, 4), (2, 4), (5, 4)], {"temperature": torch.tensor(0.0)}, "0.0"),
+    (N, [(2, 4), (2, 4), (5, 4)], {"temperature": torch.ones(2)}, "(2,)"),
+    (ql.orient_foreground, [(3,), (2, 4, 3)], {"grid": (2, 2)}, "not zero"),
+    (ql.orient_foreground, [(5,), (2, 4, 3)], {"grid": (2, 2)}, "(5,)"),
+    (ql.fit_foreground, [(0, 4, 3)], {"grid": (2, 2)}, "(0, 4, 3)")])
 def test_wrong_shapes_are_named(function, shapes, options, named):
     if function in (N, B, S):
         options = {"temperature": 1.0} | options
     with pytest.raises(ValueError) as error:
         function(*(torch.zeros(shape) for shape in shapes), **options)
     assert named in str(error.value)
+
+
+@pytest.mark.parametrize("function, count, options", [
+    (A, 2, {}), (ql.pair_quality, 3, {}), (ql.quality_weights, 1, {}),
+    (N, 3, {"temperature": 1.0}), (B, 2, {"temperature": 1.0}), (S, 2, {"temperature": 1.0}),
+    (ql.negative_cosine, 2, {}), (ql.sinkhorn, 1, {}), (ql.foreground_threshold, 1, {}),
+    (ql.fit_foreground, 1, {"grid": (2, 2)}), (ql.orient_foreground, 2, {"grid": (2, 2)})])
+def test_what_is_no_tensor_is_named(function, count, options):
+    """By its argument, whether that is given by place or by name."""
+    names = list(inspect.signature(function).parameters)[:count]
+    for wrong in names:
+        for x in (np.zeros((2, 4)), [0.1, 0.4], None):
+            given = {name: torch.zeros(2, 4) for name in names} | {wrong: x}
+            for places, by_name in ((given.values(), {}), ((), given)):
+                with pytest.raises(ValueError, match=f"^{wrong} must be a tensor, got"):
+                    function(*places, **by_name, **options)
+
+
+def test_a_map_over_arrays_does_not_end_in_silence():
+    with pytest.raises(ValueError, match="quality must be a tensor, got ndarray"):
+        list(map(ql.quality_weights, [np.zeros(2)]))
+    with pytest.raises(ValueError, match=r"weights must be a tensor \(2,\), got list"):
+        ql.negative_cosine(unit(2), unit(2), weights=[1.0, 1.0])
+
+
+X = unit(5, seed=9)
+SCORES_OF_X = views_of(X)
+
+
+def all_losses(t):
+    """The sum of all losses that have a temperature."""
+    return (ql.info_nce(X, KEY, NEGATIVES, temperature=t, weights=W)
+            + ql.info_nce_in_batch(X, KEYS, temperature=t)
+            + ql.swapped_prediction(SCORES_OF_X, CODES, temperature=t))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_learnable_temperature(compiled, shape):
+    """Its gradient is that of differences; compiled, in one graph without a break."""
+    t = torch.nn.Parameter(torch.full(shape, 0.4))
+    loss_of = all_losses
+    if compiled:
+        loss_of = torch.compile(all_losses, fullgraph=True, backend="eager")
+    loss = loss_of(t)
+    loss.backward()
+    assert loss.shape == () and loss.item() == pytest.approx(all_losses(0.4).item(), abs=1e-5)
+    slope = (all_losses(0.41) - all_losses(0.39)).item() / 0.02
+    assert t.grad.item() == pytest.approx(slope, rel=1e-2)
 
 
 @pytest.mark.parametrize("function, count", [(N, 3), (B, 2), (S, 2)])
@@ -368,6 +442,26 @@ def test_fit_foreground_on_an_oblong_grid_half_precision_and_fraction():
     assert alpha == pytest.approx(threshold, abs=1e-2)
     with pytest.raises(ValueError, match=r"\(300, 24, 12\)"):
         ql.fit_foreground(tokens, (5, 5))
+
+
+class WithoutFloat64(torch.Tensor):
+    """Tensors of a device that has no float64, such as MPS."""
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        if torch.is_tensor(result) and result.dtype == torch.float64:
+            raise TypeError("this device has no float64")
+        return result.as_subclass(torch.Tensor) if function is torch.Tensor.cpu else result
+
+
+def test_the_component_is_fitted_where_the_device_has_no_float64():
+    tokens, _ = planted()
+    there = tokens.as_subclass(WithoutFloat64)
+    with pytest.raises(TypeError, match="no float64"):
+        there.double()
+    v1, alpha = ql.fit_foreground(there, (7, 7))
+    expected, threshold = ql.fit_foreground(tokens, (7, 7))
+    assert torch.equal(v1.cpu(), expected) and alpha == threshold
 
 
 def test_orientation_of_a_given_component():

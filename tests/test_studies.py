@@ -1,6 +1,8 @@
-"""The studies as modules; bench.py's table (not how fast things are); ablation.py's rows."""
+"""The studies as modules; bench.py's table (not how fast things are); ablation.py's rows;
+plot.py's curves."""
 import functools
 import importlib
+import itertools
 import json
 import re
 import subprocess
@@ -18,12 +20,13 @@ import generate_views
 import genview
 import recipes
 import train_moco
-from studies import ablation, bench
+from studies import ablation, bench, plot
 from support.command_line import UserError
 from support.data import Images, find_views, open_image, to_tensor
 
 
-@pytest.mark.parametrize("name", ["ablation", "bench", "eval_generator", "train_generator"])
+@pytest.mark.parametrize("name", ["ablation", "bench", "eval_generator", "eval_quality", "plot",
+                                  "train_generator"])
 def test_a_study_called_as_a_file_says_how_to_call_it(name):
     path = Path(ablation.__file__).with_name(f"{name}.py")
     done = subprocess.run([sys.executable, path], capture_output=True, text=True)
@@ -42,12 +45,13 @@ def test_refusals_are_one_line(module, flags, message, capsys):
 
 
 # ------------------------------------------------------------------------------------------- bench
-def test_take_turns_gives_medians_of_windows_in_turn(monkeypatch):
+def test_times_are_medians_of_windows_in_turn(monkeypatch):
     """After a round to warm up, three windows: a takes 1, 3 and 2 s, b takes 5, 10 and 2 s."""
     calls, clock = [], iter([0, 90, 90, 99, 0, 1, 1, 6, 0, 3, 3, 13, 0, 2, 2, 4])
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
-    rows = [("a", lambda: calls.append("a"), 1), ("b", lambda: calls.append("b"), 10)]
-    seconds = bench.take_turns(rows, 3, lambda: None)
+    rows = [bench.Timed("a", lambda: calls.append("a"), 1),
+            bench.Timed("b", lambda: calls.append("b"), 10)]
+    seconds = bench.seconds_per_image(rows, 3, lambda: None)
     assert "".join(calls) == "ab" * 4 and seconds == {"a": 2, "b": 0.5}          # of an image
 
 
@@ -59,8 +63,9 @@ def test_the_loops_train_the_same_network(monkeypatch):
             super().__init__(args)
             made.append(self)
     monkeypatch.setattr(bench, "MoCoV2", Recorded)
-    bench.training(CPU, batch=8, n=64)[-1]()
-    assert 0 < bench.plain_step(CPU, batch=8, n=64) < 20
+    few = {"batch": 8, "count": 64, "arch": "resnet10_narrow"}
+    bench.Training(CPU, **few).step()
+    assert 0 < next(bench.plain_loop(CPU, **few)) < 20
     ours, plain = made
     assert [p.shape for p in ours.parameters()] == [p.shape for p in plain.parameters()]
     for method in made:                            # a gradient reached every weight
@@ -68,24 +73,36 @@ def test_the_loops_train_the_same_network(monkeypatch):
         assert method.pointer == 8                 # keys came into the queue
 
 
+def test_a_loop_goes_on_where_it_is():
+    assert [bench.next_step(itertools.count, 5) for _ in range(3)] == [5, 6, 7]
+
+
 def test_generation_is_timed_both_ways():
-    rows = list(bench.generation(CPU, n=2))
-    assert [name.split(",")[0] for name, *_ in rows] == ["generation", "... one image at a time"]
-    for _, function, n in rows:
-        function()
-        assert n == 2
+    rows = list(bench.generation(CPU, count=2, steps=1))
+    assert [row.name.split(",")[0] for row in rows] == ["generation", "... one image at a time"]
+    for row in rows:
+        row.function()
+        assert row.images == 2
 
 
 def test_the_table(capsys, monkeypatch):
     """Rows of time, which take turns, and rows of one value."""
-    monkeypatch.setattr(bench, "loader", functools.partial(bench.loader, n=6, batch=2))
-    bench.loader.__name__ = "loader"
-    call(bench, "augmentation", "loader", "--device", "cpu")
+    few = {"augmentation": {"count": 256}, "loader": {"count": 4, "batch": 2}}
+    for name, options in few.items():
+        monkeypatch.setitem(bench.PARTS, name, functools.partial(bench.PARTS[name], **options))
+    call(bench, *few, "--device", "cpu")
     said = capsys.readouterr().out
     assert re.search(r"\| augmentation, two views of an image each \| [\d,.]+ \| 1\.00 \|", said)
     assert re.search(r"share of a step spent waiting \| \d+\.\d% \| \|\n", said)
     assert re.search(r"gap between two epochs, in steps \| \d+\.\d\d \| \|\n", said)
-    assert all(value >= 0 for value in bench.stream(torch.device("cpu"), 1024, 8))
+    assert all(value >= 0 for value in bench.knn_of_stream(torch.device("cpu"), 1024, 8))
+
+
+def test_files_are_read_by_each_of_its_rows():
+    rows = list(bench.files(CPU, count=1))
+    for row in rows:
+        row.function()
+    assert len({row.name for row in rows}) == 5
 
 
 # ---------------------------------------------------------------------------------------- ablation
@@ -147,15 +164,25 @@ def test_ablation_runs_each_row_once_and_prints_the_gains(tmp_path, runs, capsys
 
 def test_gains_are_paired_by_seed_within_one_machine_and_generator():
     """A run without a plain one of its seed does not count; 95%: t 4.30 of 3 values."""
-    setting = dict.fromkeys(ablation.Run._fields, "") | {"method": "mocov2"}
+    setting = dict.fromkeys(ablation.Trial._fields, "") | {"method": "mocov2"}
     lines = [setting | dict(row=row, seed=seed, hardware=machine, model=model, knn=knn)
              for row, seed, machine, model, knn in [
                  ("plain", 0, "a", "m", 40), ("plain", 1, "b", "m", 41),
                  ("copies", 0, "a", "m", 43), ("copies", 1, "a", "m", 9),
                  ("copies", 1, "b", "m", 43), ("copies", 1, "b", "n", 9)]]
-    found = [ablation.gains(group, "copies", "knn") for group in ablation.groups(lines).values()]
+    found = [ablation.gains(group, "copies", "knn")
+             for group in ablation.by_setting(lines).values()]
     assert found == [[3], [2], []]
     assert ablation.interval([1, 2, 3]) == pytest.approx(4.30 / 3 ** 0.5)
+
+
+def test_the_preset_is_what_the_results_hold(capsys, tmp_path):
+    """The command in docs/RESULTS.md has nothing left to do there; its table has no other runs."""
+    results = Path(ablation.__file__).parents[1] / "docs/results.jsonl"
+    call(ablation, "--preset", "gain", "--results", results, "--output-dir", tmp_path)
+    said = capsys.readouterr().out
+    assert said.count("flips+crops, 60 epochs") == 2 and "generator longer" not in said
+    assert said.count("| plain | 5 |") == 4 and "| ... and quality weights | 3 |" in said
 
 
 def test_a_tiny_ablation_on_shapes(tmp_path, monkeypatch, capsys):
@@ -202,11 +229,71 @@ def test_smooth_noise_goes_as_far_as_the_view():
 
 
 def test_a_failing_row_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(ablation.METHODS, "mocov2", ("MoCo v2", ablation.__file__, {}))
+    not_a_script = ablation.Method("MoCo v2", ablation.__file__, {})
+    monkeypatch.setitem(ablation.METHODS, "mocov2", not_a_script)
     with pytest.raises(UserError, match="ablation.py .*--dataset=shapes .*--seed=0.*: error: call"):
         call(ablation, "--dataset", "shapes", "--rows", "plain", "--output-dir", tmp_path,
              "--results", tmp_path / "results.jsonl")
     assert not (tmp_path / "results.jsonl").exists()
+
+
+# -------------------------------------------------------------------------------------------- plot
+def write_run(folder, label, *lines):
+    folder.mkdir()
+    (folder / "args.json").write_text(json.dumps({"label": label}))
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def drawn(figure):
+    """{first word of a panel's title: {label: (epochs, values)}}."""
+    return {panel.get_title().split(":")[0].split()[0]: {
+        line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in panel.lines}
+        for panel in figure.axes if panel.get_title()}
+
+
+def test_curves_of_runs(tmp_path):
+    """A run that went on from a checkpoint is one line, in order, with the last values."""
+    pytest.importorskip("matplotlib")
+    step = {"step": 2, "epoch": 0.5, "loss": 8.0, "chance": 7.5, "neg": 0.4, "lr": 0.1}
+    later = step | {"step": 4, "epoch": 1.0, "loss": 6.0}
+    a = write_run(tmp_path / "a", "MoCo v2", step, later, {"epoch": 1, "knn": 40.0},
+                  step | {"step": 1, "epoch": 0.25, "loss": 9.0}, step | {"loss": 7.0},
+                  later | {"loss": 5.0})
+    b = write_run(tmp_path / "b", "BYOL", step | {"chance": 0.0, "loss": -1.0})
+    with open(a / "log.jsonl", "a") as log:
+        log.write('{"step": 3, "epo')              # a kill cut it short
+    runs = [(plot.name_of(folder), plot.read_log(folder)) for folder in (a, b)]
+    panels = drawn(plot.draw_runs(runs))
+    assert panels.keys() == {"loss", "kNN", "neg", "learning"}         # none has pos or std
+    assert panels["loss"]["a: MoCo v2"] == ([0.25, 0.5, 1.0], [9.0, 7.0, 5.0])
+    assert panels["loss"]["b: BYOL"] == ([0.5], [-1.0])
+    chance = [values for label, values in panels["loss"].items() if ": " not in label]
+    assert chance == [([0.25, 0.5, 1.0], [7.5, 7.5, 7.5]), ([0.5], [0.0])]
+    assert panels["kNN"] == {"a: MoCo v2": ([1], [40.0]), "b: BYOL": ([], [])}
+    assert panels["neg"]["b: BYOL"] == ([0.5], [0.4])
+
+
+@pytest.mark.parametrize("flags", [[], ["--runs", "{folder}/run", "{folder}/run"]])
+def test_a_picture_as_a_user(tmp_path, flags):
+    pytest.importorskip("matplotlib")
+    write_run(tmp_path / "run", "MoCo v2", {"epoch": 1.0, "step": 1, "loss": 8.0})
+    output = tmp_path / "new/picture.png"
+    call(plot, "--output", output, *(flag.format(folder=tmp_path) for flag in flags))
+    assert open_image(output).width > 400
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--runs", "{folder}/other"], "other holds no log.jsonl"),
+    (["--runs", "{folder}/run"], "run/log.jsonl holds no epochs yet"),
+    (["--results", "{folder}/none.jsonl"], "none.jsonl holds no trials to compare"),
+    (["--output", "{folder}/gain.pdf"], "gain.pdf: the picture is a PNG"),
+    ([], "this picture needs matplotlib: pip install matplotlib")])
+def test_pictures_that_cannot_be_drawn(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)        # not installed
+    write_run(tmp_path / "run", "MoCo v2")
+    flags = [flag.format(folder=tmp_path) for flag in flags]
+    assert message in refusal(capsys, call, plot, *flags)
 
 
 # ----------------------------------------------------------------------- the row of extra samples

@@ -116,7 +116,8 @@ def test_with_views_and_quality(script, method, more, image_folder, views_folder
              "--epochs", 2, "--lr", 0.01, "--optimizer", "sgd", *more]
     run(script, image_folder, tmp_path / "run", *flags)
     name = train_moco.NAMES[method]
-    last = rf"kNN top-1 \d+\.\d% \({name} \+ GenView's views \+ quality weights\)"
+    parts = r"GenView's views of 20 of 24 images \+ quality weights"
+    last = rf"kNN top-1 \d+\.\d% \({name} \+ {parts}\)"
     assert re.fullmatch(last, capsys.readouterr().out.splitlines()[-1])
     line, *_ = json_lines(tmp_path / "run/log.jsonl")
     assert {"loss", "pos", "neg", "std", "ess"} <= line.keys()

@@ -1,11 +1,10 @@
 """studies/train_generator.py and its judge eval_generator.py, and the miniature in weights/."""
 import math
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
-from running import CPU, call, json_lines, refusal
+from running import call, json_lines, refusal
 
 import generate_views
 import genview
@@ -14,18 +13,21 @@ from recipes import GENERATION
 from studies import eval_generator, train_generator
 from support import checkpoint
 from support.augment import normalise
-from support.checkpoint import Checkpoint
 from support.command_line import UserError
 from support.data import Images, open_image, to_tensor
 from support.files import write_whole
 from support.pretrained import load_checkpoint
 
-FLAGS = ["--limit", 16, "--batch-size", 4, "--steps", 6, "--log-every", 1, "--device", "cpu"]
+FLAGS = ["--limit", 16, "--batch-size", 4, "--steps", 2, "--log-every", 1, "--device", "cpu"]
+STEPS = {"autoencoder": 1, "teacher": 2, "encoder": 1, "generator": 2}
 
 
 def train(image_folder, folder, *flags):
+    parts = {part: [STEPS[part] / 2, *others]
+             for part, (_, *others) in train_generator.PARTS.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(GENERATION["mini"], "steps", 2)          # of samples.png
+        patch.setattr(train_generator, "PARTS", parts)
+        patch.setitem(GENERATION, "mini", {"steps": 1, "guidance": 1})         # of samples.png
         call(train_generator, "--data-dir", image_folder, "--output-dir", folder, *FLAGS, *flags)
 
 
@@ -36,7 +38,7 @@ def random_data(n, classes):
 
 @pytest.fixture(scope="module")
 def trained(image_folder, tmp_path_factory):
-    """A generator trained for six steps, never interrupted."""
+    """A generator trained for STEPS, never interrupted."""
     folder = tmp_path_factory.mktemp("generator")
     train(image_folder, folder)
     return folder
@@ -60,15 +62,14 @@ def test_noised_is_what_the_pipeline_tells_the_unet(pipe):
         torch.testing.assert_close(ours[i:i + 1], theirs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("steps, size", [(6, 16), (200, 32)])
-def test_pictures_seen_often_are_also_mirrored(image_folder, tmp_path, monkeypatch, steps, size):
-    def look(part, net, pixels, **options):
-        assert len(pixels) == size
-        assert torch.equal(pixels[-16:], pixels[:16].flip(3)) == (size == 32)
-        raise KeyboardInterrupt
-    monkeypatch.setattr(train_generator, "fit_part", look)
-    with pytest.raises(KeyboardInterrupt):
-        train(image_folder, tmp_path, "--steps", steps)
+def test_pictures_seen_often_are_also_mirrored():
+    """From 30 samples a picture on, each with its label."""
+    pixels, labels = random_data(4, 3)
+    seldom, _ = train_generator.with_mirrored(pixels, labels, samples=120)
+    assert seldom is pixels
+    often, twice = train_generator.with_mirrored(pixels, labels, samples=121)
+    assert torch.equal(often, torch.cat([pixels, pixels.flip(3)]))
+    assert twice.tolist() == [0, 1, 2, 0] * 2
 
 
 def test_what_the_encoder_learns_from():
@@ -97,7 +98,7 @@ def test_the_moving_average_has_the_statistics_of_batch_norm():
 def test_spread_of_the_embeddings(pipe):
     """The turned encoder gives what is returned; covariance: 0 off the diagonal, on it the root of
     the old eigenvalues."""
-    x = torch.rand(300, 3, 32, 32) * 2 - 1
+    x = torch.rand(100, 3, 32, 32) * 2 - 1
     with torch.inference_mode():
         before = pipe.image_encoder(x).image_embeds
     encoder, after = train_generator.equalise(pipe.image_encoder, before)
@@ -118,8 +119,8 @@ def test_the_folder_is_a_pipeline_that_generate_views_uses(trained, image_folder
     assert "24 views made" in capsys.readouterr().out
     assert len(list(tmp_path.rglob("*.png"))) == 24
     assert (trained / "samples.png").stat().st_size > 1000
-    first = [line for line in json_lines(trained / "log.jsonl") if line["step"] == 1]
-    assert [line["part"] for line in first] == list(train_generator.PARTS)
+    last = {line["part"]: line["step"] for line in json_lines(trained / "log.jsonl")}
+    assert last == STEPS
 
 
 def test_half_precision_on_disk_and_small(trained):
@@ -152,53 +153,28 @@ def test_latents_and_normaliser(pipe, image_folder):
 
 
 def test_interrupted_run_ends_as_an_uninterrupted_one(trained, image_folder, tmp_path):
-    """Stopped at a checkpoint in the autoencoder, the encoder, the U-Net (5, 2 and 3 steps; 1 of
-    the teacher)."""
-    count = [0]
+    """Stopped at the checkpoints between the two steps of the teacher, which has batch norm, and
+    of the U-Net: the second and the fifth."""
+    saved = []
 
     def stopping(path, function, **options):
         write_whole(path, function, **options)
-        count[0] += path.name == "last.pt"
-        if path.name == "last.pt" and count[0] in (2, 7, 10):
-            raise KeyboardInterrupt
+        if path.name == "last.pt":
+            saved.append(path)
+            if len(saved) in (2, 5):
+                raise KeyboardInterrupt
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "write_whole", stopping)
-        for _ in range(3):
+        patch.setattr(train_generator, "draw_samples", lambda *_, **settings: None)
+        for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 train(image_folder, tmp_path, "--save-minutes", 0)
         train(image_folder, tmp_path, "--save-minutes", 0)
     whole, ours = (load_checkpoint(folder / "last.pt")["parts"] for folder in (trained, tmp_path))
     for part in train_generator.PARTS:
-        assert ours[part]["step"] == whole[part]["step"]
+        assert ours[part]["step"] == whole[part]["step"] == STEPS[part]
         for key, value in whole[part]["ema"].items():
             assert torch.equal(value, ours[part]["ema"][key]), (part, key)
-
-
-def test_batch_norm_goes_on_after_an_interruption(tmp_path, monkeypatch):
-    """The teacher's four steps in one go, and interrupted after two."""
-    data, descend, count = random_data(16, 2), train_generator.descend, [0]
-    args = SimpleNamespace(steps=40, batch_size=4, seed=0, log_every=1, save_minutes=0,
-                           output_dir=tmp_path)
-
-    def fit(state):
-        torch.manual_seed(0)
-        last = Checkpoint(tmp_path / "last.pt", {}, CPU)
-        return train_generator.fit_part("teacher", train_generator.Teacher(2), *data, args=args,
-                                        world=CPU, checkpoint=last, state=state).state_dict()
-
-    def stopping(*everything):
-        count[0] += 1
-        if count[0] == 3:
-            raise KeyboardInterrupt
-        descend(*everything)
-    whole = fit({"teacher": {}})
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_generator, "descend", stopping)
-        fit({"teacher": {}})
-    state = load_checkpoint(tmp_path / "last.pt")["parts"]
-    assert state["teacher"]["step"] == 2
-    ours = fit(state)
-    assert ours.keys() == whole.keys() and all(torch.equal(ours[key], whole[key]) for key in whole)
 
 
 @pytest.mark.parametrize("module, flags, message", [
@@ -312,12 +288,12 @@ def test_foreground_table_of_a_judge_that_looks_at_one_place():
     assert rows[1] == "| the mean map's | 100.0 | 0.0 |"
 
 
-def test_judge_as_a_user(trained, image_folder, tmp_path, capsys):
-    flags = ["--data-dir", image_folder, "--model", trained, "--images", 8, "--epochs", 1,
-             "--steps", 2, "--output-dir", tmp_path, "--device", "cpu"]
+def test_judge_as_a_user(pipeline_folder, image_folder, tmp_path, capsys):
+    flags = ["--data-dir", image_folder, "--model", pipeline_folder, "--images", 4, "--epochs", 1,
+             "--steps", 1, "--guidance", 1, "--output-dir", tmp_path, "--device", "cpu"]
     call(eval_generator, *flags)
     first = (tmp_path / "tables.md").read_text()
     assert first in capsys.readouterr().out
-    assert open_image(tmp_path / "samples.png").size == (8 * 34 + 2, 7 * 34 + 2)
+    assert open_image(tmp_path / "samples.png").size == (4 * 34 + 2, 7 * 34 + 2)
     call(eval_generator, *flags)                   # the same flags, the same numbers
     assert (tmp_path / "tables.md").read_text() == first

@@ -1,6 +1,5 @@
 """Troubles that users of comparable software reported: what happens here instead."""
 import io
-import json
 import re
 import shutil
 import sys
@@ -12,7 +11,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from running import call, refusal
+from running import CPU, call, refusal
 
 import generate_views
 import genview
@@ -158,7 +157,7 @@ def test_the_component_is_fitted_once(image_folder, encoder_folder, tmp_path, mo
     call(train_moco, *flags(tmp_path / "run", image_folder, *more, "--resume"))
     assert not fits and np.array_equal(np.load(tmp_path / "run/component.npy"), first)
     sent = []
-    second = SimpleNamespace(rank=1, device=torch.device("cpu"),
+    second = SimpleNamespace(rank=1, device=torch.device("cpu"), autocast=CPU.autocast,
                              gather_objects=lambda x: sent.append(x) or [first, x])
     images = genview.load_images("folder", image_folder, "train", 32)
     encoder = genview.FrozenEncoder(str(encoder_folder))
@@ -170,7 +169,7 @@ def test_the_component_is_fitted_once(image_folder, encoder_folder, tmp_path, mo
 @pytest.mark.parametrize("steps", [1000, 2000])
 def test_more_steps_than_the_schedule_has(steps, image_folder, pipeline_folder, tmp_path):
     """Before anything is written."""
-    with pytest.raises(UserError, match=f"--steps {steps} is too many .* of 1000 steps"):
+    with pytest.raises(UserError, match=f"--steps {steps} does not suit .*1000"):
         call(generate_views, "--dataset=folder", "--data-dir", image_folder, "--model",
              pipeline_folder, "--size=32", "--views-dir", tmp_path / "v", "--steps", steps,
              "--device=cpu")
@@ -206,23 +205,163 @@ def test_a_model_that_is_not_there_is_named(pipeline_folder, tmp_path):
         generate_views.load_pipeline(str(folder), torch.float32, "cpu")
 
 
-def test_encoders_have_their_own_size_mean_and_std(tmp_path):
-    """A ViT for 48 pixels and SigLIP's image tower, beside transformers' own processing."""
-    transformers.ViTModel(transformers.ViTConfig(
-        **SMALL, image_size=48, patch_size=16)).save_pretrained(tmp_path / "vit")
-    transformers.SiglipModel(transformers.SiglipConfig(
-        text_config=SMALL | dict(vocab_size=99, pad_token_id=1),
-        vision_config=SMALL | dict(image_size=32, patch_size=4))).save_pretrained(
-        tmp_path / "siglip")
-    for name, size, tokens in (("vit", 48, 9), ("siglip", 32, 64)):
-        (tmp_path / name / "preprocessor_config.json").write_text(json.dumps(
-            dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, size=dict(height=size, width=size))))
-        encoder, x = genview.FrozenEncoder(str(tmp_path / name)), torch.rand(2, 3, size, size)
-        got = encoder(augment.normalise(x))
-        model = transformers.AutoModel.from_pretrained(tmp_path / name).eval()
-        expected = getattr(model, "vision_model", model)(pixel_values=2 * x - 1).last_hidden_state
-        assert encoder.size == size and got.shape == (2, tokens, 32)
-        torch.testing.assert_close(got, expected[:, -tokens:], atol=1e-5, rtol=1e-4)
+def timm_model(architecture, size, **arguments):
+    """A model of timm in transformers' wrapper, with its own size, mean and std."""
+    own = dict(input_size=[3, size, size], mean=[0.3] * 3, std=[0.4, 0.5, 0.6], crop_pct=1.0)
+    return transformers.TimmWrapperModel(transformers.TimmWrapperConfig(
+        architecture=architecture, num_classes=0, model_args=arguments | dict(img_size=size),
+        pretrained_cfg=own))
+
+
+def tokens_after(others):
+    """A map of tokens, of which so many are none of a place."""
+    return lambda model, hidden: hidden[:, others:]
+
+
+def rows_of_channels_last(model, hidden):
+    return hidden.flatten(1, 2)
+
+
+def rows_of_channels_first(model, hidden):
+    places = [hidden[:, :, row, column] for row in range(hidden.shape[2])
+              for column in range(hidden.shape[3])]
+    return torch.stack(places, 1)
+
+
+def normed_patches(model, hidden):
+    return model.vision_model.post_layernorm(hidden)[:, 1:]
+
+
+def kind(name):
+    """A model with random weights, its image processor (None: timm's) and the function that makes
+    a map (N, T, K) of its last hidden state."""
+    t = transformers
+
+    def square(size, **values):
+        return t.ViTImageProcessor(size=dict(height=size, width=size), **values)
+    vit = SMALL | dict(image_size=48, patch_size=16)
+    dino = SMALL | dict(image_size=28, patch_size=14)      # 4 places; with registers, 9 tokens
+    stages = dict(hidden_sizes=[8, 16, 32, 64], depths=[1, 1, 1, 1])
+    blocks = dict(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1])
+    if name == "clip":
+        return tiny.clip_vision_model(), t.CLIPImageProcessor(size=32, crop_size=32), normed_patches
+    if name == "siglip":
+        config = t.SiglipConfig(text_config=SMALL | dict(vocab_size=99, pad_token_id=1),
+                                vision_config=SMALL | dict(image_size=32, patch_size=4))
+        processor = t.SiglipImageProcessor(size=dict(height=32, width=32))
+        return t.SiglipModel(config), processor, tokens_after(0)
+    if name == "vit":
+        return t.ViTModel(t.ViTConfig(**vit)), square(48, image_mean=[0.3] * 3), tokens_after(1)
+    if name == "mae":
+        return t.ViTMAEModel(t.ViTMAEConfig(**vit)), square(48), tokens_after(1)
+    if name == "dino":
+        processor = t.BitImageProcessor(size=28, crop_size=28)
+        return t.Dinov2Model(t.Dinov2Config(**dino)), processor, tokens_after(1)
+    if name == "registers":
+        model = t.Dinov2WithRegistersModel(t.Dinov2WithRegistersConfig(**dino))
+        return model, t.BitImageProcessor(size=28, crop_size=28), tokens_after(5)
+    if name == "convnext":
+        processor = t.ConvNextImageProcessor(size=dict(shortest_edge=64))
+        return t.ConvNextModel(t.ConvNextConfig(**stages)), processor, rows_of_channels_first
+    if name == "resnet":                           # values in [0, 2]
+        processor = square(64, do_normalize=False, rescale_factor=1 / 127.5)
+        model = t.ResNetModel(t.ResNetConfig(embedding_size=8, **stages))
+        return model, processor, rows_of_channels_first
+    if name == "swin":                             # mean and std of values in [0, 255]
+        processor = square(64, do_rescale=False, image_mean=[120.0] * 3, image_std=[60.0] * 3)
+        model = t.SwinModel(t.SwinConfig(**blocks, image_size=64, window_size=2))
+        return model, processor, tokens_after(0)
+    if name == "bgr":
+        processor = t.MobileViTImageProcessor(size=48, crop_size=dict(height=48, width=48))
+        return t.ViTModel(t.ViTConfig(**vit)), processor, tokens_after(1)
+    if name == "timm vit":
+        return timm_model("vit_tiny_patch16_224", 48, depth=1), None, tokens_after(1)
+    model = timm_model("swin_tiny_patch4_window7_224", 64, **blocks)
+    return model, None, rows_of_channels_last
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "vit", "mae", "dino", "registers", "convnext",
+                                  "resnet", "swin", "bgr", "timm vit", "timm swin"])
+def test_encoders_get_pictures_as_their_own_processor_makes_them(name, tmp_path):
+    """Size, values and order of the channels, and the map of the features row by row."""
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model, processor, to_map = kind(name)
+    model.eval().save_pretrained(tmp_path)
+    if processor:
+        processor.save_pretrained(tmp_path)
+    processor = processor or transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    encoder = genview.FrozenEncoder(str(tmp_path))
+    pictures = torch.randint(0, 256, (2, 3, encoder.size, encoder.size), dtype=torch.uint8)
+    values = dict(do_resize=False, do_center_crop=False)
+    if name.startswith("timm"):                    # it cannot be told, but has nothing to crop
+        values = {}
+    own = processor(list(pictures), return_tensors="pt", **values)["pixel_values"]
+    assert own.shape[-1] == encoder.size
+    options = {}
+    if name == "mae":                              # sees all patches, in their order
+        model.config.mask_ratio = 0.0
+        options["noise"] = torch.arange(9.0).expand(2, 9)
+    with torch.no_grad():
+        hidden = getattr(model, "vision_model", model)(own, **options).last_hidden_state
+        expected = to_map(model, hidden)
+    assert expected.std() > 0.1                    # else any picture would do
+    got = encoder(augment.normalise(pictures / 255))
+    assert got.shape == expected.shape
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
+
+
+def vit_folder(folder, **config):
+    """A ViT for pictures of 48 pixels, 3 x 3 patches, without a processor."""
+    model = transformers.ViTModel(transformers.ViTConfig(
+        **SMALL | dict(image_size=[48, 48], patch_size=16) | config))
+    model.save_pretrained(folder)
+    return model, str(folder)
+
+
+def test_a_clip_folder_needs_no_name_of_its_processor(tmp_path):
+    folder = tiny.save_clip(tmp_path)
+    settings = '{"size": 32, "crop_size": 32, "image_mean": [0.2, 0.3, 0.4]}'
+    (tmp_path / "preprocessor_config.json").write_text(settings)
+    encoder = genview.FrozenEncoder(folder)
+    assert encoder.size == 32 and encoder.mean == pytest.approx((0.2, 0.3, 0.4), abs=1e-5)
+    assert encoder.std == pytest.approx(augment.CLIP_STD, abs=1e-5)
+
+
+def test_an_encoder_without_a_processor_is_told_so(tmp_path, capsys):
+    _, folder = vit_folder(tmp_path)
+    assert genview.FrozenEncoder(folder).size == 48
+    assert "no readable preprocessor_config.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("hidden, said", [
+    (lambda x: torch.rand(1, 49, 8), "two calls with one picture give features that differ by"),
+    (lambda x: torch.full((1, 49, 8), torch.nan), "features of a picture of noise are not finite"),
+    (lambda x: torch.ones(1, 297, 8), "297 tokens are no map of 14 x 14 places"),
+    (lambda x: torch.ones(1, 8), r"\(1, 8\) is no square map"),
+    (lambda x: torch.ones(1, 8, 7, 6), r"\(1, 8, 7, 6\) is no square map")])
+def test_encoders_whose_features_are_no_use_are_refused(hidden, said, tmp_path, monkeypatch):
+    model, folder = vit_folder(tmp_path, image_size=224)
+    monkeypatch.setattr(type(model), "forward", lambda self, pixel_values: SimpleNamespace(
+        last_hidden_state=hidden(pixel_values)))
+    with pytest.raises(UserError, match=f"cannot be used.*{said}.*--encoder"):
+        genview.FrozenEncoder(folder)
+
+
+def test_processors_that_do_more_than_scale_are_refused(tmp_path, monkeypatch):
+    model, folder = vit_folder(tmp_path)
+    oblong = dict(height=48, width=64)
+    transformers.ViTImageProcessor(size=oblong).save_pretrained(folder)
+    with pytest.raises(UserError, match=r"makes \(4, 3, 48, 64\) of four square pictures"):
+        genview.FrozenEncoder(folder)
+
+    def grey(pictures, return_tensors):
+        x = torch.tensor(np.array(pictures)).permute(0, 3, 1, 2).float()
+        return dict(pixel_values=x.mean(1, keepdim=True).expand_as(x))
+    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", lambda *_, **__: grey)
+    with pytest.raises(UserError, match="its image processor mixes red, green and blue"):
+        genview.FrozenEncoder(folder)
 
 
 def test_the_encoder_of_the_release(tmp_path, monkeypatch):
@@ -231,8 +370,11 @@ def test_the_encoder_of_the_release(tmp_path, monkeypatch):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     model = transformers.TimmWrapperModel(transformers.TimmWrapperConfig(
-        architecture="convnext_base", num_classes=0, model_args=dict(depths=[1, 1, 1, 1])))
+        architecture="convnext_base", num_classes=0, model_args=dict(depths=[1, 1, 1, 1]),
+        pretrained_cfg=dict(input_size=[3, 256, 256], mean=augment.CLIP_MEAN,
+                            std=augment.CLIP_STD)))
     model.save_pretrained(tmp_path)
+    assert genview.FrozenEncoder(str(tmp_path)).size == 256        # by another name: the model's
     assert genview.FrozenEncoder.NAMES["release"].endswith("/convnext_base.clip_laion2b_augreg")
     monkeypatch.setitem(genview.FrozenEncoder.NAMES, "release", str(tmp_path))
     encoder, x = genview.FrozenEncoder("release"), torch.randn(1, 3, 224, 224)

@@ -1,0 +1,209 @@
+"""Annotations in COCO's format, judged when they are read.
+
+pycocotools checks nothing. What is wrong in the file would end a training after hours, or change
+the average precision without a word.
+"""
+import json
+import math
+from pathlib import Path
+
+from support.command_line import UserError
+
+
+def read_annotations(path):
+    """The content of a file in COCO's format: {"images", "categories", "annotations"}, lists of
+    dicts with what detection needs.
+
+    Numbers may be given as text. Annotations are numbered anew from 1: pycocotools takes the id 0
+    for "no match" and keeps the last of each id. Their area is that of their masks. UserError
+    names the file's first entry that is wrong.
+    """
+    try:
+        content = json.loads(Path(path).read_bytes())
+        lists = [content[name] for name in ("images", "categories", "annotations")]
+        if not all(isinstance(entries, list) and entries for entries in lists):
+            raise ValueError("images, categories and annotations must be lists with entries")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged or not in COCO's format ({error!r})") from None
+    images = by_id(path, "image", lists[0], image_of)
+    categories = by_id(path, "category", lists[1], category_of)
+    annotations = []
+    for place, entry in enumerate(lists[2], 1):
+        made = judged(path, "annotation", place, entry, annotation_of, images, categories)
+        annotations.append({"id": place} | made)
+    return {"images": list(images.values()), "categories": list(categories.values()),
+            "annotations": annotations}
+
+
+def by_id(path, kind, entries, read):
+    """{id: entry as read makes it}; UserError where one is wrong or two have one id."""
+    result = {}
+    for place, entry in enumerate(entries, 1):
+        made = judged(path, kind, place, entry, read)
+        if made["id"] in result:
+            raise UserError(f"{path}: the {kind} id {made['id']} is not unique: give each {kind} "
+                            f"an id of its own, and its annotations the same")
+        result[made["id"]] = made
+    return result
+
+
+def judged(path, kind, place, entry, read, *others):
+    """read(entry, *others); its ValueError, which tells what is wrong, becomes a UserError."""
+    try:
+        if not isinstance(entry, dict):
+            raise ValueError(f"is {shown(entry)}, not an object with fields")
+        return read(entry, *others)
+    except ValueError as error:
+        name = f"{kind} number {place}"
+        if isinstance(entry, dict) and "id" in entry:
+            name = f"{kind} {shown(entry['id'])}"
+        raise UserError(f"{path}: {name} {error}: correct or remove it") from None
+
+
+# ------------------------------------------------------------------------------- kinds of entries
+def image_of(entry):
+    return {"id": field(entry, "id", whole_number, "a whole number"),
+            "file_name": field(entry, "file_name", text, "the name of a file"),
+            "height": field(entry, "height", length, "a number of pixels"),
+            "width": field(entry, "width", length, "a number of pixels")}
+
+
+def category_of(entry):
+    number = field(entry, "id", whole_number, "a whole number")
+    return {"id": number, "name": str(entry.get("name", number))}
+
+
+def annotation_of(entry, images, categories):
+    """images, categories: {id: entry}, as read."""
+    image_id = field(entry, "image_id", whole_number, "a whole number")
+    if image_id not in images:
+        raise ValueError(f"is of image {image_id}, which the file's images do not name")
+    category_id = field(entry, "category_id", whole_number, "a whole number")
+    if category_id not in categories:
+        raise ValueError(f"is of category {category_id}, which the file's categories do not name")
+    if not entry.get("segmentation"):
+        raise ValueError("has a box but no segmentation, from which Mask R-CNN learns (the box as "
+                         "a polygon would do)")
+    height = images[image_id]["height"]
+    width = images[image_id]["width"]
+    inside = f"within {width} x {height} pixels"
+    box = field(entry, "bbox", lambda values: box_of(values, height, width),
+                f"left, top, width and height of a box {inside}")
+    mask, area = field(entry, "segmentation", lambda values: mask_of(values, height, width),
+                       f"polygons of three or more points or run lengths {inside}")
+    crowd = field({"iscrowd": 0} | entry, "iscrowd", flag, "0 or 1")
+    return {"image_id": image_id, "category_id": category_id, "bbox": box, "iscrowd": crowd,
+            "segmentation": mask, "area": area}
+
+
+def field(entry, name, read, kind):
+    """entry[name] as read makes it; ValueError says what is there and what it should be, kind."""
+    if name not in entry:
+        raise ValueError(f"has no {name}")
+    try:
+        return read(entry[name])
+    except (ValueError, TypeError, LookupError, OverflowError):
+        raise ValueError(f"has {shown(entry[name])} as {name}, not {kind}") from None
+
+
+def shown(value):
+    """A value of the file for a message, its beginning where it is long."""
+    content = json.dumps(value)
+    return content if len(content) <= 60 else content[:60] + "..."
+
+
+# -------------------------------------------------------------------------------- kinds of values
+def whole_number(value):
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError
+    return int(value)
+
+
+def length(value):
+    number = whole_number(value)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def flag(value):
+    number = whole_number(value)
+    if number not in (0, 1):
+        raise ValueError
+    return number
+
+
+def text(value):
+    if not isinstance(value, str) or not value:
+        raise ValueError
+    return value
+
+
+def numbers(values):
+    if not isinstance(values, list):
+        raise TypeError
+    result = [float(x) for x in values]
+    if not math.isfinite(sum(result)):
+        raise ValueError
+    return result
+
+
+def box_of(values, height, width):
+    """Left, top, width, height. It may leave the picture, but not lie outside."""
+    left, top, w, h = box = numbers(values)
+    inside = left <= width and top <= height and left + w >= 0 and top + h >= 0
+    if w < 0 or h < 0 or not inside:
+        raise ValueError
+    return box
+
+
+def mask_of(segmentation, height, width):
+    """The segmentation and its area in pixels: polygons, without parts of one or two points, or
+    run lengths that fill the picture, as a list."""
+    if isinstance(segmentation, dict):
+        if [whole_number(x) for x in segmentation["size"]] != [height, width]:
+            raise ValueError
+        counts = segmentation["counts"]
+        counts = run_lengths(counts) if isinstance(counts, str) else list(map(whole_number, counts))
+        if min(counts) < 0 or sum(counts) != height * width:
+            raise ValueError
+        return {"size": [height, width], "counts": counts}, sum(counts[1::2])
+    polygons = []
+    for part in map(numbers, segmentation):
+        if len(part) % 2 or max(map(abs, part), default=0) > 2 * max(height, width):
+            raise ValueError                       # pycocotools would walk all the way to it
+        if len(part) >= 6:
+            polygons.append(part)
+    if not polygons:
+        raise ValueError
+    return polygons, sum(map(enclosed, polygons))
+
+
+def enclosed(polygon):
+    """The area of a polygon x1, y1, x2, y2, ..."""
+    x = polygon[::2]
+    y = polygon[1::2]
+    twice = sum(map(lambda x1, y1, x2, y2: x1 * y2 - x2 * y1, x, y, x[1:] + x[:1], y[1:] + y[:1]))
+    return abs(twice) / 2
+
+
+def run_lengths(letters):
+    """The run lengths that pycocotools packs into text: five bits a letter, low bits first, and 32
+    where the number goes on; the fourth and later numbers are differences to the last but one."""
+    counts = []
+    number = 0
+    bits = 0
+    for letter in letters.encode():
+        value = letter - 48
+        number += (value & 31) << bits
+        bits += 5
+        if value & 32:
+            continue
+        if value & 16:                             # the sign
+            number -= 1 << bits
+        if len(counts) > 2:
+            number += counts[-2]
+        counts.append(number)
+        number = 0
+        bits = 0
+    return counts
