@@ -50,8 +50,8 @@ def shapes_encoder():
 def pytest_addoption(parser):
     parser.addoption("--cuda", action="store_true",
                      help="use the GPU, too; without the tests that fork, which need it unused")
-    parser.addoption("--instants", type=int, default=1,
-                     help="test_kill.py: random instants of each case")
+    parser.addoption("--instants", type=int, default=0,
+                     help="test_kill.py: kill at so many random instants")
 
 
 def pytest_configure(config):
