@@ -19,11 +19,11 @@ from torchvision.ops import FrozenBatchNorm2d
 from support.checkpoint import Checkpoint, SaveTimes
 from support.coco import read_annotations
 from support.command_line import Parser, UserError, progress, real, say, script, whole
-from support.data import IN_MEMORY_SIZE, open_image, to_tensor
+from support.data import IN_MEMORY_SIZE, SAME_FILES, count_and_digest, open_image, to_tensor
 from support.evaluations import digest
 from support.files import append, keep_lines
 from support.pretrained import MEAN_STD, load_backbone
-from support.processes import cores_of_process, setup, start_worker
+from support.processes import compare, cores_of_process, setup, start_worker
 from support.schedules import linear_warmup, tenth_from
 from support.seeds import epoch_order, step_generator
 
@@ -337,6 +337,11 @@ def main():
     if data.categories != test.categories:
         raise UserError(f"the splits have other categories: train {data.categories}, "
                         f"val {test.categories}")
+    for split, part in (("train", data), ("val", test)):
+        names = [str(key) for key in part.ids]
+        compare(f"in {split}", count_and_digest(names), SAME_FILES)
+    if args.steps <= WARMUP_STEPS:
+        say(f"*** --steps {args.steps} ends within the warm-up of {WARMUP_STEPS} steps")
     torch.manual_seed(args.seed)
     seen = args.batch_size if world.device.type == "cuda" else args.batch_size // world.size
     frozen = seen < LEAST_FOR_NORM

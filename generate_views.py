@@ -29,10 +29,11 @@ import genview
 import recipes
 from genview import FRACTION
 from support.command_line import Parser, UserError, either, progress, real, say, script, whole
-from support.data import IN_MEMORY_SIZE, ViewFolder, file_mark, spaced, square
+from support.data import IN_MEMORY_SIZE, spaced, square
 from support.files import read_component, write_component, write_whole
 from support.pictures import sheet
 from support.processes import setup
+from support.views import ViewFolder, file_mark
 
 LEVELS = (0, 100, 200, 300, 400)  # of the 1,000 noising steps (release)
 STABLE = "sd2-community/stable-diffusion-2-1-unclip"
@@ -256,7 +257,7 @@ def make_view_set(args, pipe, generator, images, world):
     """The method: encode, count the foreground, choose the noise level, generate; a batch holds
     images of one level."""
     suffix = ".png" if generator.save_size <= 64 else ".jpg"                     # png: lossless
-    folder = ViewFolder(args.views_dir, suffix)
+    folder = ViewFolder(args.views_dir, suffix, world.rank)
     folder.prepare(settings_of(args, generator, pipe), images, world)
     v1, alpha = share_foreground(args, pipe, images, world)
     views = Views(folder, generator, images, args.seed, args.limit, world)
@@ -287,7 +288,7 @@ class Views:
         self.levels = []                           # of the views made here
         self.choose(spaced(len(images.names), limit).tolist()[world.rank::world.size])
         self.skipped = 0
-        self.start = time.time()
+        self.start = time.monotonic()
         self.bar = progress(None, "views", "image", total=len(self.todo))
 
     def choose(self, indices):
@@ -328,11 +329,13 @@ class Views:
     def report(self):
         """The last line, over all processes."""
         self.bar.close()
-        seconds = time.time() - self.start
+        seconds = time.monotonic() - self.start
         levels = torch.tensor(self.there + self.levels).long()
         numbers = torch.tensor([len(self.levels), len(self.there), self.skipped])
         mine = torch.cat([numbers, torch.bincount(levels, minlength=1000)]).to(self.world.device)
         made, there, skipped, *counts = self.world.gather(mine[None]).sum(0).tolist()
+        if self.world.rank == 0:
+            self.folder.join_manifests()           # all have written theirs: they have counted
         text = ", ".join(f"{level}: {count}" for level, count in enumerate(counts) if count)
         say(f"{made} views made, {there} there already, {skipped} skipped (unreadable); noise "
             f"levels {text or 'none'}; {seconds:.1f} s, {made / max(seconds, 1e-9):.2f} images/s")

@@ -3,7 +3,6 @@
 Legend of the shapes: N images, n of a batch, V views of each, S side of a view in pixels,
 T tokens (positions of a feature map), K features of a token.
 """
-import hashlib
 import math
 import os
 from pathlib import Path
@@ -28,11 +27,12 @@ from support.augment import (
     renormalise,
 )
 from support.command_line import UserError, progress, say
-from support.data import IN_MEMORY_SIZE, Images, spaced
+from support.data import IN_MEMORY_SIZE, SAME_FILES, Images, count_and_digest, spaced
 from support.files import read_component, write_whole
 from support.pictures import sheet
 from support.processes import World, compare, start_worker
 from support.seeds import epoch_order, step_generator
+from support.views import find_views, views_into_memory
 
 FIT_IMAGES = 10_000           # images that the foreground component is fitted on (release)
 FRACTION = 0.4                # of all tokens that is foreground; sets alpha, Eq. 7 (release)
@@ -41,7 +41,6 @@ OTHER_TOKENS = 20             # class and register tokens at most: DINOv2 has 5,
 MINI = Path(__file__).with_name("weights") / "mini-unclip"    # by studies/train_generator.py
 DATA_DIRS = {"shapes": "data", "cifar10": "data", "cifar100": "data", "imagenet": "data/imagenet",
              "folder": None}                       # where they lie by default
-SAME_FILES = "all machines must hold the same files"
 
 
 # ---------------------------------------------------------------------------------------- data sets
@@ -79,12 +78,6 @@ def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=False
     if image_size <= IN_MEMORY_SIZE:
         return data.into_memory(images, image_size, skip_bad, workers)
     return data.without_unreadable(images, workers) if skip_bad else images
-
-
-def count_and_digest(names):
-    """What tells a set of images from another."""
-    digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
-    return f"{len(names)} images, names {digest[:12]}"
 
 
 def data_dir_of(dataset, given):
@@ -293,11 +286,11 @@ class CropsOfFiles(Dataset):
 
 def load_views(images, views_dir, dataset, skip_bad=False, workers=0):
     """The generated views as PairLoader takes them, and for how many of the images there is one."""
-    paths = data.find_views(images, views_dir, dataset)
+    paths = find_views(images, views_dir, dataset)
     found = [name for name, path in zip(images.names, paths, strict=True) if path]
     compare("generated views", count_and_digest(found), SAME_FILES)
     if images.pixels is not None:
-        views, bad = data.views_into_memory(images, paths, skip_bad, workers)
+        views, bad = views_into_memory(images, paths, skip_bad, workers)
     else:
         bad = data.unreadable(paths, workers) if skip_bad else {}
         views = [None if i in bad else path for i, path in enumerate(paths)]
@@ -314,7 +307,7 @@ def load_extra(images, views_dir, dataset, image_size, skip_bad=False, workers=0
     folder of generate_views.py, all the images of any other folder. And how many of them cannot be
     read."""
     if Path(views_dir, "settings.json").exists():
-        paths = [path for path in data.find_views(images, views_dir, dataset) if path]
+        paths = [path for path in find_views(images, views_dir, dataset) if path]
     else:
         paths = data.image_files(views_dir)
     if not paths:

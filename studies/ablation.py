@@ -37,10 +37,10 @@ from genview import load_images
 from recipes import GENERATION
 from studies.eval_generator import reconstruct
 from support.command_line import Parser, UserError, say, script, whole
-from support.data import find_views, views_into_memory
 from support.files import append, write_whole
 from support.processes import fast_dtype, setup
 from support.seeds import step_generator
+from support.views import find_views, views_into_memory
 
 
 class Method(NamedTuple):

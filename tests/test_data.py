@@ -19,8 +19,10 @@ import generate_views
 import train_moco
 from genview import load_images
 from support import data
+from support import views as views_on_disk
 from support.command_line import Parser, UserError
-from support.data import find_files, find_views, open_image
+from support.data import find_files, open_image
+from support.views import find_views
 
 SMALL = ["--dataset=folder", "--batch-size=4", "--queue=8", "--device=cpu", "--epochs=1",
          "--workers=0", "--start-batches=1"]
@@ -352,10 +354,10 @@ def test_an_old_manifest_is_accepted(copy, tmp_path, capsys):
 
 def test_the_comparison_is_a_sample(copy, monkeypatch, capsys):
     """Of the pictures of a large set some are looked at, spread over it."""
-    monkeypatch.setattr(data, "COMPARED", 3)
+    monkeypatch.setattr(views_on_disk, "COMPARED", 3)
     looked = []
-    real = data.file_mark
-    monkeypatch.setattr(data, "file_mark", lambda images, name: looked.append(name) or
+    real = views_on_disk.file_mark
+    monkeypatch.setattr(views_on_disk, "file_mark", lambda images, name: looked.append(name) or
                         real(images, name))
     images = find_files(copy / "data", "train")
     find_views(images, copy / "views", "folder")

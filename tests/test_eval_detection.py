@@ -106,6 +106,31 @@ def test_trains_and_evaluates(coco, backbone, tmp_path, monkeypatch, capsys):
         detect(monkeypatch, *flags, "--backbone", tmp_path / "other.pt")
 
 
+def test_a_picture_that_one_machine_lacks_is_named(coco, backbone, tmp_path, monkeypatch):
+    works = []
+    for rank in (0, 1):
+        copy = shutil.copytree(coco, tmp_path / f"machine-{rank}")
+        flags = flags_of(copy, backbone, tmp_path / "run", 2)
+        works.append(lambda flags=flags: detect(monkeypatch, *flags))
+    path = tmp_path / "machine-1/annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    lost = content["images"].pop()["id"]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != lost]
+    path.write_text(json.dumps(content))
+    assert end(*start_two(works, tmp_path)) == [2, 2]
+    assert re.search("process 1 finds in val: 2 images.*process 0: 3", (tmp_path / "0").read_text())
+
+
+def test_a_training_within_the_warm_up_is_named(coco, backbone, tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(eval_detection, "train", stop)
+    for steps, named in ((500, True), (501, False)):
+        with pytest.raises(KeyboardInterrupt):
+            detect(monkeypatch, *flags_of(coco, backbone, tmp_path / "run", steps))
+        assert ("ends within the warm-up of 500 steps" in capsys.readouterr().out) == named
+
+
 def test_two_processes_share_the_work(coco, backbone, tmp_path, monkeypatch):
     """Both end well, with one checkpoint and one line of figures."""
     monkeypatch.setattr(eval_detection, "SHORT_SIDES", (64,))

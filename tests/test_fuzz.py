@@ -30,8 +30,9 @@ import train_byol
 import train_moco
 import train_swav
 from support import command_line
-from support.data import ViewFolder, open_image
+from support.data import open_image
 from support.networks import make_backbone
+from support.views import ViewFolder
 
 TEXTS = ["", " ", "-1", "0", "1.5", "nan", "inf", "-inf", "1e400", "abc", "None", "--", "é",
          "\U0001f600", "a b", "../..", "9" * 30, "0x10", "True", "[1]", "*", "~", "%s", "{}"]

@@ -19,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import generate_views as gv
 from genview import FRACTION, load_images
 from support.command_line import UserError
-from support.data import Images, find_views, spaced
+from support.data import Images, spaced
 from support.files import read_component
+from support.views import find_views
 
 WHOLE = re.compile("}$")                           # a line of a manifest that was not cut short
 

@@ -19,10 +19,11 @@ from genview import FrozenEncoder, PairLoader, PairQuality, load_images
 from quality_loss import pair_quality
 from support.augment import CLIP_MEAN, CLIP_STD, CROP_TRIES, Augmentation, Draws, normalise
 from support.command_line import UserError
-from support.data import Images, find_files, find_views, to_tensor, views_into_memory
+from support.data import Images, find_files, to_tensor
 from support.files import read_component, write_json
 from support.networks import make_backbone, sine_positions
 from support.seeds import step_generator
+from support.views import find_views, views_into_memory
 
 PLAIN = Augmentation(jitter=(0, 0, 0, 0), blur=0)
 STRONG = Augmentation(jitter=(0.4, 0.4, 0.4, 0.1), blur=0)

@@ -22,7 +22,8 @@ import recipes
 import train_moco
 from studies import ablation, bench, plot
 from support.command_line import UserError
-from support.data import Images, find_views, open_image, to_tensor
+from support.data import Images, open_image, to_tensor
+from support.views import find_views
 
 
 @pytest.mark.parametrize("name", ["ablation", "bench", "eval_generator", "eval_quality", "plot",

@@ -20,6 +20,7 @@ from support import augment, command_line, data
 from support.command_line import UserError
 from support.data import find_files
 from support.processes import setup
+from support.views import find_views
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 
@@ -141,11 +142,11 @@ def test_views_side_by_side(tmp_path):
     for name in names[1:]:
         (tmp_path / "views").mkdir(exist_ok=True)
         (tmp_path / "views" / Path(name).with_suffix(".jpg").name).touch()
-    paths = data.find_views(images, tmp_path / "views", "folder")
+    paths = find_views(images, tmp_path / "views", "folder")
     assert paths[0] is None and [p.stem for p in paths[1:]] == [Path(n).stem for n in names[1:]]
     images.names.append(f"train/other/{Path(names[1]).name}")
     with pytest.raises(UserError, match=f"could be the view of {names[1]} and of train/other"):
-        data.find_views(images, tmp_path / "views", "folder")
+        find_views(images, tmp_path / "views", "folder")
 
 
 def test_the_component_is_fitted_once(image_folder, encoder_folder, tmp_path, monkeypatch):
