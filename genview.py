@@ -598,7 +598,7 @@ def collect_tokens(batches, count):
 
 
 @torch.no_grad()
-def component_of_encoder(encoder, images, image_size, world, path=None, kept=None):
+def component_of_encoder(encoder, images, image_size, world, path=None, kept=None, workers=0):
     """v1 of the frozen encoder's features, found by the first process for all.
 
     path: a component file; None: fitted on FIT_IMAGES images. kept: the file of a run that is
@@ -616,15 +616,16 @@ def component_of_encoder(encoder, images, image_size, world, path=None, kept=Non
         component, _ = read_component(kept, size)
     elif world.rank == 0:
         chosen = spaced(len(images.names), FIT_IMAGES)
-        tokens = tokens_of(encoder, images, chosen, image_size, world)
+        tokens = tokens_of(encoder, images, chosen, image_size, world, workers)
         component, _ = load_or_fit_foreground(tokens, len(chosen), size, path)
     return world.gather_objects(component)[0]
 
 
-def tokens_of(encoder, images, chosen, image_size, world):
+def tokens_of(encoder, images, chosen, image_size, world, workers=0):
     """Yields the encoder's features (n, T, K) of the chosen images."""
-    for part in progress(chosen.split(64), "foreground", "batch"):
-        pictures = data.read_squares(images, part.tolist(), image_size)
+    batches = data.read_squares(images, chosen, image_size, workers)
+    total = math.ceil(len(chosen) / data.READ_AT_ONCE)
+    for pictures in progress(batches, "foreground", "batch", total=total):
         with world.autocast():
             x = encoder(normalise(pictures.to(world.device) / 255))
         yield x.cpu()

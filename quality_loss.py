@@ -18,6 +18,7 @@ q is the query.
 """
 import functools
 import inspect
+import math
 
 import torch
 import torch.distributed as dist
@@ -308,7 +309,7 @@ def fit_foreground(tokens: Tensor, grid, fraction=0.4):
     second = 0.0
     for part in tokens.split(256):
         x = _clamped(part).flatten(0, 1) - shift                                # (n T, K)
-        first = first + x.sum(0).cpu().double()
+        first = first + x.cpu().double().sum(0)
         second = second + (x.T @ x).cpu().double()
     covariance = second - torch.outer(first, first) / count        # times N T  (K, K)
     _, vectors = torch.linalg.eigh(covariance)         # eigenvalues rise: the last is largest
@@ -323,7 +324,9 @@ def orient_foreground(component: Tensor, tokens: Tensor, grid, fraction=0.4):
     centre of the images than along their border (ours). See fit_foreground for the rest."""
     _check(component.shape == tokens.shape[2:] and component.any(),
            "component must be (K,) and not zero, tokens (N, T, K)", component, tokens)
-    v1 = component.float() / component.abs().max()         # first: squares do not overflow
+    v1 = component.float()
+    if not 0 < v1.norm() < math.inf:                       # the squares overflow, or are all 0
+        v1 = v1 / v1.abs().max()
     v1 = v1 / v1.norm()
     a = torch.cat([_clamped(part) @ v1 for part in tokens.split(256)])      # <token_ij, v1>  (N, T)
     border = torch.ones(*grid, dtype=torch.bool, device=a.device)               # (rows, columns)

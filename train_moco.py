@@ -407,7 +407,7 @@ def prepare(args, images, world, kept):
         if component is None:
             component = genview.component_of_encoder(
                 encoder, images, args.image_size, world, args.component,
-                kept if args.resume else None)
+                kept if args.resume else None, args.workers)
         component = -component if args.flip_foreground else component
         quality_of = genview.PairQuality(encoder, component.to(world.device))
         if args.compile:

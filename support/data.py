@@ -339,14 +339,9 @@ def read_files(paths, pixels, skip_bad, workers=0, first=0, step=1):
     first + step, ...
     """
     size = pixels.shape[-1] if pixels is not None else None
-    files = Squares(paths, size)
-    parts = map(files.__getitem__, range(len(files)))
-    if workers and len(paths) > FEW:
-        parts = DataLoader(files, batch_size=None, num_workers=workers,
-                           worker_init_fn=start_worker, generator=torch.Generator())
     bad = {}
     bar = progress(None, "reading", "image", total=len(paths))
-    for squares, errors in parts:
+    for squares, errors in parts_of(paths, size, workers):
         for place, content in squares.items():
             pixels.numpy()[place] = np.frombuffer(content, np.uint8).reshape(3, size, size)
         for place, error in errors.items():
@@ -372,6 +367,15 @@ def of_all_processes(bad):
         for place in sorted(together):
             print(f"left out: {together[place]}", file=sys.stderr)
     return together
+
+
+def parts_of(paths, size, workers):
+    """Yields the squares and the errors of image files, see Squares, in order."""
+    files = Squares(paths, size)
+    if workers and len(paths) > FEW:
+        return DataLoader(files, batch_size=None, num_workers=workers,
+                          worker_init_fn=start_worker, generator=torch.Generator())
+    return map(files.__getitem__, range(len(files)))
 
 
 class Squares(Dataset):
@@ -403,12 +407,19 @@ class Squares(Dataset):
         return squares, errors
 
 
-def read_squares(images, indices, size):
-    """The squares of the images at indices, (n, 3, S, S)."""
-    try:
-        return torch.stack([to_tensor(square(images.pil(i), size)) for i in indices])
-    except UserError as error:
-        raise advise_skip_bad(error) from None
+def read_squares(images, indices, size, workers=0):
+    """Yields the squares of the images at indices, (n, 3, S, S), READ_AT_ONCE at a time; files are
+    read by workers."""
+    if images.pixels is not None:
+        for part in torch.as_tensor(indices).split(READ_AT_ONCE):
+            yield torch.stack([to_tensor(square(images.pil(i), size)) for i in part])
+        return
+    paths = [images.root / images.names[i] for i in indices]
+    for squares, errors in parts_of(paths, size, workers):
+        for error in errors.values():
+            raise advise_skip_bad(error)
+        content = bytearray(b"".join(squares.values()))
+        yield torch.frombuffer(content, dtype=torch.uint8).view(-1, 3, size, size)
 
 
 def balanced_subset(labels, fraction, generator):

@@ -127,7 +127,8 @@ def test_a_class_of_which_nothing_can_be_read_is_named(folder, capsys):
         path.write_bytes(b"no picture")
     images = load_images("folder", folder, "train", 32, skip_bad=True)
     assert images.labels.tolist() == [1] * 6 and images.left_out == 6
-    assert torch.equal(images.pixels, data.read_squares(images._replace(pixels=None), range(6), 32))
+    [again] = data.read_squares(images._replace(pixels=None), range(6), 32)
+    assert torch.equal(images.pixels, again)
     assert "*** no image of cat can be read" in capsys.readouterr().out
     with pytest.raises(UserError, match="none of the 1 images .* can be read"):
         load_images("folder", folder, "train", 99, limit=1, skip_bad=True)
@@ -426,3 +427,22 @@ def test_home_is_where_a_tilde_says(monkeypatch):
     args = parser.parse_args(["--data-dir=~/data", "--component", "~", "--model=a~b"])
     assert (args.data_dir, args.component, args.model) == ("/home/someone/data", "/home/someone",
                                                            "a~b")
+
+
+def test_workers_read_the_pictures_of_the_foreground_in_order(folder, monkeypatch):
+    """In memory, from files and by workers: the same squares in the same parts."""
+    monkeypatch.setattr(data, "FEW", 3)
+    monkeypatch.setattr(data, "READ_AT_ONCE", 4)
+    images = load_images("folder", folder, "train", 65)
+    indices = torch.tensor([0, 2, 3, 5, 7, 11])
+    parts = {workers: list(data.read_squares(images, indices, 65, workers)) for workers in (0, 2)}
+    assert [len(part) for part in parts[0]] == [4, 2]
+    whole = torch.cat(parts[0])
+    assert torch.equal(whole, torch.cat(parts[2]))
+    small = load_images("folder", folder, "train", 32)
+    expected = torch.stack([data.to_tensor(data.square(small.pil(i), 32)) for i in indices])
+    assert torch.equal(torch.cat(list(data.read_squares(small, indices, 32))), expected)
+    (folder / "train/cat/0002.png").write_bytes(b"no picture")
+    for workers in (0, 2):
+        with pytest.raises(UserError, match="0002.png cannot be read.*--skip-bad"):
+            list(data.read_squares(images, indices, 65, workers))
