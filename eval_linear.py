@@ -60,7 +60,7 @@ class Crops(Dataset):
 def pictures(images, order, image_size, world, batch_size, workers=4, draw=None):
     """Yields the images in the given order, (n, 3, S, S), normalised, on the device. draw: (seed,
     epoch) of random crops and flips; None: the central square, of pictures in memory the whole."""
-    batches = order.split(batch_size)
+    batches = [part for part in order.split(batch_size) if len(part)]
     in_memory = images.pixels is not None
     if in_memory:
         source = (images.pixels[index] for index in batches)
@@ -150,7 +150,7 @@ def knn_of(backbone, train, test, image_size, world, workers, k=200):
     must call this."""
     options = image_size, world, 512, workers
     order = torch.arange(world.rank, len(train.names), world.size)
-    labels = train.labels[order].split(512)
+    labels = [part for part in train.labels[order].split(512) if len(part)]
     chunks = zip(features_of(backbone, train, order, *options), labels, strict=True)
     return knn_accuracy(chunks, extract_features(backbone, test, *options), test.labels,
                         train.num_classes, k, world=world)
@@ -251,14 +251,15 @@ def linear_on_features(features, labels, num_classes, settings, run=None):
     std = std.clamp_min(1e-2 * std.mean().item() + 1e-12)    # of features that hardly vary
     scale = 1 / (std * features.shape[1] ** 0.5)
 
+    x = (features - mean) * scale
+    labels = labels.to(features.device)
+    steps = len(x) // batch_size
+
     def batches(epoch):
         order = epoch_order(len(x), settings.seed, epoch).to(x.device)
         for index in order[:steps * batch_size].split(batch_size):
             yield x[index], labels[index]
-    x = (features - mean) * scale
-    labels = labels.to(features.device)
     head, optimizer = probe(features.shape[1], num_classes, settings, batch_size, features.device)
-    steps = len(x) // batch_size
     fit_classifier(head, optimizer, batches, steps, settings, run=run)
     with torch.no_grad():                          # W (z - mean) scale + b = W' z + b'
         head.weight.mul_(scale)
@@ -266,21 +267,28 @@ def linear_on_features(features, labels, num_classes, settings, run=None):
     return head
 
 
-def linear_on_pictures(backbone, dim, images, settings, world, run=None, check=None):
-    """A linear classifier on augmented pictures, as usual on ImageNet. Freezes the backbone. check:
-    features and labels to validate on after each epoch, or None."""
+def linear_on_pictures(backbone, dim, images, settings, world, run=None, validation=None):
+    """A linear classifier on augmented pictures, as usual on ImageNet. Freezes the backbone.
+    validation: features and labels to score after each epoch, or None."""
+    batches, steps = augmented(images, settings, world)
+
     def features(epoch):
         for x, labels in batches(epoch):
             with torch.no_grad(), world.autocast():
                 z = backbone(x).float()
             yield z, labels
+
+    @torch.no_grad()
+    def score():
+        if not validation:
+            return {}
+        z, labels = validation
+        return top(head(z), labels)
     backbone.eval().requires_grad_(False)
     batch_size = batch_of(settings, len(images.names), world.size)
     head, optimizer = probe(dim, images.num_classes, settings, batch_size, world.device)
     model = DistributedDataParallel(head) if world.size > 1 else head
-    batches, steps = augmented(images, settings, world)
-    fit_classifier(model, optimizer, features, steps, settings, run=run,
-                   check=lambda: top(head(check[0]), check[1]) if check else None)
+    fit_classifier(model, optimizer, features, steps, settings, run=run, check=score)
     return head
 
 

@@ -231,6 +231,8 @@ class Generator:
             try:
                 pixels = generate(self.pipe, level, embeddings[part], seeds[part], **self.settings)
             except torch.OutOfMemoryError:
+                pixels = None                      # its traceback would keep the batch's memory
+            if pixels is None:
                 self.halve()
                 continue
             views += [self.picture(x) for x in pixels]

@@ -170,8 +170,8 @@ class BatchPlan(NamedTuple):
         for step in range(start, self.steps):
             batch = order[step * self.batch_size:(step + 1) * self.batch_size]
             generator = step_generator(self.seed, epoch, step, GENERATED_SIDE)
-            first = torch.rand(self.batch_size, generator=generator) < 0.5
-            yield batch[self.part], first[self.part]
+            generated_first = torch.rand(self.batch_size, generator=generator) < 0.5
+            yield batch[self.part], generated_first[self.part]
 
     def draws(self, epoch, step):
         """The random numbers of a step's augmentations: Draws of (n, V), and for each view the
@@ -203,10 +203,11 @@ class PairsInMemory:
 
     def epoch(self, epoch, start):
         height, width = self.pixels.shape[2:]
-        for step, (index, first) in enumerate(self.plan.batches(epoch, start), start):
+        batches = self.plan.batches(epoch, start)
+        for step, (index, generated_first) in enumerate(batches, start):
             draws, orders = self.plan.draws(epoch, step)
             index = index.to(self.device, non_blocking=True)
-            first = first.to(self.device, non_blocking=True)[:, None, None, None]
+            first = generated_first.to(self.device, non_blocking=True)[:, None, None, None]
             image = self.pixels[index]                                              # X_i
             view = self.views[index]                                                # X_i^+
             pair = torch.where(first, view, image), torch.where(first, image, view)
@@ -249,8 +250,9 @@ class PairSampler:
         return self.plan.steps - self.start
 
     def __iter__(self):
-        for index, first in self.plan.batches(self.epoch, self.start):
-            yield [(self.epoch, *key) for key in zip(index.tolist(), first.tolist(), strict=True)]
+        for index, generated_first in self.plan.batches(self.epoch, self.start):
+            pairs = zip(index.tolist(), generated_first.tolist(), strict=True)
+            yield [(self.epoch, *pair) for pair in pairs]
 
 
 class CropsOfFiles(Dataset):
@@ -259,8 +261,8 @@ class CropsOfFiles(Dataset):
         # Arrays of bytes: reading a list of strings counts references to them, which writes, and
         # each forked worker would copy it.
         self.images = np.array([os.fsencode(images.root / name) for name in images.names])
-        self.views = np.array([os.fsencode(path or "") for path in views or images.names])
-        self.plain = views is None
+        views = views or [None] * len(images.names)            # b"": the image itself
+        self.views = np.array([os.fsencode(path or "") for path in views])
         self.augmentations = augmentations
         self.sizes = sizes
         self.seed = seed
@@ -270,7 +272,7 @@ class CropsOfFiles(Dataset):
         epoch, index, generated_first = key
         image = data.read_picture(os.fsdecode(self.images[index]))
         view = image
-        if not self.plain and self.views[index]:
+        if self.views[index]:
             view = data.read_picture(os.fsdecode(self.views[index]))
         pair = (view, image) if generated_first else (image, view)
         generator = step_generator(self.seed, epoch, index, CROPS_OF_FILES)
@@ -312,6 +314,7 @@ def load_extra(images, views_dir, dataset, image_size, skip_bad=False, workers=0
         paths = data.image_files(views_dir)
     if not paths:
         raise UserError(f"{views_dir} holds no images for --views extra")
+    compare("extra images", count_and_digest([path.name for path in paths]), SAME_FILES)
     names = [str(path.resolve()) for path in paths]
     extra = Images(names, torch.zeros(len(paths)), 0, root=Path())
     if images.pixels is not None:

@@ -106,12 +106,15 @@ def foreground_attention(features: Tensor, component: Tensor):
     _check(features.ndim == 3 and features.numel() and component.shape == features.shape[2:],
            "features must be (N, T, K) and component (K,)", features, component)
     a = features @ component                                    # a = <F, v1>                 (N, T)
-    low, high = a.amin(1, keepdim=True), a.amax(1, keepdim=True)
+    low = a.amin(1, keepdim=True)
+    high = a.amax(1, keepdim=True)
     # A contrast below 1e-5 of the largest possible |a| is rounding, not foreground: a constant map.
     constant = high - low <= 1e-5 * features.norm(dim=2).amax(1, keepdim=True) * component.norm()
     a = torch.where(constant, 0.5, (a - low) / (high - low).masked_fill(constant, 1))    # in [0, 1]
-    # M^f = a / sum(a),    M^b = (1 - a) / sum(1 - a)
-    return a / a.sum(1, keepdim=True), (1 - a) / (1 - a).sum(1, keepdim=True)
+    b = 1 - a
+    foreground = a / a.sum(1, keepdim=True)                     # M^f = a / sum(a)
+    background = b / b.sum(1, keepdim=True)                     # M^b = (1 - a) / sum(1 - a)
+    return foreground, background
 
 
 @in_float32
@@ -305,13 +308,13 @@ def fit_foreground(tokens: Tensor, grid, fraction=0.4):
     # near the mean and keeps the sums precise.
     shift = _clamped(tokens[:256]).mean((0, 1))                                 # (K,)
     count = tokens.shape[0] * tokens.shape[1]                                   # N T
-    first = 0.0
-    second = 0.0
+    sum_x = 0.0
+    sum_xx = 0.0
     for part in tokens.split(256):
         x = _clamped(part).flatten(0, 1) - shift                                # (n T, K)
-        first = first + x.cpu().double().sum(0)
-        second = second + (x.T @ x).cpu().double()
-    covariance = second - torch.outer(first, first) / count        # times N T  (K, K)
+        sum_x = sum_x + x.cpu().double().sum(0)
+        sum_xx = sum_xx + (x.T @ x).cpu().double()
+    covariance = sum_xx - torch.outer(sum_x, sum_x) / count        # times N T  (K, K)
     _, vectors = torch.linalg.eigh(covariance)         # eigenvalues rise: the last is largest
     v1 = vectors[:, -1].float().to(tokens.device)
     return orient_foreground(v1, tokens, grid, fraction)
@@ -345,7 +348,7 @@ def orient_foreground(component: Tensor, tokens: Tensor, grid, fraction=0.4):
 
 @without_autocast
 def foreground_threshold(a: Tensor, fraction=0.4):
-    """alpha (Eq. 7): the quantile of a (N, T) above which this share of all tokens lies; images
+    """alpha (Eq. 7): the quantile of a (N, T) above which this part of all tokens lies; images
     beyond torch.quantile's limit are skipped."""
     every = 1 + a.numel() // 16_000_000
     return torch.quantile(a[::every].flatten(), 1 - fraction).item()

@@ -57,12 +57,13 @@ def mlp(sizes, norm=False, last_norm=False):
     """Linear layers from sizes[0] to sizes[-1] features with ReLUs between them; norm: batch norm
     before each ReLU; last_norm: batch norm without scale and shift at the end."""
     layers = []
-    for a, b in itertools.pairwise(sizes):
+    *hidden, last = itertools.pairwise(sizes)
+    for a, b in hidden:
         layers.append(nn.Linear(a, b, bias=not norm))
         if norm:
             layers.append(nn.BatchNorm1d(b))
         layers.append(nn.ReLU())
-    layers = layers[:-2] if norm else layers[:-1]                     # nothing after the last layer
+    layers.append(nn.Linear(*last, bias=not norm))
     if last_norm:
         layers.append(nn.BatchNorm1d(sizes[-1], affine=False))
     return nn.Sequential(*layers)
@@ -318,7 +319,7 @@ def evaluate_knn(method, images, test, args, run):
 
 def knn_images(images, count=None):
     """The training images that kNN looks at while training: so many, else a tenth of large images,
-    but 10,000, or all small ones."""
+    but at least 10,000, or all small ones."""
     n = len(images.names)
     if not count:
         count = max(n // 10, 10_000) if images.pixels is None else n
@@ -365,8 +366,10 @@ def limit_queue(args, count):
     usual = recipes.training(args.dataset, args.method, args.arch, args.epochs, args.batch_size)
     by_recipe = args.queue == usual.get("queue")
     most = max(count // 10 // args.batch_size, 1) * args.batch_size
-    if args.queue <= most + args.batch_size or (args.dataset == "shapes" and not args.limit):
-        return args                                # the recipe of shapes is for all its images
+    if args.dataset == "shapes" and not args.limit:            # its recipe is for all its images
+        return args
+    if args.queue <= max(most, math.ceil(count / 10 / args.batch_size) * args.batch_size):
+        return args
     if args.dataset == "folder" and by_recipe:
         say(f"--queue {most}: at most a tenth of the {count} images")
         return argparse.Namespace(**vars(args) | {"queue": most})

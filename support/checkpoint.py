@@ -32,17 +32,16 @@ class Checkpoint:
         find the same one.
         """
         path = Path(path or self.path)
-        state = load_checkpoint(path) if path.exists() else {}
-        if state:
-            self._compare(path, state)
-        found = f"epoch {state.get('epoch')}, step {state.get('step')}" if state else "none"
+        state = {}
+        found = "none"
+        if path.exists():
+            state = load_checkpoint(path)
+            if not isinstance(state, dict) or "identity" not in state:
+                raise UserError(f"{path} is no checkpoint of such a run: name another --output-dir")
+            self.refuse_other(path, state["identity"])
+            found = f"epoch {state.get('epoch')}, step {state.get('step')}"
         compare(f"the checkpoint {path}", found, "it must lie in one folder for all machines")
         return state
-
-    def _compare(self, path, state):
-        if not isinstance(state, dict) or "identity" not in state:
-            raise UserError(f"{path} is no checkpoint of such a run: name another --output-dir")
-        self.refuse_other(path, state["identity"])
 
     def refuse_other(self, path, saved):
         """UserError where the file at path, with the identity saved, is of another run."""

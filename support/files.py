@@ -85,8 +85,10 @@ def claim(folder):
     except (BlockingIOError, PermissionError):
         raise UserError(f"another process works in {folder}: name another --output-dir") from None
     except OSError:
-        pass                                       # a file system without locks
-    return lock
+        return lock                                # a file system without locks
+    if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+        return lock
+    return claim(folder)                           # its last holder removed the file meanwhile
 
 
 def release(lock):

@@ -3,6 +3,7 @@
 The folder holds last.pt (everything to resume), backbone.pt, log.jsonl, args.json and what the
 script draws or keeps there.
 """
+import datetime
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import torch
 from support.checkpoint import Checkpoint, SaveTimes
 from support.command_line import UserError, duration, progress, real, say, whole
 from support.files import append, claim, keep_lines, release, sweep, write_json, write_whole
-from support.processes import cores_of_process
+from support.processes import compare, cores_of_process
 
 # Flags that may differ when a run is resumed: they do not change its result.
 FREE = {"data_dir", "output_dir", "resume", "device", "compile", "workers", "skip_bad", "knn_every",
@@ -66,17 +67,17 @@ def choose_folder(output_dir, resume, name):
     elif resume:
         folder = Path(resume).parent
     else:
-        now = time.time()
-        moment = f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{1000 * (now % 1):03.0f}"
+        moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
         folder = Path("runs", f"{name}-{moment}")
-    if not resume:
-        refuse_taken(folder)
+    refuse_taken(folder, resume)
     return str(folder), resume
 
 
-def refuse_taken(folder):
-    """UserError where the folder holds a run."""
-    if (folder / "last.pt").exists():
+def refuse_taken(folder, resume):
+    """UserError where the folder holds another run than the one that is resumed."""
+    last = folder / "last.pt"
+    goes_on = resume and Path(resume).resolve() == last.resolve()
+    if last.exists() and not goes_on:
         raise UserError(f"{folder} holds a run already: go on with --resume, or name another "
                         f"--output-dir")
 
@@ -127,6 +128,7 @@ class Run:
     def resume(self):
         """Loads --resume's checkpoint into method and optimizer."""
         path = self.args.resume
+        compare("a checkpoint to resume", bool(path), "it must lie in one folder for all machines")
         if path and not Path(path).exists():
             raise UserError(f"{path} cannot be loaded as a checkpoint (it is missing); name a "
                             f"last.pt by its path")
@@ -157,8 +159,7 @@ class Run:
         if not self.main:
             return
         self.lock = claim(self.folder)
-        if self.is_new:
-            refuse_taken(self.folder)              # by a run that was faster
+        refuse_taken(self.folder, self.args.resume)            # by a run that was faster
         sweep(self.folder.glob("*.tmp"), seconds=0)    # not those of an evaluation below it
         self._prune_log()
         write_json(self.folder / "args.json", vars(self.args) | {"label": self.label})

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from PIL import Image
 from running import before_call, call, end, fail, json_lines, refusal, start, start_two
 
 import eval_linear
@@ -145,6 +146,26 @@ def test_processes_that_find_other_checkpoints_are_named(tmp_path, monkeypatch):
         Checkpoint(tmp_path / "last.pt", {}, None).load()
 
 
+def test_a_checkpoint_that_one_machine_does_not_see_is_named(world, tmp_path):
+    """With --resume alone, which starts anew where nothing is there."""
+    works = [training(world, tmp_path / name, "--resume", "--knn-every", 0) for name in "ab"]
+    training(world, tmp_path / "a", "--knn-every", 0)()
+    assert end(*start_two(works, tmp_path)) == [2, 2]
+    assert "finds a checkpoint to resume: False, process 0: True" in (tmp_path / "0").read_text()
+
+
+def test_further_samples_that_one_machine_lacks_are_named(world, tmp_path):
+    works = []
+    for rank, count in ((0, 3), (1, 2)):
+        folder = tmp_path / f"extra-{rank}"
+        folder.mkdir()
+        for i in range(count):
+            Image.new("RGB", (32, 32)).save(folder / f"{i}.png")
+        works.append(training(world, tmp_path / "run", "--views", "extra", "--views-dir", folder))
+    assert end(*start_two(works, tmp_path)) == [2, 2]
+    assert re.search("finds extra images: 2 images.*process 0: 3", (tmp_path / "0").read_text())
+
+
 # ------------------------------------------------------------------------------ one run, one folder
 def test_a_second_run_in_a_folder_is_refused(world, tmp_path, capsys):
     run = tmp_path / "run"
@@ -168,13 +189,27 @@ def test_a_run_that_was_faster_is_not_overwritten(world, tmp_path, capsys, monke
     assert "holds a run already" in refusal(capsys, late)
 
 
-def test_runs_of_the_same_second_have_names_of_their_own(monkeypatch):
-    names = []
-    for now in (1e9, 1e9 + 0.004):
-        monkeypatch.setattr(time, "time", lambda now=now: now)
-        names.append(runs.choose_folder(None, None, "cifar10-mocov2-plain")[0])
-    assert names[0] != names[1] and re.fullmatch(r"runs/cifar10-mocov2-plain-\d{8}-\d{6}-004",
-                                                 names[1])
+def test_runs_of_the_same_second_have_names_of_their_own():
+    names = {runs.choose_folder(None, None, "cifar10-mocov2-plain")[0] for _ in range(3)}
+    assert len(names) == 3
+    assert all(re.fullmatch(r"runs/cifar10-mocov2-plain-\d{8}-\d{6}-\d{6}", x) for x in names)
+
+
+def test_a_run_does_not_go_on_in_the_folder_of_another(world, tmp_path, capsys):
+    training(world, tmp_path / "other", "--seed", 1, "--knn-every", 0)()
+    before = (tmp_path / "other/last.pt").read_bytes()
+    work = training(world, tmp_path / "other", "--resume", world / "run/last.pt")
+    assert "other holds a run already" in refusal(capsys, work)
+    assert (tmp_path / "other/last.pt").read_bytes() == before
+    moved = training(world, tmp_path / "new", "--resume", world / "run/last.pt")
+    moved()                                        # into a folder of its own it may
+    assert (tmp_path / "new/args.json").exists()
+
+
+def test_a_file_that_is_no_checkpoint_of_a_run_is_named(world, tmp_path, capsys):
+    torch.save(torch.ones(2), tmp_path / "last.pt")
+    work = training(world, tmp_path / "run", "--resume", tmp_path / "last.pt")
+    assert "last.pt is no checkpoint of such a run" in refusal(capsys, work)
 
 
 def test_tasks_of_srun_without_torchrun_are_named(monkeypatch, capsys):
