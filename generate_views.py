@@ -375,8 +375,8 @@ def make_missing(dataset, data_dir, limit, images, world):
     seconds = MINI_START + len(todo) / MINI_RATE
     say(f"GenView needs generated views: {len(todo)} of {count} images have none in "
         f"{args.views_dir}.\nThey are made first, in about {duration(seconds)} on two free cores "
-        f"of a CPU; if interrupted, the same command goes on.\n--views-dir none trains without "
-        f"them.")
+        f"of a CPU. If interrupted, the same command\ngoes on. To train without generated views: "
+        f"--views-dir none.")
     run(args, world)
     gc.collect()                                   # the pipeline refers to itself
     if world.device.type == "cuda":

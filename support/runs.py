@@ -25,6 +25,7 @@ TIMED_STEPS = 10      # whose time tells how long a run will take, after the fir
 LONG = 2 * 3600       # seconds from which on a smaller run is named, of SMALL images on a CPU
 SMALL = 64            # side in pixels
 SMALLER = "--limit 10000 --arch resnet10_narrow --epochs 60"
+SMALLER_SIZE = 10_000 * 60    # images in all of its epochs
 
 
 # -------------------------------------------------------------------------------------------- flags
@@ -225,8 +226,9 @@ class Run:
         what = "this run" if self.is_new else "the rest of this run"
         text = f"{what} will take about {duration(seconds)} on this machine"
         on_cpu = self.world.device.type == "cpu"
-        if on_cpu and self.is_new and seconds > LONG and self.args.image_size <= SMALL:
-            text += f"; a smaller one: {SMALLER}"
+        is_larger = self.images * self.args.epochs > SMALLER_SIZE
+        if on_cpu and is_larger and seconds > LONG and self.args.image_size <= SMALL:
+            text += f"; a smaller one (docs/RESULTS.md): {SMALLER}"
         say_above(self.bar, text)
 
     def _log_means(self, step, names):

@@ -194,17 +194,28 @@ def test_full_size_models_are_left_to_generate_views(image_folder, train, capsys
     assert not Path("views").exists()
 
 
+@pytest.mark.parametrize("fast", [torch.bfloat16, torch.float32])
+def test_the_precision_of_a_training_is_not_that_of_its_views(fast, monkeypatch):
+    """On a GPU: else another --precision would be refused while views are missing."""
+    monkeypatch.setattr(generate_views, "fast_dtype", lambda device: fast)
+    args = SimpleNamespace(precision="auto")
+    gpu = CPU._replace(device=torch.device("cuda"))
+    found = {generate_views.precision_of(args, gpu._replace(dtype=dtype))
+             for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    assert found == {torch.bfloat16 if fast == torch.bfloat16 else torch.float16}
+
+
 # ------------------------------------------------------------------------ how long a run will take
 def begin(folder, seconds_a_step, monkeypatch, **changes):
     """A run of 20 steps an epoch whose clock goes on by so much a step; and its clock."""
-    settings = dict(output_dir=str(folder), resume=None, epochs=10, batch_size=8, image_size=32,
-                    save_minutes=1e6, log_every=10, dataset="cifar10")
+    settings = dict(output_dir=str(folder), resume=None, epochs=10, batch_size=4000,
+                    image_size=32, save_minutes=1e6, log_every=10, dataset="cifar10")
     settings |= changes
     method = torch.nn.Module()
     method.chance = 0.0
     method.query = SimpleNamespace(backbone=torch.nn.Linear(1, 1))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    images = SimpleNamespace(names=[""] * 160, left_out=0, source="")
+    images = SimpleNamespace(names=[""] * 80_000, left_out=0, source="")
     run = runs.Run(SimpleNamespace(**settings), CPU, method, optimizer, images)
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now, time=lambda: clock.now)
     monkeypatch.setattr(runs, "time", clock)
@@ -222,7 +233,9 @@ def begin(folder, seconds_a_step, monkeypatch, **changes):
 
 @pytest.mark.parametrize("seconds, changes, line", [
     (1, {}, "this run will take about 3 min on this machine"),
-    (60, {}, f"this run will take about 3.3 h on this machine; a smaller one: {runs.SMALLER}"),
+    (60, {}, f"this run will take about 3.3 h on this machine; a smaller one (docs/RESULTS.md): "
+             f"{runs.SMALLER}"),
+    (1800, dict(epochs=7), "this run will take about 70.0 h on this machine"),
     (60, dict(image_size=224), "this run will take about 3.3 h on this machine"),
     (60, dict(epoch=5), "the rest of this run will take about 1.7 h on this machine")])
 def test_a_run_says_early_how_long_it_will_take(seconds, changes, line, tmp_path, monkeypatch,
@@ -241,5 +254,5 @@ def test_a_run_says_early_how_long_it_will_take(seconds, changes, line, tmp_path
 
 def test_the_smaller_run_that_is_named_parses(train):
     args = train_moco.parse_args(argv=["--dataset=cifar10", *runs.SMALLER.split()])
-    assert (args.limit, args.arch, args.epochs) == (10_000, "resnet10_narrow", 60)
+    assert args.arch == "resnet10_narrow" and args.limit * args.epochs == runs.SMALLER_SIZE
     assert command_line.duration(runs.LONG) == "2.0 h"
