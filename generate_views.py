@@ -13,6 +13,7 @@ Legend of the shapes: N images, n of a batch, T patch tokens of an image, K feat
 size of an image embedding.
 """
 import datetime
+import gc
 import hashlib
 import math
 import os
@@ -28,11 +29,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import genview
 import recipes
 from genview import FRACTION
-from support.command_line import Parser, UserError, either, progress, real, say, script, whole
+from support.command_line import (
+    Parser,
+    UserError,
+    duration,
+    either,
+    progress,
+    real,
+    say,
+    script,
+    whole,
+)
 from support.data import IN_MEMORY_SIZE, spaced, square
 from support.files import read_component, write_component, write_whole
 from support.pictures import sheet
-from support.processes import setup
+from support.processes import fast_dtype, setup
 from support.views import ViewFolder, file_mark
 
 LEVELS = (0, 100, 200, 300, 400)  # of the 1,000 noising steps (release)
@@ -40,6 +51,8 @@ STABLE = "sd2-community/stable-diffusion-2-1-unclip"
 LARGEST_BATCH = 1024              # images generated at once; a GPU is busy long before
 ENCODER_BATCH = 8                 # fixed: rounding depends on it and can decide on a level
 SMALL = 64                        # side up to which pictures need no saving of memory
+MINI_RATE = 150                   # images/s of the miniature on two cores: docs/RESULTS.md
+MINI_START = 20                   # seconds there to load it and to fit the foreground
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
              SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]   # setup turns the first off: training
 
@@ -285,32 +298,16 @@ class Views:
         self.images = images
         self.seed = seed
         self.world = world
-        self.todo = []
-        self.there = []                            # levels of the views that stay
+        mine = spaced(len(images.names), limit).tolist()[world.rank::world.size]
+        self.todo, changed, self.there = find_missing(folder, images, mine)
         self.levels = []                           # of the views made here
-        self.choose(spaced(len(images.names), limit).tolist()[world.rank::world.size])
         self.skipped = 0
-        self.start = time.monotonic()
-        self.bar = progress(None, "views", "image", total=len(self.todo))
-
-    def choose(self, indices):
-        """What is to do of the images at indices: those without a view, and those that are not the
-        ones that their views were made of."""
-        made = self.folder.made()
-        changed = 0
-        for i in indices:
-            line = made.get(self.images.names[i])
-            if line is None:
-                self.todo.append(i)
-            elif line.file and line.file != file_mark(self.images, self.images.names[i]):
-                self.todo.append(i)
-                changed += 1
-            else:
-                self.there.append(line.noise_level)
-        changed = sum(self.world.gather_objects(changed))
+        changed = sum(world.gather_objects(changed))
         if changed:
             say(f"*** {changed} images are not those that their views were made of: these views "
                 f"are made again")
+        self.start = time.monotonic()
+        self.bar = progress(None, "views", "image", total=len(self.todo))
 
     def unreadable(self, index, error):
         self.skipped += 1
@@ -341,6 +338,54 @@ class Views:
         text = ", ".join(f"{level}: {count}" for level, count in enumerate(counts) if count)
         say(f"{made} views made, {there} there already, {skipped} skipped (unreadable); noise "
             f"levels {text or 'none'}; {seconds:.1f} s, {made / max(seconds, 1e-9):.2f} images/s")
+
+
+def find_missing(folder, images, indices):
+    """Which views are to be made: of the images at indices those without a view, and those that are
+    not the ones that their views were made of. Returns their indices, how many have changed, and
+    the noise levels of the views that stay."""
+    made = folder.made()
+    todo = []
+    changed = 0
+    levels = []
+    for i in indices:
+        name = images.names[i]
+        line = made.get(name)
+        if line is None:
+            todo.append(i)
+        elif line.file and line.file != file_mark(images, name):
+            todo.append(i)
+            changed += 1
+        else:
+            levels.append(line.noise_level)
+    return todo, changed, levels
+
+
+def make_missing(dataset, data_dir, limit, images, world):
+    """Makes the views of CIFAR that a training lacks, with the miniature, as this script does
+    without further flags. Where none is missing, no model is loaded, and the views may be of any
+    settings.
+
+    limit: of the data set, as --limit. images: what is trained on, these images or fewer.
+    """
+    flags = [f"--dataset={dataset}", f"--data-dir={data_dir}"]
+    if limit:
+        flags.append(f"--limit={limit}")
+    args = parse_args(flags)
+    folder = ViewFolder(args.views_dir, ".png")
+    count = len(images.names)
+    todo, _, _ = find_missing(folder, images, range(count))
+    if not world.any(len(todo)):
+        return
+    seconds = MINI_START + len(todo) / MINI_RATE
+    say(f"GenView needs generated views: {len(todo)} of {count} images have none in "
+        f"{args.views_dir}.\nThey are made first, in about {duration(seconds)} on two free cores "
+        f"of a CPU. If interrupted, the same command\ngoes on. To train without generated views: "
+        f"--views-dir none.")
+    run(args, world)
+    gc.collect()                                   # the pipeline refers to itself
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def settings_of(args, generator, pipe):
@@ -473,8 +518,7 @@ def resolve(args):
     """Fills in what no flag says and the model's name decides."""
     args.data_dir = genview.data_dir_of(args.dataset, args.data_dir)
     args.views_dir = Path(args.views_dir or genview.default_views_dir(args.dataset, args.data_dir))
-    cifar = args.dataset.startswith("cifar")
-    args.model = args.model or ("mini" if cifar and genview.MINI.is_dir() else STABLE)
+    args.model = args.model or default_model(args.dataset)
     is_mini = args.model == "mini" or os.path.realpath(args.model) == os.path.realpath(genview.MINI)
     usual = recipes.GENERATION["mini" if is_mini else "stable"]
     args.steps = args.steps or usual["steps"]
@@ -484,13 +528,19 @@ def resolve(args):
     return args
 
 
+def default_model(dataset):
+    """The model that makes the views of a data set where no flag names one."""
+    return "mini" if dataset.startswith("cifar") and genview.MINI.is_dir() else STABLE
+
+
 def precision_of(args, world):
     """The dtype of all networks."""
     if args.precision != "auto":
         return getattr(torch, args.precision)
     if world.device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if world.dtype == torch.bfloat16 else torch.float16
+    # Not the world's dtype: a training's --precision does not change its views.
+    return torch.bfloat16 if fast_dtype(world.device) == torch.bfloat16 else torch.float16
 
 
 def make_generator(args, pipe, device):
@@ -507,9 +557,8 @@ def make_generator(args, pipe, device):
     return Generator(pipe, args.steps, args.guidance, size, save_size, batch_size, largest)
 
 
-def main():
-    args = parse_args()
-    world = setup(args.device, datetime.timedelta(days=7))         # processes may end days apart
+def run(args, world):
+    """Makes the views or draws the preview."""
     # A larger size than IN_MEMORY_SIZE: files are opened one by one, when they are needed.
     images = genview.load_images(args.dataset, args.data_dir, "train", IN_MEMORY_SIZE + 1)
     pipe = load_pipeline(args.model, precision_of(args, world), world.device, args.solver)
@@ -521,6 +570,11 @@ def main():
         make_view_set(args, pipe, generator, images, world)
     elif world.rank == 0:
         preview(args, pipe, generator, images)
+
+
+def main():
+    args = parse_args()
+    run(args, setup(args.device, datetime.timedelta(days=7)))      # processes may end days apart
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """BYOL and SimSiam with GenView: no negatives. The step, loop and command line are train_moco.py's.
 
     python train_byol.py --dataset shapes                                # no download; BYOL
-    python train_byol.py --dataset cifar10 --method simsiam              # finds the generated views
+    python train_byol.py --dataset cifar10 --method simsiam              # makes missing views first
     torchrun --nproc_per_node=8 train_byol.py --dataset imagenet --data-dir /data/imagenet \\
         --views-dir /data/imagenet-views
 

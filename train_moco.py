@@ -1,7 +1,7 @@
 """MoCo v2 and MoCo v3 with GenView: the models, the step and the whole training loop.
 
     python train_moco.py --dataset shapes                  # no download, any laptop: two minutes
-    python train_moco.py --dataset cifar10                 # finds the views of generate_views.py
+    python train_moco.py --dataset cifar10                 # makes the missing views first, minutes
     torchrun --nproc_per_node=8 train_moco.py --dataset imagenet --data-dir /data/imagenet \\
         --views-dir /data/imagenet-views
 
@@ -39,7 +39,7 @@ import genview
 import recipes
 import shapes
 from eval_linear import knn_of
-from generate_views import foreground_proportion, noise_level
+from generate_views import default_model, foreground_proportion, make_missing, noise_level
 from quality_loss import fit_foreground, info_nce, info_nce_in_batch, quality_weights
 from support import runs
 from support.augment import normalise
@@ -401,8 +401,9 @@ def prepare(args, images, world, kept):
     if args.dataset == "shapes":
         views, encoder, component = prepare_shapes(args, len(images.names))
     else:
-        views, missing = load_views(args, images)
+        # The encoder first: what is wrong with it is said before views are made.
         encoder = genview.FrozenEncoder(args.encoder) if args.quality != "off" else None
+        views, missing = load_views(args, images, world)
         component = None
     quality_of = None
     if args.quality != "off":
@@ -425,11 +426,13 @@ def prepare(args, images, world, kept):
     return loader, quality_of, missing
 
 
-def load_views(args, images):
+def load_views(args, images, world):
     """The generated views or the extra samples of --views-dir, None for plain pairs; and what is
     missing of them, in words."""
     if args.views_dir == "none":
         return None, ""
+    if args.make_views:
+        make_missing(args.dataset, args.data_dir, args.limit, images, world)
     if args.views == "extra":
         extra, bad = genview.load_extra(images, args.views_dir, args.dataset, args.image_size,
                                         args.skip_bad, args.workers)
@@ -479,7 +482,7 @@ def make_parser(methods, description):
     add = parser.add_argument_group("GenView").add_argument
     add("--method", choices=sorted(methods), default=next(iter(methods)), help="picks the recipe")
     add("--views-dir", help="folder of generated views, or none; default: where generate_views.py "
-                            "puts them")
+                            "puts them; for CIFAR those that are missing there are made first")
     add("--views", choices=["pair", "extra"], default="pair",
         help="pair: a generated view in each pair; extra: the paper's comparison, the images of "
              "--views-dir (any folder) as further training samples")
@@ -527,9 +530,13 @@ def resolve_views(args):
         raise UserError("--dataset shapes makes its views itself: --views-dir can only be none")
     if args.noise != "adaptive" and args.dataset != "shapes":
         raise UserError("--noise is for --dataset shapes; for other data generate_views.py sets it")
+    args.make_views = False                        # the miniature makes those that are missing
     if args.views_dir is None:
         args.views_dir = genview.default_views_dir(args.dataset, args.data_dir)
-        if args.dataset != "shapes" and not Path(args.views_dir, "manifest.jsonl").exists():
+        is_new = runs.begins_new(args.output_dir, args.resume)
+        args.make_views = is_new and default_model(args.dataset) == "mini"
+        there = Path(args.views_dir, "manifest.jsonl").exists() or args.dataset == "shapes"
+        if not there and not args.make_views:
             say(f"*** No generated views in {args.views_dir}: this is plain {NAMES[args.method]}, "
                 f"not GenView. They are made by\n***   python generate_views.py "
                 f"--dataset {args.dataset} --data-dir {args.data_dir}")

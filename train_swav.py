@@ -1,7 +1,7 @@
 """SwAV with GenView: views predict each other's codes. The step and loop are train_moco.py's.
 
     python train_swav.py --dataset shapes                                # no download
-    python train_swav.py --dataset cifar10                               # finds the generated views
+    python train_swav.py --dataset cifar10                               # makes missing views first
     torchrun --nproc_per_node=8 train_swav.py --dataset imagenet --data-dir /data/imagenet \\
         --views-dir /data/imagenet-views
 

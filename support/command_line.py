@@ -138,6 +138,13 @@ def progress(items, text, unit, **options):
     return tqdm(items, desc=text, unit=unit, leave=False, disable=not visible, **options)
 
 
+def say_above(bar, text):
+    """Prints a line while a progress bar is on the screen; its next update draws it below."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        bar.clear()
+    say(text)
+
+
 def duration(seconds):
     """Seconds in words: "40 s", "12 min", "3.5 h"."""
     if seconds > 5400:

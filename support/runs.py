@@ -14,14 +14,19 @@ from pathlib import Path
 import torch
 
 from support.checkpoint import Checkpoint, SaveTimes
-from support.command_line import UserError, duration, progress, real, say, whole
+from support.command_line import UserError, duration, progress, real, say, say_above, whole
 from support.files import append, claim, keep_lines, release, sweep, write_json, write_whole
 from support.processes import compare, cores_of_process
 
 # Flags that may differ when a run is resumed: they do not change its result.
 FREE = {"data_dir", "output_dir", "resume", "device", "compile", "workers", "skip_bad", "knn_every",
-        "knn_images", "log_every", "save_minutes"}
+        "knn_images", "log_every", "save_minutes", "make_views"}
 HEALTHY_NEG = 0.25    # mean cosine of negatives above which a run is warned
+TIMED_STEPS = 10      # whose time tells how long a run will take, after the first, which is slow
+LONG = 2 * 3600       # seconds from which on a smaller run is named, of SMALL images on a CPU
+SMALL = 64            # side in pixels
+SMALLER = "--limit 10000 --arch resnet10_narrow --epochs 60"
+SMALLER_SIZE = 10_000 * 60    # images in all of its epochs
 
 
 # -------------------------------------------------------------------------------------------- flags
@@ -55,12 +60,22 @@ def check_batch(batch_size):
                         f"process")
 
 
+def begins_new(output_dir, resume):
+    """Do the flags begin a new run? --resume does, too, where the folder holds none yet."""
+    if resume == "last" and output_dir:
+        return not Path(output_dir, "last.pt").exists()
+    return not resume
+
+
 def choose_folder(output_dir, resume, name):
     """The run's folder and the checkpoint it goes on from (None: a new run), both as text.
 
     output_dir, resume: as the flags say. name: how the folders of such runs begin, before the time.
     """
-    if resume == "last":
+    if resume and begins_new(output_dir, resume):
+        say(f"nothing to resume in {output_dir}: a new run")
+        resume = None
+    elif resume == "last":
         resume = _newest_checkpoint(output_dir, name)
     if output_dir:
         folder = Path(output_dir)
@@ -85,14 +100,11 @@ def refuse_taken(folder, resume):
 def _newest_checkpoint(output_dir, name):
     """For --resume without a path: the last.pt in output_dir, else the newest of such runs."""
     if output_dir:
-        path = Path(output_dir, "last.pt")
-        if path.exists():
-            return str(path)
-        say(f"nothing to resume in {output_dir}: a new run")
-        return None
+        return str(Path(output_dir, "last.pt"))
     found = list(Path("runs").glob(f"{name}-*/last.pt"))
     if not found:
-        raise UserError(f"no runs/{name}-*/last.pt to resume: name one by --resume PATH")
+        raise UserError(f"no runs/{name}-*/last.pt to resume: name one by --resume PATH, or begin "
+                        f"a new run without --resume")
     return str(max(found, key=lambda path: path.stat().st_mtime))
 
 
@@ -191,12 +203,34 @@ class Run:
         """Logs the means of the read-outs, refuses a loss that is not finite, saves when it is
         time, stops when a signal asks for it."""
         self.bar.update(1)
+        if self.main and self.now == self.epoch:
+            self._say_how_long(step, readouts["loss"])
         self.pending.append(torch.stack(list(readouts.values())).float())
         last = step + 1 == self.steps
         if last or (step + 1) % self.args.log_every == 0:
             self._log_means(step, list(readouts))
             if not last and self.save_times.due():
                 self.save(self.now, step + 1)
+
+    def _say_how_long(self, step, loss):
+        """One line early in a new or resumed run, after TIMED_STEPS steps."""
+        timed = step - self.first                  # steps after the first
+        if timed == 0:
+            loss.item()                            # a GPU works on: wait for it
+            self.timed_from = time.monotonic()
+        if timed != TIMED_STEPS:
+            return
+        loss.item()
+        seconds_a_step = (time.monotonic() - self.timed_from) / timed
+        done = self.epoch * self.steps + self.first
+        seconds = (self.args.epochs * self.steps - done) * seconds_a_step
+        what = "this run" if self.is_new else "the rest of this run"
+        text = f"{what} will take about {duration(seconds)} on this machine"
+        on_cpu = self.world.device.type == "cpu"
+        is_larger = self.images * self.args.epochs > SMALLER_SIZE
+        if on_cpu and is_larger and seconds > LONG and self.args.image_size <= SMALL:
+            text += f"; a smaller one (docs/RESULTS.md): {SMALLER}"
+        say_above(self.bar, text)
 
     def _log_means(self, step, names):
         number = self.now * self.steps + step + 1

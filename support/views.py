@@ -203,7 +203,8 @@ class ViewFolder:
             if before.get(key_of_value, settings[key_of_value]) != settings[key_of_value]:
                 raise UserError(f"{self.folder} holds views of other settings: {key} is "
                                 f"{before.get(key)} there and {settings[key]} here; name another "
-                                f"--views-dir")
+                                f"--views-dir to generate_views.py, or train with the views that "
+                                f"are there by --views-dir {self.folder}")
 
     def made(self):
         """{source: its ManifestLine} of the views that are there."""

@@ -354,18 +354,18 @@ def by_a_user(image_folder, tmp_path_factory):
         process.terminate()                        # where its test was not chosen
 
 
-def test_called_as_a_user_without_views_it_says_that_it_is_plain(by_a_user):
-    """Neither views nor the flag: banner, folder's name, settings, last line."""
+def test_called_as_a_user_it_makes_views_and_is_genview(by_a_user):
+    """By the miniature: folder's name, settings, last line."""
     process, folder = by_a_user
     said, errors = process.communicate(timeout=240)
     assert process.returncode == 0 and "Traceback" not in errors, errors
-    assert "this is plain MoCo" in said and "python generate_views.py --dataset cifar10" in said
-    last = r"kNN top-1 \d+\.\d% \(plain MoCo v2, no generated views\)"
+    assert "24 views made, 0 there already" in said
+    last = r"kNN top-1 \d+\.\d% \(MoCo v2 \+ GenView's views \+ quality weights\)"
     assert re.fullmatch(last, said.splitlines()[-1])
     run_folder, = (folder / "runs").iterdir()
-    assert run_folder.name.startswith("cifar10-mocov2-plain-")
+    assert run_folder.name.startswith("cifar10-mocov2-genview-")
     label = json.loads((run_folder / "args.json").read_text())["label"]
-    assert label.startswith("plain MoCo v2")
+    assert label == "MoCo v2 + GenView's views + quality weights"
 
 
 # -------------------------------------------------------------------------------------- refusals
