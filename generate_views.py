@@ -13,7 +13,6 @@ Legend of the shapes: N images, n of a batch, T patch tokens of an image, K feat
 size of an image embedding.
 """
 import datetime
-import gc
 import hashlib
 import math
 import os
@@ -383,9 +382,8 @@ def make_missing(dataset, data_dir, limit, images, world):
         f"of a CPU. If interrupted, the same command\ngoes on. To train without generated views: "
         f"--views-dir none.")
     run(args, world)
-    gc.collect()                                   # the pipeline refers to itself
     if world.device.type == "cuda":
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()                   # of the pipeline, which is freed by now
 
 
 def settings_of(args, generator, pipe):
