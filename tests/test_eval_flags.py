@@ -345,6 +345,7 @@ def test_the_probe_of_features_takes_them_in_the_order_of_the_seed(coded, colour
 
 @pytest.mark.parametrize("flags", [["--epochs=1"], *([*ON_PICTURES[name], "--epochs=1"]
                                                     for name in ON_PICTURES)])
+@pytest.mark.parametrize("coded", [32], ids=["memory"], indirect=True)
 def test_the_rate_is_that_of_the_batch_that_is_really_used(flags, coded, colours, tmp_path, capsys):
     """24 pictures with --batch-size 256: the rate for 256 is multiplied by 24 / 256."""
     for batch, real in ((256, 24), (8, 8)):
@@ -357,6 +358,7 @@ def test_the_rate_is_that_of_the_batch_that_is_really_used(flags, coded, colours
 
 
 @pytest.mark.parametrize("flags", [[], ["--protocol=knn"], ["--protocol=finetune", "--labels=1"]])
+@pytest.mark.parametrize("coded", [32], ids=["memory"], indirect=True)
 def test_a_second_evaluation_never_replaces_another_one_s_result(flags, coded, colours, tmp_path):
     """The same one may; one of other settings or data is refused."""
     more = ["--image-size", coded.size, *flags]
@@ -372,6 +374,7 @@ def test_a_second_evaluation_never_replaces_another_one_s_result(flags, coded, c
     assert (tmp_path / "out/result.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("coded", [32], ids=["memory"], indirect=True)
 def test_too_few_labels_and_a_single_value_in_batch_norm_are_named(
         coded, colours, image_folder, tmp_path, capsys):
     (tmp_path / "one.txt").write_text("cat/0000.png\n")

@@ -283,8 +283,7 @@ def test_60_bad_images(world, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------- folders
 @pytest.mark.parametrize("change, trains, generates", [
     ("rm -r train", False, False), ("rm -r test", False, True),      # generation needs train/ only
-    ("rm -r $PWD", False, False), ("rm -r $PWD; touch $PWD", False, False),
-    ("rm train/*/*.png", False, False), ("rm -r train; touch train", False, False),
+    ("rm -r $PWD; touch $PWD", False, False), ("rm train/*/*.png", False, False),
     ("for f in train/*/*; do mv $f train/$(echo $f | tr / -); done", False, True),
     ("for f in train/cat/*; do ln -sf gone.png $f; done", False, True),        # left out
     ("ln -s $PWD/train train/cat/loop", True, True), ("mkdir train/cat/0099.png", True, True)])

@@ -122,7 +122,8 @@ def test_every_random_stream_is_new_in_each_epoch_for_each_picture_and_with_the_
     assert steps[0] != steps[1]
 
 
-@pytest.mark.parametrize("least, low, high", [(0.05, 0.02, 0.3), (0.6, 0.5, 0.8)])
+@pytest.mark.parametrize("world, least, low, high", [
+    (32, 0.05, 0.02, 0.3), (32, 0.6, 0.5, 0.8), (80, 0.6, 0.5, 0.8)], indirect=["world"])
 def test_crop_min_is_the_smallest_area(least, low, high, world, tmp_path):
     pairs = pairs_of(steps_of(world, tmp_path, "--crop-min", least), world[1])
     areas = [x.area for pair in pairs for x in pair]
