@@ -43,7 +43,7 @@ FLAGS = {
     "small_crops": (whole(0), "SwAV: number of small crops"),
     "small_size": (whole(1), "SwAV: their side in pixels"),
     "small_min": (real(1e-3, 1), "SwAV: their smallest part of the image's area"),
-    "blur": (real(0, 1), "probability of Gaussian blur (MoCo v3, BYOL: its mean over the views)"),
+    "blur": (real(0, 1), "probability of Gaussian blur (MoCo v3, BYOL: 2 and 0.2 times it)"),
     "knn_every": (whole(0), "epochs between kNN evaluations; 0: never")}
 
 SHAPES = dict(arch="resnet10_narrow", image_size=32, epochs=30, batch_size=128, optimizer="adamw",
