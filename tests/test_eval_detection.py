@@ -89,11 +89,11 @@ def test_trains_and_evaluates(coco, backbone, tmp_path, monkeypatch, capsys):
     """From our backbone.pt: the loss falls, average precision is computed; again: goes on, here to
     its end."""
     monkeypatch.setattr(eval_detection, "SHORT_SIDES", (64,))
-    flags = flags_of(coco, backbone, tmp_path, 8, "--log-every", 2)
+    flags = flags_of(coco, backbone, tmp_path, 6, "--log-every", 2)
     detect(monkeypatch, *flags)
     said = capsys.readouterr().out.strip().splitlines()[-1]
     log = json_lines(tmp_path / "log.jsonl")
-    assert log[-2]["loss"] < 0.8 * log[0]["loss"] and log[-2]["step"] == 8
+    assert log[-2]["loss"] < 0.8 * log[0]["loss"] and log[-2]["step"] == 6
     assert said.startswith(f"box AP {log[-1]['box'][0]:.1f}%, AP50") and "; mask AP " in said
     before = (tmp_path / "last.pt").read_bytes()
     detect(monkeypatch, *flags)

@@ -16,7 +16,6 @@ from test_generate_views import assert_same_views, read_manifest, snapshot
 
 import generate_views
 import genview
-import train_byol
 import train_moco
 import train_swav
 from support import command_line, runs
@@ -68,7 +67,7 @@ def kinds_of_runs():
 
 
 @pytest.mark.parametrize("script, name, method", [
-    (train_moco, "mocov2", "MoCo v2"), (train_byol, "byol", "BYOL"), (train_swav, "swav", "SwAV")])
+    (train_moco, "mocov2", "MoCo v2"), (train_swav, "swav", "SwAV")])
 def test_missing_views_are_made_and_trained_with(script, name, method, train, reference, capsys):
     """The same views as generate_views.py's, and all about the run says GenView."""
     train("--limit=8", script=script)

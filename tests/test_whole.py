@@ -95,6 +95,7 @@ def test_two_views_have_boxes_and_flips_of_their_own(world, tmp_path):
     assert 0.2 < sum(a.mirrored == b.mirrored for a, b in pairs) / len(pairs) < 0.8
 
 
+@pytest.mark.parametrize("world", [32], ids=["memory"], indirect=True)     # files: test_step.py
 def test_every_random_stream_is_new_in_each_epoch_for_each_picture_and_with_the_seed(
         world, tmp_path):
     """Order, boxes and flips."""
