@@ -29,9 +29,13 @@ from support.seeds import epoch_order, step_generator
 
 # The customary 1x schedule: 90,000 steps of 16 pictures, lr drops to a tenth after 2/3 and 8/9.
 # Other batches have as many pictures in all and in the warm-up, and a rate that grows linearly.
-STEPS, BATCH, WARMUP_STEPS, DROPS = 90_000, 16, 500, (2 / 3, 8 / 9)
+STEPS = 90_000
+BATCH = 16
+WARMUP_STEPS = 500
+DROPS = (2 / 3, 8 / 9)
 LEAST_FOR_NORM = 8       # pictures that batch norm needs; where it sees fewer it is frozen
-SHORT_SIDES, LONG_SIDE = (640, 672, 704, 736, 768, 800), 1333    # one is drawn; evaluation: 800
+SHORT_SIDES = (640, 672, 704, 736, 768, 800)    # one is drawn; evaluation: 800
+LONG_SIDE = 1333
 
 
 class Coco(Dataset):
@@ -141,15 +145,21 @@ def mask_rcnn(path, arch, num_classes, world, branch=None, mean_std=None, frozen
 
 
 def mirrored(picture, target):
-    width, boxes = picture.shape[2], target["boxes"].clone()
+    width = picture.shape[2]
+    boxes = target["boxes"].clone()
     boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
     return picture.flip(2), target | {"boxes": boxes, "masks": target["masks"].flip(2)}
+
+
+def warmup_steps(batch_size):
+    """As many pictures as in the customary warm-up."""
+    return WARMUP_STEPS * BATCH / batch_size
 
 
 def learning_rate(args, step):
     """Linear warm-up, then two drops to a tenth."""
     relative = args.batch_size / BATCH
-    warmup = linear_warmup(1.0, step + 1, min(WARMUP_STEPS / relative, args.steps))
+    warmup = linear_warmup(1.0, step + 1, min(warmup_steps(args.batch_size), args.steps))
     return args.lr * relative * warmup * tenth_from([d * args.steps for d in DROPS], step)
 
 
@@ -340,8 +350,9 @@ def main():
     for split, part in (("train", data), ("val", test)):
         names = [str(key) for key in part.ids]
         compare(f"in {split}", count_and_digest(names), SAME_FILES)
-    if args.steps <= WARMUP_STEPS:
-        say(f"*** --steps {args.steps} ends within the warm-up of {WARMUP_STEPS} steps")
+    if args.steps <= warmup_steps(args.batch_size):
+        say(f"*** --steps {args.steps} ends within the usual warm-up of "
+            f"{warmup_steps(args.batch_size):g} steps: the rate rises to the end")
     torch.manual_seed(args.seed)
     seen = args.batch_size if world.device.type == "cuda" else args.batch_size // world.size
     frozen = seen < LEAST_FOR_NORM

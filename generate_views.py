@@ -220,8 +220,10 @@ def generate(pipe, level, embeddings, seeds, steps, guidance, size):
         height=size, width=size, output_type="pt").images                         # (n, 3, S, S)
     if not views.isfinite().all():
         dtype = str(pipe.unet.dtype).removeprefix("torch.")
-        raise UserError(f"the generator returned numbers that are not finite in {dtype}; "
-                        f"--precision float32 helps")
+        way = "--precision float32 helps"
+        if dtype == "float32":
+            way = "the model is damaged or another one is needed (--model)"
+        raise UserError(f"the generator returned numbers that are not finite in {dtype}; {way}")
     return (views.float() * 255).round().byte().cpu()
 
 

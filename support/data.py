@@ -142,7 +142,8 @@ def read_picture(path):
 def square(image, size):
     """The central square of a PIL image, resized to size x size."""
     side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
+    left = (image.width - side) / 2
+    top = (image.height - side) / 2
     box = (left, top, left + side, top + side)
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 

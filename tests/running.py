@@ -36,6 +36,14 @@ def refusal(capsys, work, *arguments):
     return said[1]
 
 
+def training_flags(world, output, *more):
+    """A small GenView training on the images, views and clip of a folder."""
+    return [str(flag) for flag in [
+        "--dataset", "folder", "--data-dir", world / "images", "--views-dir", world / "views",
+        "--encoder", world / "clip", "--image-size", 32, "--arch", "resnet10_narrow",
+        "--batch-size", 8, "--output-dir", output, "--log-every", 1, "--device", "cpu", *more]]
+
+
 def json_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 

@@ -125,10 +125,10 @@ def test_a_training_within_the_warm_up_is_named(coco, backbone, tmp_path, monkey
     def stop(*_):
         raise KeyboardInterrupt
     monkeypatch.setattr(eval_detection, "train", stop)
-    for steps, named in ((500, True), (501, False)):
+    for steps, named in ((4000, True), (4001, False)):         # 500 for a batch of 16, here 2
         with pytest.raises(KeyboardInterrupt):
             detect(monkeypatch, *flags_of(coco, backbone, tmp_path / "run", steps))
-        assert ("ends within the warm-up of 500 steps" in capsys.readouterr().out) == named
+        assert ("ends within the usual warm-up of 4000 steps" in capsys.readouterr().out) == named
 
 
 def test_two_processes_share_the_work(coco, backbone, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What users get wrong: 200 seeded bad command lines, 60 bad files and folders.
+"""What users get wrong: 80 seeded bad command lines, 60 bad files and folders.
 
 No traceback, no hang: exit status 2 and one line that helps, or what the README promises
 (unreadable images are named and left out). pytest -s tests/test_fuzz.py shows the messages.

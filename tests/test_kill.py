@@ -18,7 +18,18 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from running import before_call, call, die, end, fail, json_lines, refusal, start, start_two
+from running import (
+    before_call,
+    call,
+    die,
+    end,
+    fail,
+    json_lines,
+    refusal,
+    start,
+    start_two,
+    training_flags,
+)
 
 import generate_views
 import train_moco
@@ -45,12 +56,9 @@ def world(tmp_path_factory, encoder_folder, pipeline_folder):
 
 def training(world, output, *flags):
     """Two epochs of 4 steps, saved after each step."""
-    flags = ["--dataset", "folder", "--data-dir", world / "images", "--views-dir", world / "views",
-             "--encoder", world / "clip", "--image-size", 32, "--arch", "resnet10_narrow",
-             "--batch-size", 8, "--epochs", 2, "--output-dir", output, "--save-minutes", 0,
-             "--log-every", 1, "--device", "cpu", *flags]
+    flags = training_flags(world, output, "--epochs", 2, "--save-minutes", 0, *flags)
     half = "float16" in flags
-    return lambda: train_moco.train(train_moco.parse_args(argv=[str(flag) for flag in flags]),
+    return lambda: train_moco.train(train_moco.parse_args(argv=flags),
                                     setup("cpu", precision="float16" if half else None))
 
 

@@ -12,7 +12,17 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from running import before_call, call, end, fail, json_lines, refusal, start, start_two
+from running import (
+    before_call,
+    call,
+    end,
+    fail,
+    json_lines,
+    refusal,
+    start,
+    start_two,
+    training_flags,
+)
 
 import eval_linear
 import generate_views
@@ -38,12 +48,9 @@ def world(tmp_path_factory, encoder_folder, pipeline_folder):
 
 
 def training(world, output, *flags):
-    flags = ["--dataset", "folder", "--data-dir", world / "images", "--views-dir", world / "views",
-             "--encoder", world / "clip", "--image-size", 32, "--arch", "resnet10_narrow",
-             "--batch-size", 8, "--queue", 16, "--epochs", 1, "--output-dir", output,
-             "--start-batches", 0, "--knn-every", 1, "--log-every", 1, "--device", "cpu", *flags]
-    return lambda: train_moco.train(train_moco.parse_args(argv=[str(flag) for flag in flags]),
-                                    setup("cpu"))
+    flags = training_flags(world, output, "--epochs", 1, "--queue", 16, "--start-batches", 0,
+                           "--knn-every", 1, *flags)
+    return lambda: train_moco.train(train_moco.parse_args(argv=flags), setup("cpu"))
 
 
 def generation(world, output):

@@ -223,6 +223,27 @@ def test_mocov3_with_a_vision_transformer(image_folder, tmp_path):
     assert same == {"encoder.pos_embedding", "conv_proj.weight", "conv_proj.bias"}
 
 
+def test_compiled_is_the_same(monkeypatch):
+    """--compile: the same loss and gradients, but for rounding."""
+    compiler = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile",          # this backend needs no C compiler
+                        lambda net: compiler(net, backend="eager"))
+    torch.manual_seed(0)
+    method, twin = (train_moco.MoCoV3(settings("mocov3")).train() for _ in range(2))
+    twin.load_state_dict(method.state_dict())
+    args = settings("mocov3", compile=True, start_batches=0)
+    assert train_moco.distribute(twin, None, args, CPU, fresh=True) is twin
+    assert twin.query._compiled_call_impl and not method.query._compiled_call_impl
+    views = torch.randn(2, 4, 3, 16, 16)
+    losses = [net(views, None, CPU)[0] for net in (method, twin)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    gradients = [[p.grad for p in net.parameters() if p.requires_grad] for net in (method, twin)]
+    assert None not in gradients[0]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
+
+
 def test_which_methods_begin_with_empty_blocks():
     """These set the last norm of each residual block to 0, MoCo v2 and SwAV do not."""
     backbones = {name: method(settings(name, arch="resnet18")).query.backbone
