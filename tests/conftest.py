@@ -84,5 +84,5 @@ def pytest_terminal_summary(terminalreporter):
     missing = [name for name in ("pycocotools", "timm") if any(name in x for x in reasons)]
     if missing:
         terminalreporter.write_line(
-            f"not tested here, for {' and '.join(missing)} is not installed (detection needs "
-            f"pycocotools, foreign checkpoints timm): pip install {' '.join(missing)}")
+            f"some tests were skipped: detection needs pycocotools, foreign checkpoints need timm; "
+            f"missing here: pip install {' '.join(missing)}")
