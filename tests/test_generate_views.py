@@ -152,9 +152,16 @@ def test_embedding_noise_follows_the_equation_for_each_image_alone(world, monkey
     e = torch.cat([torch.randn(1, 16, generator=torch.Generator().manual_seed(s)) for s in seeds])
     z = abar ** 0.5 * (c - mean) / std + (1 - abar) ** 0.5 * e
     assert torch.allclose(noisy[0][:3, :16], (z * std + mean).float(), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, advice", [
+    (torch.bfloat16, "in bfloat16; --precision float32 helps"),
+    (torch.float32, "in float32; the model is damaged")])
+def test_numbers_that_are_not_finite_are_named_with_what_can_help(world, dtype, advice):
+    pipe = gv.load_pipeline(str(world / "model"), dtype, "cpu")
     pipe.vae.post_quant_conv.weight.data.fill_(float("nan"))         # as half precision can do
-    with pytest.raises(UserError, match="--precision float32"):
-        gv.generate(pipe, level, c, seeds, **settings)
+    with pytest.raises(UserError, match=advice):
+        gv.generate(pipe, 300, torch.randn(1, 16, dtype=dtype), [5], steps=1, guidance=2.0, size=32)
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
