@@ -54,6 +54,7 @@ class Row(NamedTuple):
     kind: str | None                               # of its views: noise level, control, None
     views: str                                     # --views
     quality: str                                   # --quality
+    gamma: float = 1.0                             # --gamma
 
 
 METHODS = {
@@ -66,8 +67,9 @@ METHODS = {
     "swav": Method("SwAV", "train_swav.py", {}),
 }
 # Controls: the image after the autoencoder, which is softer; this with smooth noise, as far from
-# the image as the generated view: the same change without the generator's knowledge.
-CONTROLS = ("copies", "smooth")
+# the image as the generated view: the same change without the generator's knowledge; and another
+# image of the same class, the most that a generator could know.
+CONTROLS = ("copies", "smooth", "class")
 ROWS = {
     "plain": Row("plain", None, "pair", "off"),
     "copies": Row("the autoencoder's copies", "copies", "pair", "off"),
@@ -77,6 +79,8 @@ ROWS = {
     "noise400": Row("generated views, noise 400", "400", "pair", "off"),
     "adaptive": Row("generated views, adaptive noise", "adaptive", "pair", "off"),
     "quality": Row("... and quality weights", "adaptive", "pair", "exact"),
+    "quality10": Row("... and quality weights, gamma 10", "adaptive", "pair", "exact", 10.0),
+    "class": Row("another image of the same class", "class", "pair", "off"),
     "extra": Row("the same images as extra samples", "adaptive", "extra", "off"),
 }
 CONTROLLED = ("plain", "copies", "smooth", "noise0", "adaptive")
@@ -158,6 +162,8 @@ def make_views(args, kind):
 
 def make_control(args, kind, images):
     """The control of each image, (N, 3, 32, 32) uint8."""
+    if kind == "class":
+        return images.pixels[of_same_class(images.labels)]
     pipe = load_pipeline(args.model, torch.float32, setup().device)
     copies = reconstruct(pipe, images.pixels)
     if kind == "copies":
@@ -165,6 +171,16 @@ def make_control(args, kind, images):
     paths = find_views(images, make_views(args, "adaptive"), "cifar10")
     views, _ = views_into_memory(images, paths)
     return smooth(images.pixels, copies, views)
+
+
+def of_same_class(labels):
+    """For each of the labels (N,) the place of another one that is equal: (N,), each place once."""
+    order = torch.randperm(len(labels), generator=step_generator(0))
+    partner = torch.empty_like(order)
+    for label in labels.unique():
+        members = order[labels[order] == label]
+        partner[members] = members.roll(1)
+    return partner
 
 
 def smooth(images, copies, views):
@@ -210,7 +226,7 @@ def training_flags(args, trial, folder):
     """The flags of its training script, as keywords."""
     row = ROWS[trial.row]
     flags = dict(dataset=trial.dataset, epochs=trial.epochs, knn_every=0, views=row.views,
-                 quality=row.quality, seed=trial.seed, output_dir=folder)
+                 quality=row.quality, gamma=row.gamma, seed=trial.seed, output_dir=folder)
     flags |= TRANSFORMATIONS[trial.transformations]
     if row.kind is None:
         flags["views_dir"] = "none"
@@ -360,7 +376,7 @@ def parse_args():
     args = parser.parse_args()
     shapes = args.dataset == "shapes"
     if shapes and (args.preset or set(CONTROLS) & set(args.rows)):
-        raise UserError("presets and the controls copies and smooth are for --dataset cifar10")
+        raise UserError(f"presets and the controls {', '.join(CONTROLS)} are for --dataset cifar10")
     args.limit = None if shapes else args.limit or 10_000
     args.results = args.results or args.output_dir / "results.jsonl"
     if "all" in args.methods:

@@ -219,6 +219,15 @@ def test_the_copies_are_what_the_autoencoder_keeps(tmp_path):
         assert error.argmin() == index and error.min() > 0
 
 
+def test_another_image_of_the_same_class_is_never_the_image_itself():
+    labels = torch.tensor([2, 0, 1, 0, 2, 2, 1, 0, 0, 2])
+    partner = ablation.of_same_class(labels)
+    assert sorted(partner.tolist()) == list(range(10))                 # each is a partner once
+    for image, other in enumerate(partner.tolist()):
+        assert other != image
+        assert labels[other] == labels[image]
+
+
 def test_smooth_noise_goes_as_far_as_the_view():
     """As far from the image as the view; a copy that is already further away is not changed."""
     image, copy, view = (torch.full((2, 3, 32, 32), value).byte() for value in (128, 130, 150))
