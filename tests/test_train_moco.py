@@ -507,6 +507,14 @@ def test_schedules_longer_than_the_run_are_named(changes, line, capsys):
     assert line in said and len(said.splitlines()) == bool(line)
 
 
+def test_settings_are_flags_and_say_who_makes_the_views():
+    """auto: this run; no attribute besides the flags."""
+    flags = vars(train_moco.make_parser(METHODS, "").parse_args([])).keys() - {"print_recipe"}
+    for dataset, folder in (("shapes", "auto"), ("imagenet", "none"), ("cifar10", "auto")):
+        args = train_moco.parse_args(argv=["--dataset", dataset, "--data-dir", "x"])
+        assert vars(args).keys() == flags and args.views_dir == folder
+
+
 def test_print_recipe_needs_no_data(capsys):
     with pytest.raises(SystemExit) as stop:
         train_moco.parse_args(argv=["--dataset=folder", "--print-recipe"])
