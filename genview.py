@@ -30,7 +30,7 @@ from support.command_line import UserError, progress, say
 from support.data import IN_MEMORY_SIZE, SAME_FILES, Images, count_and_digest, spaced
 from support.files import read_component, write_whole
 from support.pictures import sheet
-from support.processes import World, compare, start_worker
+from support.processes import compare, start_worker
 from support.seeds import epoch_order, step_generator
 from support.views import find_views, views_into_memory
 
@@ -70,8 +70,8 @@ def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=False
     else:
         images = data.find_files(Path(data_dir), split)
     images = images._replace(source=count_and_digest(images.names))
-    if limit is not None and limit < len(images.names):
-        images = images.take(spaced(len(images.names), limit))
+    if limit is not None:
+        images = images.at_most(limit)
     compare(f"in {split}", f"{images.source}, {len(images.names)} used", SAME_FILES)
     if images.pixels is not None:
         return images
@@ -121,30 +121,67 @@ class PairLoader:
     random number depends only on seed, epoch, step and place in the batch (crops of files: seed,
     epoch and image), not on the number of processes or interruptions.
     """
-    def __init__(self, images, views, augmentations, image_size, batch_size, seed, world, workers=4,
-                 steps=None):
+    def __init__(self, images, generated, augmentations, image_size, batch_size, seed, world,
+                 workers=4, steps=None):
         """
         Args:
             images: Images, the X_i.
-            views: the X_i^+: (N, 3, S, S) for images in memory, a list of paths for files, or None
-                for plain pairs of one image.
+            generated: the X_i^+: (N, 3, S, S) for images in memory, a list of paths for files, or
+                None for plain pairs of one image.
             augmentations: t_1 ... t_V, two or more.
             batch_size: of all processes together.
+            workers: processes that read files; they live as long as this loader.
             steps: of an epoch; None: as many as there are batches.
         """
         count = len(images.names)
         self.steps = steps or count // batch_size
-        sizes = [t.size or image_size for t in augmentations]
-        plan = BatchPlan(count, batch_size, self.steps, len(augmentations), seed, world)
-        if images.pixels is not None:              # small enough for the device's own memory
-            self.pairs = PairsInMemory(images.pixels, views, augmentations, sizes, plan)
+        n = batch_size // world.size
+        part = slice(world.rank * n, (world.rank + 1) * n)
+        self.plan = BatchPlan(count, batch_size, part, self.steps, len(augmentations), seed)
+        self.augmentations = augmentations
+        self.sizes = [t.size or image_size for t in augmentations]
+        self.device = world.device
+        self.in_memory = images.pixels is not None     # small enough for the device's own memory
+        if self.in_memory:
+            self.pixels = images.pixels.to(self.device)
+            self.generated = self.pixels if generated is None else generated.to(self.device)
         else:
-            dataset = CropsOfFiles(images, views, augmentations, sizes, seed)
-            self.pairs = PairsFromFiles(dataset, plan, workers)
+            self.sampler = PairSampler(self.plan)
+            self.reader = DataLoader(
+                CropsOfFiles(images, generated, augmentations, self.sizes, seed),
+                batch_sampler=self.sampler, num_workers=workers, worker_init_fn=start_worker,
+                persistent_workers=workers > 0, pin_memory=self.device.type == "cuda")
 
     def epoch(self, epoch, start=0):
         """Yields V views, each (n, 3, S, S), from step start on: this process's part of a batch."""
-        return self.pairs.epoch(epoch, start)
+        return self.from_memory(epoch, start) if self.in_memory else self.from_files(epoch, start)
+
+    def from_memory(self, epoch, start):
+        height, width = self.pixels.shape[2:]
+        batches = self.plan.batches(epoch, start)
+        for step, (index, generated_first) in enumerate(batches, start):
+            draws, orders = self.plan.draws(epoch, step, self.device)
+            index = index.to(self.device, non_blocking=True)
+            first = generated_first.to(self.device, non_blocking=True)[:, None, None, None]
+            image = self.pixels[index]                                              # X_i
+            generated = self.generated[index]                                       # X_i^+
+            pair = torch.where(first, generated, image), torch.where(first, image, generated)
+            views = []
+            for v, t in enumerate(self.augmentations):
+                boxes = augment.crop_boxes(draws[v].crop, height, width, t.scale)
+                crops = augment.crop(pair[v % 2], boxes, self.sizes[v])
+                views.append(recolour(crops / 255, draws[v], orders[v], t))
+            yield views
+
+    def from_files(self, epoch, start):
+        self.sampler.set_epoch(epoch, start)
+        for step, crops in enumerate(self.reader, start):
+            draws, orders = self.plan.draws(epoch, step, self.device)
+            views = []
+            for v, t in enumerate(self.augmentations):
+                x = crops[v].to(self.device, non_blocking=True)
+                views.append(recolour(x.float() / 255, draws[v], orders[v], t))
+            yield views
 
 
 class BatchPlan(NamedTuple):
@@ -152,16 +189,10 @@ class BatchPlan(NamedTuple):
     takes its part."""
     count: int                                     # of the images
     batch_size: int
+    part: slice                                    # of a batch: this process's
     steps: int                                     # of an epoch
-    views: int                                     # V, of an image
+    num_views: int                                 # V, of an image
     seed: int
-    world: World
-
-    @property
-    def part(self):
-        """Of a batch: this process's."""
-        n = self.batch_size // self.world.size
-        return slice(self.world.rank * n, (self.world.rank + 1) * n)
 
     def batches(self, epoch, start):
         """Yields, for each pair of this process, the index of its image (n,) and whether view 1 is
@@ -173,67 +204,14 @@ class BatchPlan(NamedTuple):
             generated_first = torch.rand(self.batch_size, generator=generator) < 0.5
             yield batch[self.part], generated_first[self.part]
 
-    def draws(self, epoch, step):
-        """The random numbers of a step's augmentations: Draws of (n, V), and for each view the
-        order of its colour jitters."""
+    def draws(self, epoch, step, device):
+        """The random numbers of a step's augmentations, for each view: Draws of (n,), and the order
+        of its colour jitters."""
         generator = step_generator(self.seed, epoch, step)
-        orders = [torch.randperm(4, generator=generator).tolist() for _ in range(self.views)]
-        u = torch.rand(self.batch_size, self.views, Draws.COLUMNS, generator=generator)
-        return Draws.split(u[self.part].to(self.world.device, non_blocking=True)), orders
-
-
-def recoloured(crops, draws, orders, augmentations):
-    """V crops of a batch (n, 3, S, S) in [0, 255] -> views: colours, blur, flip, normalisation."""
-    views = []
-    for v, t in enumerate(augmentations):
-        x = recolour(crops[v].float() / 255, draws.of_view(v), orders[v], t)
-        views.append(x.contiguous(memory_format=torch.channels_last))
-    return views
-
-
-class PairsInMemory:
-    """Pairs of images that lie on the device."""
-    def __init__(self, pixels, views, augmentations, sizes, plan):
-        self.device = plan.world.device
-        self.pixels = pixels.to(self.device)
-        self.views = self.pixels if views is None else views.to(self.device)
-        self.augmentations = augmentations
-        self.sizes = sizes
-        self.plan = plan
-
-    def epoch(self, epoch, start):
-        height, width = self.pixels.shape[2:]
-        batches = self.plan.batches(epoch, start)
-        for step, (index, generated_first) in enumerate(batches, start):
-            draws, orders = self.plan.draws(epoch, step)
-            index = index.to(self.device, non_blocking=True)
-            first = generated_first.to(self.device, non_blocking=True)[:, None, None, None]
-            image = self.pixels[index]                                              # X_i
-            view = self.views[index]                                                # X_i^+
-            pair = torch.where(first, view, image), torch.where(first, image, view)
-            crops = []
-            for v, t in enumerate(self.augmentations):
-                boxes = augment.crop_boxes(draws.crop[:, v], height, width, t.scale)
-                crops.append(augment.crop(pair[v % 2], boxes, self.sizes[v]))
-            yield recoloured(crops, draws, orders, self.augmentations)
-
-
-class PairsFromFiles:
-    """Pairs of image files, read by workers that live as long as this loader."""
-    def __init__(self, dataset, plan, workers):
-        self.augmentations = dataset.augmentations
-        self.plan = plan
-        self.sampler = PairSampler(plan)
-        self.loader = DataLoader(
-            dataset, batch_sampler=self.sampler, num_workers=workers, worker_init_fn=start_worker,
-            persistent_workers=workers > 0, pin_memory=plan.world.device.type == "cuda")
-
-    def epoch(self, epoch, start):
-        self.sampler.set_epoch(epoch, start)
-        for step, crops in enumerate(self.loader, start):
-            draws, orders = self.plan.draws(epoch, step)
-            crops = [x.to(self.plan.world.device, non_blocking=True) for x in crops]
-            yield recoloured(crops, draws, orders, self.augmentations)
+        orders = [torch.randperm(4, generator=generator).tolist() for _ in range(self.num_views)]
+        u = torch.rand(self.batch_size, self.num_views, Draws.COLUMNS, generator=generator)
+        u = u[self.part].to(device, non_blocking=True)
+        return [Draws.split(u[:, v]) for v in range(self.num_views)], orders
 
 
 class PairSampler:
@@ -257,12 +235,12 @@ class PairSampler:
 
 class CropsOfFiles(Dataset):
     """Crops of large images: workers decode and crop; colours and normalisation follow."""
-    def __init__(self, images, views, augmentations, sizes, seed):
+    def __init__(self, images, generated, augmentations, sizes, seed):
         # Arrays of bytes: reading a list of strings counts references to them, which writes, and
         # each forked worker would copy it.
         self.images = np.array([os.fsencode(images.root / name) for name in images.names])
-        views = views or [None] * len(images.names)            # b"": the image itself
-        self.views = np.array([os.fsencode(path or "") for path in views])
+        generated = generated or [None] * len(images.names)    # b"": the image itself
+        self.generated = np.array([os.fsencode(path or "") for path in generated])
         self.augmentations = augmentations
         self.sizes = sizes
         self.seed = seed
@@ -271,10 +249,10 @@ class CropsOfFiles(Dataset):
         """key: epoch, index of the image, is view 1 the generated one? -> V crops (3, S, S)."""
         epoch, index, generated_first = key
         image = data.read_picture(os.fsdecode(self.images[index]))
-        view = image
-        if self.views[index]:
-            view = data.read_picture(os.fsdecode(self.views[index]))
-        pair = (view, image) if generated_first else (image, view)
+        generated = image
+        if self.generated[index]:
+            generated = data.read_picture(os.fsdecode(self.generated[index]))
+        pair = (generated, image) if generated_first else (image, generated)
         generator = step_generator(self.seed, epoch, index, CROPS_OF_FILES)
         u = torch.rand(len(self.augmentations), Draws.COLUMNS, generator=generator)
         tries = Draws.split(u).crop.tolist()                                # V x CROP_TRIES x 4
@@ -292,16 +270,16 @@ def load_views(images, views_dir, dataset, skip_bad=False, workers=0):
     found = [name for name, path in zip(images.names, paths, strict=True) if path]
     compare("generated views", count_and_digest(found), SAME_FILES)
     if images.pixels is not None:
-        views, bad = views_into_memory(images, paths, skip_bad, workers)
+        generated, bad = views_into_memory(images, paths, skip_bad, workers)
     else:
         bad = data.unreadable(paths, workers) if skip_bad else {}
-        views = [None if i in bad else path for i, path in enumerate(paths)]
+        generated = [None if i in bad else path for i, path in enumerate(paths)]
     missing = len(bad) + len(paths) - len(found)
     text = f"generated views of {len(paths) - missing} of {len(paths)} images from {views_dir}"
     if missing:
         text = f"*** {text}; the other {missing} use themselves"
     say(text)
-    return views, len(paths) - missing
+    return generated, len(paths) - missing
 
 
 def load_extra(images, views_dir, dataset, image_size, skip_bad=False, workers=0):

@@ -245,20 +245,11 @@ def make_optimizer(method, name, weight_decay):
     return OPTIMIZERS[name](groups, lr=0.0, weight_decay=weight_decay)
 
 
-def learning_rate(args, epoch):
-    """Linear warm-up, then cosine; epoch may be fractional. Peak and end grow with the batch."""
-    peak = args.lr * args.batch_size / 256
-    end = (args.final_lr or 0) * args.batch_size / 256
-    if epoch < args.warmup_epochs:
-        return linear_warmup(peak, epoch, args.warmup_epochs)
-    rest = max(args.epochs - args.warmup_epochs, 1)
-    return end + (peak - end) * cosine(epoch - args.warmup_epochs, rest)
-
-
-def set_learning_rate(optimizer, args, epoch):
-    for group in optimizer.param_groups:
-        constant = "constant_lr" in group
-        group["lr"] = learning_rate(args, args.warmup_epochs if constant else epoch)
+def learning_rate(epoch, epochs, warmup, peak, end=0.0):
+    """Linear warm-up to the peak, then a cosine down to the end; epoch may be fractional."""
+    if epoch < warmup:
+        return linear_warmup(peak, epoch, warmup)
+    return end + (peak - end) * cosine(epoch - warmup, epochs - warmup)
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -273,19 +264,24 @@ def train(args, world, methods=METHODS):
     optimizer = make_optimizer(method, args.optimizer, args.weight_decay)
     run = runs.Run(args, world, method, optimizer, images)
     run.resume()
-    loader, quality_of, missing = prepare(args, images, world, run.folder / "component.npy")
+    component_file = run.folder / "component.npy"
+    encoder = load_encoder(args)       # first: what is wrong with it is said before views are made
+    generated, missing, component = prepare_views(args, images, world, encoder)
+    quality_of = prepare_quality(args, images, world, encoder, component,
+                                 component_file if args.resume else None)
+    loader = make_loader(args, images, generated, world)
     trained = distribute(method, loader, args, world, fresh=run.is_new)
     left_out = images.left_out + (test.left_out if test else 0)
     run.begin(loader.steps, label(args, missing, left_out))
     if quality_of and run.main:
         sign = -1 if args.flip_foreground else 1   # as it was fitted: a resumed run turns it again
-        write_array(run.folder / "component.npy", sign * quality_of.component)
+        write_array(component_file, sign * quality_of.component)
     accuracy = None
     for epoch in range(run.epoch, args.epochs):
         train_epoch(epoch, loader, trained, optimizer, quality_of, run)
         last = epoch + 1 == args.epochs
         if args.knn_every and ((epoch + 1) % args.knn_every == 0 or last):
-            accuracy = evaluate_knn(method, images, test, args, run)
+            accuracy = evaluate_knn(images, test, run)
     run.end()
     say(f"{run.folder}: last.pt, backbone.pt, log.jsonl, args.json, pairs.png")
     score = "no kNN" if accuracy is None else f"kNN top-1 {accuracy:.1f}%"
@@ -295,24 +291,29 @@ def train(args, world, methods=METHODS):
 def train_epoch(epoch, loader, method, optimizer, quality_of, run):
     """One epoch, from where the run goes on."""
     args = run.args
+    peak_rate = args.lr * args.batch_size / 256    # --lr and --final-lr are for 256 images
+    end_rate = (args.final_lr or 0) * args.batch_size / 256
     method.train()
     start = run.begin_epoch(epoch)
     for step, views in enumerate(loader.epoch(epoch, start), start):
         if epoch == step == 0 and run.main:
             genview.draw_pairs(run.folder / "pairs.png", views[:2], quality_of, run.world)
         epochs_done = epoch + step / loader.steps
-        set_learning_rate(optimizer, args, epochs_done)
+        rate = learning_rate(epochs_done, args.epochs, args.warmup_epochs, peak_rate, end_rate)
+        for group in optimizer.param_groups:
+            group["lr"] = peak_rate if "constant_lr" in group else rate
         readouts = train_step(method, optimizer, views, quality_of, args.gamma,
                               epochs_done / args.epochs, run.world)
         run.after_step(step, readouts)             # logs, saves, stops
     run.end_epoch()                                # saves before kNN: a crash there loses nothing
 
 
-def evaluate_knn(method, images, test, args, run):
+def evaluate_knn(images, test, run):
     """kNN accuracy in percent while training."""
+    args = run.args
     images = knn_images(images, args.knn_images)
-    accuracy = knn_of(method.query.backbone, images, test.spaced(KNN_QUERIES), args.image_size,
-                      run.world, args.workers)
+    accuracy = knn_of(run.method.query.backbone, images, test.at_most(KNN_QUERIES),
+                      args.image_size, run.world, args.workers)
     run.log_knn(accuracy, len(images.names))
     return accuracy
 
@@ -323,7 +324,7 @@ def knn_images(images, count=None):
     n = len(images.names)
     if not count:
         count = max(n // 10, 10_000) if images.pixels is None else n
-    return images.spaced(count)
+    return images.at_most(count)
 
 
 def distribute(method, loader, args, world, fresh):
@@ -349,6 +350,9 @@ def load_data(args):
         return genview.load_images(args.dataset, args.data_dir, split, args.image_size, args.limit,
                                    args.skip_bad, args.workers)
     images = load("train")
+    if len(images.names) < args.batch_size:
+        raise UserError(f"{len(images.names)} images do not fill one batch of {args.batch_size}: "
+                        f"lower --batch-size")
     if not args.knn_every:
         return images, None
     test = load("test")
@@ -391,68 +395,44 @@ def check_schedule(args):
             f"used")
 
 
-def prepare(args, images, world, kept):
-    """The pairs to train on: PairLoader and quality_of (or None), see train_step; and what is
-    missing of the views, in words. kept: the component's file of a run that is resumed."""
-    if len(images.names) < args.batch_size:
-        raise UserError(f"{len(images.names)} images do not fill one batch of {args.batch_size}: "
-                        f"lower --batch-size")
-    missing = ""
+def load_encoder(args):
+    """The frozen encoder E, or None where nothing needs it. That of shapes stands for CLIP: it also
+    decides on the noise of the views."""
+    if args.quality == "off" and (args.dataset != "shapes" or args.views_dir == "none"):
+        return None
     if args.dataset == "shapes":
-        views, encoder, component = prepare_shapes(args, len(images.names))
-    else:
-        # The encoder first: what is wrong with it is said before views are made.
-        encoder = genview.FrozenEncoder(args.encoder) if args.quality != "off" else None
-        views, missing = load_views(args, images, world)
-        component = None
-    quality_of = None
-    if args.quality != "off":
-        encoder = encoder.to(world.device, memory_format=torch.channels_last)
-        if component is None:
-            component = genview.component_of_encoder(
-                encoder, images, args.image_size, world, args.component,
-                kept if args.resume else None, args.workers)
-        component = -component if args.flip_foreground else component
-        quality_of = genview.PairQuality(encoder, component.to(world.device))
-        if args.compile:
-            encoder.compile()
-    steps = len(images.names) // args.batch_size             # extra samples add no steps
-    if args.views == "extra":
-        images = genview.expand(images, views)
-        views = None
-    loader = genview.PairLoader(
-        images, views, genview.augmentations(args), args.image_size, args.batch_size, args.seed,
-        world, args.workers, steps)
-    return loader, quality_of, missing
+        return shapes.train_encoder(amp=fast_dtype(torch.device("cpu")) == torch.bfloat16)
+    return genview.FrozenEncoder(args.encoder)
 
 
-def load_views(args, images, world):
-    """The generated views or the extra samples of --views-dir, None for plain pairs; and what is
-    missing of them, in words."""
-    if args.views_dir == "none":
+def prepare_views(args, images, world, encoder):
+    """Returns the generated views, of --views extra the further samples, None for plain pairs; what
+    is missing of them, in words; and of shapes v1 of the encoder, which their noise depends on."""
+    if args.dataset == "shapes" and encoder:
+        generated, component = shapes_views(encoder, args.noise, args.seed, len(images.names))
+        if args.views_dir == "none":               # the quality of plain pairs
+            generated = None
+        return generated, "", component
+    generated, missing = views_from_disk(args, images, world)
+    return generated, missing, None
+
+
+def views_from_disk(args, images, world):
+    """The first two of prepare_views. Makes those that are missing, where this run is to."""
+    views_dir = args.views_dir
+    if views_dir == "none":
         return None, ""
-    if args.make_views:
+    if views_dir == "auto":
+        views_dir = genview.default_views_dir(args.dataset, args.data_dir)
         make_missing(args.dataset, args.data_dir, args.limit, images, world)
     if args.views == "extra":
-        extra, bad = genview.load_extra(images, args.views_dir, args.dataset, args.image_size,
+        extra, bad = genview.load_extra(images, views_dir, args.dataset, args.image_size,
                                         args.skip_bad, args.workers)
         return extra, f" ({bad} unreadable ones left out)" if bad else ""
-    views, count = genview.load_views(images, args.views_dir, args.dataset, args.skip_bad,
-                                      args.workers)
+    generated, count = genview.load_views(images, views_dir, args.dataset, args.skip_bad,
+                                          args.workers)
     n = len(images.names)
-    return views, f" of {count} of {n} images" if count < n else ""
-
-
-def prepare_shapes(args, count):
-    """Views of count images of the world of shapes or None, the encoder that stands for CLIP, and
-    its component."""
-    if args.views_dir == "none" and args.quality == "off":
-        return None, None, None
-    encoder = shapes.train_encoder(amp=fast_dtype(torch.device("cpu")) == torch.bfloat16)
-    views, component = shapes_views(encoder, args.noise, args.seed, count)
-    if args.views_dir == "none":
-        views = None
-    return views, encoder, component
+    return generated, f" of {count} of {n} images" if count < n else ""
 
 
 def shapes_views(encoder, noise, seed, count):
@@ -470,6 +450,32 @@ def shapes_views(encoder, noise, seed, count):
     return views[spaced(len(views), count)], component
 
 
+def prepare_quality(args, images, world, encoder, component, kept):
+    """quality_of, see train_step, or None. component: v1 where it is known; kept: the file that a
+    resumed run has it in; else it is that of --component, or fitted."""
+    if args.quality == "off":
+        return None
+    encoder = encoder.to(world.device, memory_format=torch.channels_last)
+    if component is None:
+        component = genview.component_of_encoder(encoder, images, args.image_size, world,
+                                                 args.component, kept, args.workers)
+    component = -component if args.flip_foreground else component
+    if args.compile:
+        encoder.compile()
+    return genview.PairQuality(encoder, component.to(world.device))
+
+
+def make_loader(args, images, generated, world):
+    """The pairs to train on. generated: see prepare_views."""
+    steps = len(images.names) // args.batch_size   # extra samples add no steps
+    if args.views == "extra":
+        images = genview.expand(images, generated)
+        generated = None
+    return genview.PairLoader(
+        images, generated, genview.augmentations(args), args.image_size, args.batch_size,
+        args.seed, world, args.workers, steps)
+
+
 # ------------------------------------------------------------------------------------- command line
 def make_parser(methods, description):
     """The flags of the training scripts."""
@@ -481,8 +487,9 @@ def make_parser(methods, description):
     add("--skip-bad", action="store_true", help="leave out images that cannot be read")
     add = parser.add_argument_group("GenView").add_argument
     add("--method", choices=sorted(methods), default=next(iter(methods)), help="picks the recipe")
-    add("--views-dir", help="folder of generated views, or none; default: where generate_views.py "
-                            "puts them; for CIFAR those that are missing there are made first")
+    add("--views-dir", default="auto",
+        help="folder of generated views, or none; auto, the default: where generate_views.py puts "
+             "them; for CIFAR those that are missing there are made first")
     add("--views", choices=["pair", "extra"], default="pair",
         help="pair: a generated view in each pair; extra: the paper's comparison, the images of "
              "--views-dir (any folder) as further training samples")
@@ -525,18 +532,18 @@ def parse_args(methods=METHODS, description=None, argv=None):
 
 
 def resolve_views(args):
-    """--views-dir where it is not given; UserError where the flags about views do not fit."""
-    if args.dataset == "shapes" and args.views_dir not in (None, "none"):
+    """UserError where the flags about views do not fit. --views-dir auto stays where this run makes
+    views: all in the world of shapes, of CIFAR those that are missing. Else it becomes the folder
+    where they are, or none."""
+    if args.dataset == "shapes" and args.views_dir not in ("auto", "none"):
         raise UserError("--dataset shapes makes its views itself: --views-dir can only be none")
     if args.noise != "adaptive" and args.dataset != "shapes":
         raise UserError("--noise is for --dataset shapes; for other data generate_views.py sets it")
-    args.make_views = False                        # the miniature makes those that are missing
-    if args.views_dir is None:
+    is_new = runs.begins_new(args.output_dir, args.resume)
+    makes_views = args.dataset == "shapes" or (is_new and default_model(args.dataset) == "mini")
+    if args.views_dir == "auto" and not makes_views:
         args.views_dir = genview.default_views_dir(args.dataset, args.data_dir)
-        is_new = runs.begins_new(args.output_dir, args.resume)
-        args.make_views = is_new and default_model(args.dataset) == "mini"
-        there = Path(args.views_dir, "manifest.jsonl").exists() or args.dataset == "shapes"
-        if not there and not args.make_views:
+        if not Path(args.views_dir, "manifest.jsonl").exists():
             say(f"*** No generated views in {args.views_dir}: this is plain {NAMES[args.method]}, "
                 f"not GenView. They are made by\n***   python generate_views.py "
                 f"--dataset {args.dataset} --data-dir {args.data_dir}")

@@ -35,36 +35,41 @@ class SwAV(nn.Module):
         self.temperature = args.temperature
         self.epsilon = args.epsilon
         self.chance = math.log(args.prototypes)
-        self.frozen = False
-        self.frozen_until = args.freeze_epochs / args.epochs
-        self.prototypes.weight.register_hook(lambda gradient: gradient * (not self.frozen))
+        # From these fractions of the training on prototypes learn and the queue fills.
+        self.learn_from = args.freeze_epochs / args.epochs
+        self.fill_from = args.queue_after / args.epochs if args.queue else math.inf
+        self.prototypes_learn = True
+        self.prototypes.weight.register_hook(lambda gradient: gradient * self.prototypes_learn)
         # The newest first, the same in all processes; zeros: not yet filled.            (2, M, D)
         self.register_buffer("queue", torch.zeros(2, args.queue, args.dim) if args.queue else None)
-        self.filled_from = args.queue_after / args.epochs if args.queue else math.inf
-        self.filling = False
-        self.full = False
+        self.queue_fills = False
+        self.queue_is_full = False
 
     @torch.no_grad()
     def update(self, fraction):
         """Before each step: prototypes to unit length; they do not learn in the first epochs. The
         queue is used once its last row is filled; this is read from the device until then only."""
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
-        self.frozen = fraction < self.frozen_until
-        self.filling = fraction >= self.filled_from
-        self.full = self.filling and (self.full or bool(self.queue[:, -1].any()))
+        self.prototypes_learn = fraction >= self.learn_from
+        self.queue_fills = fraction >= self.fill_from
+        if self.queue_fills and not self.queue_is_full:
+            self.queue_is_full = bool(self.queue[:, -1].any())
 
     def forward(self, views, weights, world):
-        sizes = sorted({v.shape[-1] for v in views}, reverse=True)  # views of one size in one batch
-        z = torch.cat([self.query(torch.cat([v for v in views if v.shape[-1] == size]))
-                       for size in sizes])                          # large ones first
+        sizes = sorted({v.shape[-1] for v in views}, reverse=True)     # large ones first
+        z = []
+        for size in sizes:
+            batch = torch.cat([v for v in views if v.shape[-1] == size])
+            z.append(self.query(batch))
+        z = torch.cat(z)                                                        # (V N, D)
         with torch.autocast(z.device.type, enabled=False):
-            z = F.normalize(z.float(), dim=1)                                   # (V N, D)
+            z = F.normalize(z.float(), dim=1)
             scores = F.linear(z, self.prototypes.weight.float())                # cosines
             scores = scores.unflatten(0, (len(views), -1))                      # (V, N, P)
             codes = self.codes(scores[:2].detach(), world)                      # (2, N, P)
         loss = swapped_prediction(scores, codes, temperature=self.temperature, weights=weights)
         z1, z2 = z.detach().chunk(len(views))[:2]
-        if self.filling:
+        if self.queue_fills:
             self.enqueue(torch.stack([world.gather(z1), world.gather(z2)]))
         return loss, similarities(z1, z2, z2, positives=1)
 
@@ -72,7 +77,7 @@ class SwAV(nn.Module):
     def codes(self, scores, world):
         """scores (2, N, P) -> codes of the batch (2, N, P), computed over queue and batch."""
         count = scores.shape[1]
-        if self.full:                              # sinkhorn joins the processes: each has a share
+        if self.queue_is_full:                     # sinkhorn joins the processes: each has a share
             older = self.queue.chunk(world.size, dim=1)[world.rank]
             older = F.linear(older, self.prototypes.weight.float())             # (2, M / size, P)
             scores = torch.cat([older, scores], dim=1)

@@ -28,7 +28,8 @@ class Augmentation(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """Uniform random numbers in [0, 1) for views, by what they decide; (...) is (N, V) or (V,)."""
+    """Uniform random numbers in [0, 1), by what they decide; (...) is (N,) of one view of each
+    image, or (V,) of all views of one image."""
     crop: Tensor          # (..., CROP_TRIES, 4): area, aspect ratio, left, top of each try
     jitter: Tensor        # (...): are colours jittered?
     strength: Tensor      # (..., 4): factors of brightness, contrast, saturation, hue
@@ -46,10 +47,6 @@ class Draws(NamedTuple):
         crop, jitter, strength, *others = u.split([4 * CROP_TRIES, 1, 4, 1, 1, 1, 1, 1], dim=-1)
         crop = crop.unflatten(-1, (CROP_TRIES, 4))
         return cls(crop, jitter[..., 0], strength, *(x[..., 0] for x in others))
-
-    def of_view(self, v):
-        """The numbers of view v of N images."""
-        return Draws(*(u[:, v] for u in self))
 
 
 def crop_boxes(u, height, width, scale):
@@ -122,7 +119,8 @@ def recolour(x, draws, order, augmentation):
         order: a permutation of 0..3, the order of the four jitters (one a batch; torchvision draws
             one an image).
     Returns:
-        (N, 3, S, S), normalised with CLIP's mean and standard deviation.
+        (N, 3, S, S), normalised with CLIP's mean and standard deviation; in memory the channels lie
+        side by side, as convolutions are fastest.
     """
     def over_images(u):
         return u[:, None, None, None]
@@ -148,7 +146,7 @@ def recolour(x, draws, order, augmentation):
         chosen = over_images(draws.solarise < augmentation.solarise * colour)
         x = torch.where(chosen & (x >= 0.5), 1 - x, x)
     x = torch.where(over_images(draws.flip < 0.5), x.flip(3), x)                    # mirrored
-    return normalise(x)
+    return normalise(x).contiguous(memory_format=torch.channels_last)
 
 
 def grey(x):

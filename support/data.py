@@ -48,7 +48,7 @@ class Images(NamedTuple):
             return Image.fromarray(self.pixels[index].permute(1, 2, 0).numpy())
         return open_image(self.root / self.names[index])
 
-    def spaced(self, count):
+    def at_most(self, count):
         """So many of the images at most, evenly spaced over the set."""
         return self if count >= len(self.names) else self.take(spaced(len(self.names), count))
 

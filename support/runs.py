@@ -20,7 +20,7 @@ from support.processes import compare, cores_of_process
 
 # Flags that may differ when a run is resumed: they do not change its result.
 FREE = {"data_dir", "output_dir", "resume", "device", "compile", "workers", "skip_bad", "knn_every",
-        "knn_images", "log_every", "save_minutes", "make_views"}
+        "knn_images", "log_every", "save_minutes"}
 HEALTHY_NEG = 0.25    # mean cosine of negatives above which a run is warned
 TIMED_STEPS = 10      # whose time tells how long a run will take, after the first, which is slow
 LONG = 2 * 3600       # seconds from which on a smaller run is named, of SMALL images on a CPU

@@ -273,14 +273,10 @@ def test_start_gives_the_keys_true_statistics():
 
 
 def test_learning_rate_and_lars():
-    args = settings(lr=0.3, batch_size=512, warmup_epochs=2, epochs=10)
-    rates = [round(train_moco.learning_rate(args, e), 6) for e in (0, 1, 2, 6, 10)]
-    assert rates == [0, 0.3, 0.6, 0.3, 0]
-    args.final_lr = 0.1
-    assert [train_moco.learning_rate(args, e) for e in (2, 6, 10)] == pytest.approx([0.6, 0.4, 0.2])
-    args.final_lr = None
-    args.warmup_epochs = args.epochs = 1
-    assert train_moco.learning_rate(args, 1) == 0.6          # SimSiam's predictor
+    def rates(*epochs, end=0.0):
+        return [train_moco.learning_rate(epoch, 10, 2, 0.6, end) for epoch in epochs]
+    assert rates(0, 1, 2, 6, 10) == pytest.approx([0, 0.3, 0.6, 0.3, 0])
+    assert rates(2, 6, 10, end=0.2) == pytest.approx([0.6, 0.4, 0.2])
     w, b = (torch.nn.Parameter(torch.tensor(x)) for x in ([[3.0, 4.0]], [1.0]))
     optimizer = LARS([w, b], lr=0.5, weight_decay=0.1)
     for _ in range(2):
@@ -509,6 +505,14 @@ def test_schedules_longer_than_the_run_are_named(changes, line, capsys):
     train_moco.check_schedule(settings("swav", epochs=2, **changes))
     said = capsys.readouterr().out
     assert line in said and len(said.splitlines()) == bool(line)
+
+
+def test_settings_are_flags_and_say_who_makes_the_views():
+    """auto: this run; no attribute besides the flags."""
+    flags = vars(train_moco.make_parser(METHODS, "").parse_args([])).keys() - {"print_recipe"}
+    for dataset, folder in (("shapes", "auto"), ("imagenet", "none"), ("cifar10", "auto")):
+        args = train_moco.parse_args(argv=["--dataset", dataset, "--data-dir", "x"])
+        assert vars(args).keys() == flags and args.views_dir == folder
 
 
 def test_print_recipe_needs_no_data(capsys):
