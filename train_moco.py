@@ -273,15 +273,17 @@ def train(args, world, methods=METHODS):
     optimizer = make_optimizer(method, args.optimizer, args.weight_decay)
     run = runs.Run(args, world, method, optimizer, images)
     run.resume()
-    loader, quality_of, missing = prepare(args, images, world, run.folder / "component.npy")
+    kept = Path(args.resume).with_name("component.npy") if args.resume else None
+    loader, quality_of, missing = prepare(args, images, world, kept)
     trained = distribute(method, loader, args, world, fresh=run.is_new)
     left_out = images.left_out + (test.left_out if test else 0)
-    run.begin(loader.steps, label(args, missing, left_out))
+    frozen = quality_of.encoder if quality_of and args.dataset != "shapes" else None
+    run.begin(loader.steps, label(args, missing, left_out), frozen)
     if quality_of and run.main:
         sign = -1 if args.flip_foreground else 1   # as it was fitted: a resumed run turns it again
         write_array(run.folder / "component.npy", sign * quality_of.component)
     accuracy = None
-    for epoch in range(run.epoch, args.epochs):
+    for epoch in range(run.start_epoch, args.epochs):
         train_epoch(epoch, loader, trained, optimizer, quality_of, run)
         last = epoch + 1 == args.epochs
         if args.knn_every and ((epoch + 1) % args.knn_every == 0 or last):
@@ -410,8 +412,7 @@ def prepare(args, images, world, kept):
         encoder = encoder.to(world.device, memory_format=torch.channels_last)
         if component is None:
             component = genview.component_of_encoder(
-                encoder, images, args.image_size, world, args.component,
-                kept if args.resume else None, args.workers)
+                encoder, images, args.image_size, world, args.component, kept, args.workers)
         component = -component if args.flip_foreground else component
         quality_of = genview.PairQuality(encoder, component.to(world.device))
         if args.compile:

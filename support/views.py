@@ -167,7 +167,8 @@ class ViewFolder:
         path = self.folder / "settings.json"
         before = {}
         if path.exists():
-            before = read_settings(path)
+            before = read_settings(path, "put a copy of it back, or that which the same command "
+                                         "writes with --limit 1 and an empty --views-dir")
             self.check_settings(before, settings)
             if self.manifest.exists():
                 check_same_set(self.folder, before, images, settings["dataset"])
