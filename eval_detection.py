@@ -16,12 +16,11 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
-from support.checkpoint import Checkpoint, SaveTimes
+from support.checkpoint import Checkpoint, SaveTimes, digest, identity_of
 from support.coco import read_annotations
 from support.command_line import Parser, UserError, progress, real, say, script, whole
 from support.data import IN_MEMORY_SIZE, SAME_FILES, count_and_digest, open_image, to_tensor
-from support.evaluations import digest
-from support.files import append, keep_lines
+from support.files import append, claimed, keep_lines
 from support.pretrained import MEAN_STD, load_backbone
 from support.processes import compare, cores_of_process, setup, start_worker
 from support.schedules import linear_warmup, tenth_from
@@ -36,6 +35,11 @@ DROPS = (2 / 3, 8 / 9)
 LEAST_FOR_NORM = 8       # pictures that batch norm needs; where it sees fewer it is frozen
 SHORT_SIDES = (640, 672, 704, 736, 768, 800)    # one is drawn; evaluation: 800
 LONG_SIDE = 1333
+
+# Flags that may differ when a training goes on. A digest of the backbone takes the place of the
+# first three.
+FREE = {"backbone", "arch", "branch", "output_dir", "save_minutes", "log_every", "device",
+        "workers"}
 
 
 class Coco(Dataset):
@@ -167,9 +171,6 @@ def batches(count, args, world, start):
     """This process's part of each batch from step start on: yields lists of indices < count."""
     steps_of_epoch = count // args.batch_size
     n = args.batch_size // world.size
-    if steps_of_epoch == 0:
-        raise UserError(f"{count} pictures with objects do not fill one batch of "
-                        f"{args.batch_size}: lower --batch-size")
     for step in range(start, args.steps):
         epoch, i = divmod(step, steps_of_epoch)
         if i == 0 or step == start:
@@ -178,17 +179,13 @@ def batches(count, args, world, start):
         yield order[first:first + n]
 
 
-def identity_of(model, args):
-    """What a run and its continuation share: some flags and the backbone's first weights."""
-    names = "data_dir limit steps batch_size lr seed".split()
-    identity = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
-    return identity | {"backbone": digest(model.backbone.body)}
-
-
 def train(model, data, args, world):
     """Fine-tunes the model for --steps steps; goes on from --output-dir's last.pt."""
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-4)
-    checkpoint = Checkpoint(Path(args.output_dir, "last.pt"), identity_of(model, args), world)
+    identity = identity_of(args, FREE) | {"backbone": digest(model.backbone.body)}
+    checkpoint = Checkpoint(Path(args.output_dir, "last.pt"), identity, world,
+                            regrouped="other random draws of sides, proposals and flips, so "
+                                      "not the same result")
     start = resume(checkpoint, model, optimizer)
     indices = list(batches(len(data), args, world, start))
     if world.rank == 0:                            # the lines after it will be written again
@@ -337,11 +334,8 @@ def parse_args(argv=None):
     return args
 
 
-def main():
-    args = parse_args()
-    world = setup(args.device, same_shapes=False)  # pictures of all sizes are padded to the largest
-    if args.batch_size % world.size:
-        raise UserError(f"--batch-size {args.batch_size} is no multiple of {world.size} processes")
+def load_splits(args):
+    """The pictures to train on and to test with."""
     data = Coco(args.data_dir, "train", args.limit)
     test = Coco(args.data_dir, "val", args.limit)
     if data.categories != test.categories:
@@ -350,6 +344,18 @@ def main():
     for split, part in (("train", data), ("val", test)):
         names = [str(key) for key in part.ids]
         compare(f"in {split}", count_and_digest(names), SAME_FILES)
+    if len(data) < args.batch_size:
+        raise UserError(f"{len(data)} pictures with objects do not fill one batch of "
+                        f"{args.batch_size}: lower --batch-size")
+    return data, test
+
+
+def main():
+    args = parse_args()
+    world = setup(args.device, same_shapes=False)  # pictures of all sizes are padded to the largest
+    if args.batch_size % world.size:
+        raise UserError(f"--batch-size {args.batch_size} is no multiple of {world.size} processes")
+    data, test = load_splits(args)
     if args.steps <= warmup_steps(args.batch_size):
         say(f"*** --steps {args.steps} ends within the usual warm-up of "
             f"{warmup_steps(args.batch_size):g} steps: the rate rises to the end")
@@ -364,12 +370,13 @@ def main():
                       args.mean_std, frozen)
     rate = args.lr * args.batch_size / BATCH
     say(f"{args.steps} steps of {args.batch_size} pictures, rate {rate:g}{note}")
-    train(model, data, args, world)
-    found = detect(model, test, args, world)
-    if world.rank == 0:
-        scores = average_precision(test, found)
-        log(args, world, step=args.steps, **scores)
-        print(in_words(scores) + note)
+    with claimed(args.output_dir, world):
+        train(model, data, args, world)
+        found = detect(model, test, args, world)
+        if world.rank == 0:
+            scores = average_precision(test, found)
+            log(args, world, step=args.steps, **scores)
+            print(in_words(scores) + note)
 
 
 if __name__ == "__main__":

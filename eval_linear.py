@@ -27,6 +27,7 @@ from support import augment
 from support.command_line import Parser, UserError, progress, real, say, script, whole
 from support.data import balanced_subset, listed_subset, read_picture
 from support.evaluations import Evaluation, folder_of
+from support.files import claimed
 from support.networks import LARS
 from support.pretrained import MEAN_STD, load_backbone
 from support.processes import cores_of_process, setup, start_worker
@@ -73,16 +74,21 @@ def pictures(images, order, image_size, world, batch_size, workers=4, draw=None)
         x = x.to(world.device).float()
         if draw:
             generator = step_generator(*draw, step, world.rank)
-            u = torch.rand(len(x), augment.CROP_TRIES + 1, 4, generator=generator)
-            tries = u[:, :-1]                      # of the crops of pictures in memory
-            mirrored = u[:, -1, 0] < 0.5
-            x = torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(3), x)
-        if draw and in_memory:
-            boxes = augment.crop_boxes(tries, *x.shape[2:], CROP_SCALE).to(x.device)
-            x = augment.crop(x, boxes, image_size)
-        elif x.shape[-1] != image_size:
+            x = flipped_at_random(x, generator, image_size if in_memory else None)
+        if x.shape[-1] != image_size:
             x = F.interpolate(x, size=(image_size, image_size), mode="bilinear", antialias=True)
         yield augment.normalise(x / 255).contiguous(memory_format=torch.channels_last)
+
+
+def flipped_at_random(x, generator, crop_size=None):
+    """Pictures (n, 3, H, W), some flipped. crop_size: cut at random to this side, too."""
+    u = torch.rand(len(x), augment.CROP_TRIES + 1, 4, generator=generator)
+    mirrored = u[:, -1, 0] < 0.5
+    x = torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(3), x)
+    if crop_size is None:
+        return x
+    boxes = augment.crop_boxes(u[:, :-1], *x.shape[2:], CROP_SCALE).to(x.device)
+    return augment.crop(x, boxes, crop_size)
 
 
 @torch.no_grad()
@@ -157,7 +163,7 @@ def knn_of(backbone, train, test, image_size, world, workers, k=200):
 
 
 def fit_classifier(model, optimizer, batches, steps, settings, autocast=nullcontext, run=None,
-                   check=dict):
+                   check=dict, processes=1):
     """Trains a classifier.
 
     Args:
@@ -165,11 +171,12 @@ def fit_classifier(model, optimizer, batches, steps, settings, autocast=nullcont
         batches: function of the epoch that yields (input, labels) `steps` times.
         run: Evaluation, or None.
         check: called after each epoch, may return accuracies.
+        processes: that train it together.
     """
-    plain = getattr(model, "module", model)
+    trained = DistributedDataParallel(model) if processes > 1 else model
     epochs = settings.epochs
     peaks = [group["lr"] for group in optimizer.param_groups]
-    first = run.resume(plain, optimizer) if run else 0
+    first = run.resume(model, optimizer) if run else 0
     bar = progress(range(first, epochs), "training", "epoch", total=epochs, initial=first)
     for epoch in bar:
         losses = []
@@ -179,7 +186,7 @@ def fit_classifier(model, optimizer, batches, steps, settings, autocast=nullcont
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
             with autocast():
-                logits = model(x)
+                logits = trained(x)
             loss = F.cross_entropy(logits.float(), labels.to(logits.device))
             optimizer.zero_grad()
             loss.backward()
@@ -191,7 +198,7 @@ def fit_classifier(model, optimizer, batches, steps, settings, autocast=nullcont
         bar.set_postfix(loss=f"{mean.item():.3f}", refresh=False)
         accuracies = check() or {}
         if run:
-            run.after_epoch(epoch + 1, plain, optimizer, mean, accuracies)
+            run.after_epoch(epoch + 1, model, optimizer, mean, accuracies)
 
 
 def augmented(images, settings, world):
@@ -287,8 +294,8 @@ def linear_on_pictures(backbone, dim, images, settings, world, run=None, validat
     backbone.eval().requires_grad_(False)
     batch_size = batch_of(settings, len(images.names), world.size)
     head, optimizer = probe(dim, images.num_classes, settings, batch_size, world.device)
-    model = DistributedDataParallel(head) if world.size > 1 else head
-    fit_classifier(model, optimizer, features, steps, settings, run=run, check=score)
+    fit_classifier(head, optimizer, features, steps, settings, run=run, check=score,
+                   processes=world.size)
     return head
 
 
@@ -310,13 +317,11 @@ def finetune(backbone, dim, images, settings, world, run=None):
         momentum=0.9)
     query = torch.nn.Sequential(OrderedDict(backbone=backbone))    # last.pt's names in training
     model = torch.nn.Sequential(OrderedDict(query=query, head=head)).train()
-    if world.size > 1:
-        if world.device.type == "cuda":            # PyTorch has SyncBatchNorm for GPUs only
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        model = DistributedDataParallel(model)
+    if world.size > 1 and world.device.type == "cuda":         # SyncBatchNorm needs GPUs
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     batches, steps = augmented(images, settings, world)
     fit_classifier(model, optimizer, batches, steps, settings, world.autocast, run,
-                   share_statistics)
+                   share_statistics, world.size)
     return head
 
 
@@ -426,20 +431,25 @@ def use_recipe(settings):
 
 
 def evaluate(settings, backbone, dim, world):
-    """Computes and reports the accuracies of a protocol."""
+    """Loads the images; computes and reports the accuracies of a protocol."""
     def load(split):
         return genview.load_images(settings.dataset, settings.data_dir, split, settings.image_size,
                                    settings.limit, settings.skip_bad, settings.workers)
-
-    def features(images):
-        return extract_features(backbone, images, settings.image_size, world,
-                                workers=settings.workers)
     train = load("train")
     test = load("test")
     if train.num_classes < 2:
         found = "one class folder" if train.num_classes else "no class folders"
         raise UserError(f"{settings.data_dir} has {found} in train/: labels to fit on need two")
-    run = Evaluation(settings, world, backbone, train, train.left_out + test.left_out)
+    with claimed(settings.output_dir, world):
+        run = Evaluation(settings, world, backbone, train, train.left_out + test.left_out)
+        follow_protocol(settings, backbone, dim, train, test, world, run)
+
+
+def follow_protocol(settings, backbone, dim, train, test, world, run):
+    """Fits on the images train; computes and reports the accuracies on the images test."""
+    def features(images):
+        return extract_features(backbone, images, settings.image_size, world,
+                                workers=settings.workers)
     n = len(train.names)
     if settings.protocol == "finetune":
         train = labelled(train, settings)

@@ -43,6 +43,7 @@ from generate_views import default_model, foreground_proportion, make_missing, n
 from quality_loss import fit_foreground, info_nce, info_nce_in_batch, quality_weights
 from support import runs
 from support.augment import normalise
+from support.checkpoint import digest
 from support.command_line import Parser, UserError, either, real, say, script, whole
 from support.data import spaced
 from support.files import write_array
@@ -50,6 +51,7 @@ from support.networks import LARS, make_backbone
 from support.processes import fast_dtype, setup
 from support.schedules import cosine, linear_warmup
 from support.seeds import step_generator
+from support.views import identity_of_views
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -264,20 +266,18 @@ def train(args, world, methods=METHODS):
     optimizer = make_optimizer(method, args.optimizer, args.weight_decay)
     run = runs.Run(args, world, method, optimizer, images)
     run.resume()
-    component_file = run.folder / "component.npy"
     encoder = load_encoder(args)       # first: what is wrong with it is said before views are made
     generated, missing, component = prepare_views(args, images, world, encoder)
-    quality_of = prepare_quality(args, images, world, encoder, component,
-                                 component_file if args.resume else None)
+    quality_of = prepare_quality(args, images, world, encoder, component)
     loader = make_loader(args, images, generated, world)
     trained = distribute(method, loader, args, world, fresh=run.is_new)
     left_out = images.left_out + (test.left_out if test else 0)
-    run.begin(loader.steps, label(args, missing, left_out))
+    run.begin(loader.steps, label(args, missing, left_out), identity_of_loaded(args, encoder))
     if quality_of and run.main:
         sign = -1 if args.flip_foreground else 1   # as it was fitted: a resumed run turns it again
-        write_array(component_file, sign * quality_of.component)
+        write_array(run.folder / "component.npy", sign * quality_of.component)
     accuracy = None
-    for epoch in range(run.epoch, args.epochs):
+    for epoch in range(run.start_epoch, args.epochs):
         train_epoch(epoch, loader, trained, optimizer, quality_of, run)
         last = epoch + 1 == args.epochs
         if args.knn_every and ((epoch + 1) % args.knn_every == 0 or last):
@@ -417,14 +417,20 @@ def prepare_views(args, images, world, encoder):
     return generated, missing, None
 
 
+def folder_of_views(args):
+    """Where the generated views of a data set on the disk lie."""
+    if args.views_dir == "auto":
+        return genview.default_views_dir(args.dataset, args.data_dir)
+    return args.views_dir
+
+
 def views_from_disk(args, images, world):
     """The first two of prepare_views. Makes those that are missing, where this run is to."""
-    views_dir = args.views_dir
-    if views_dir == "none":
+    if args.views_dir == "none":
         return None, ""
-    if views_dir == "auto":
-        views_dir = genview.default_views_dir(args.dataset, args.data_dir)
+    if args.views_dir == "auto":
         make_missing(args.dataset, args.data_dir, args.limit, images, world)
+    views_dir = folder_of_views(args)
     if args.views == "extra":
         extra, bad = genview.load_extra(images, views_dir, args.dataset, args.image_size,
                                         args.skip_bad, args.workers)
@@ -450,19 +456,30 @@ def shapes_views(encoder, noise, seed, count):
     return views[spaced(len(views), count)], component
 
 
-def prepare_quality(args, images, world, encoder, component, kept):
-    """quality_of, see train_step, or None. component: v1 where it is known; kept: the file that a
-    resumed run has it in; else it is that of --component, or fitted."""
+def prepare_quality(args, images, world, encoder, component):
+    """quality_of, see train_step, or None. component: v1 where it is known; else a resumed run has
+    it in a file, or it is that of --component, or fitted."""
     if args.quality == "off":
         return None
     encoder = encoder.to(world.device, memory_format=torch.channels_last)
     if component is None:
+        kept = Path(args.resume).with_name("component.npy") if args.resume else None
         component = genview.component_of_encoder(encoder, images, args.image_size, world,
                                                  args.component, kept, args.workers)
     component = -component if args.flip_foreground else component
     if args.compile:
         encoder.compile()
     return genview.PairQuality(encoder, component.to(world.device))
+
+
+def identity_of_loaded(args, encoder):
+    """What tells these views and this encoder from others under the same flags, {name: value}."""
+    if args.dataset == "shapes":                   # made and trained at each start
+        return {}
+    loaded = identity_of_views(folder_of_views(args))
+    if encoder:
+        loaded["weights of --encoder"] = digest(encoder)
+    return loaded
 
 
 def make_loader(args, images, generated, world):

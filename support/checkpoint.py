@@ -1,5 +1,6 @@
 """One checkpoint mechanism for every training: saved whole, gone on from, refused where it is of
 another run."""
+import hashlib
 import signal
 import threading
 import time
@@ -7,10 +8,24 @@ from pathlib import Path
 
 import torch
 
-from support.command_line import Terminated, UserError
+from support.command_line import Terminated, UserError, say
 from support.files import write_whole
 from support.pretrained import load_checkpoint
 from support.processes import STOP_SIGNALS, compare
+
+
+def identity_of(settings, free):
+    """{flag: value} of all settings but the free ones: what a run and its continuation share."""
+    return {f"--{name.replace('_', '-')}": value for name, value in vars(settings).items()
+            if name not in free}
+
+
+def digest(network):
+    """A few letters that tell the weights of a network."""
+    weights = hashlib.sha256()
+    for x in network.state_dict().values():
+        weights.update(x.cpu().numpy().tobytes())
+    return weights.hexdigest()[:12]
 
 
 class Checkpoint:
@@ -19,11 +34,16 @@ class Checkpoint:
     path: the file.
     identity: {name: value}, what a run and its continuation have in common: flags by the name that
         is typed, digests of what the flags name.
+    regrouped: in words, what changes where a training goes on in another number of processes.
     """
-    def __init__(self, path, identity, world):
+    def __init__(self, path, identity, world,
+                 regrouped="the same batches, but not the same result to the last bit"):
         self.path = Path(path)
         self.identity = identity
         self.world = world
+        self.regrouped = regrouped
+        self.loaded = self.path                    # the file of the last load, and its identity
+        self.saved = {}
 
     def load(self, path=None):
         """The state that was saved, {} where there is none. path: another file than this one's.
@@ -38,10 +58,23 @@ class Checkpoint:
             state = load_checkpoint(path)
             if not isinstance(state, dict) or "identity" not in state:
                 raise UserError(f"{path} is no checkpoint of such a run: name another --output-dir")
-            self.refuse_other(path, state["identity"])
+            self.loaded = path
+            self.saved = state["identity"]
+            self.refuse_other(path, self.saved)
+            self._compare_processes(path, state.get("processes", self.world.size))
             found = f"epoch {state.get('epoch')}, step {state.get('step')}"
         compare(f"the checkpoint {path}", found, "it must lie in one folder for all machines")
         return state
+
+    def _compare_processes(self, path, before):
+        if before != self.world.size:
+            say(f"*** {path} is of a run of {before} processes, here are {self.world.size}: "
+                f"{self.regrouped}")
+
+    def extend_identity(self, more):
+        """Adds what is known only after load. UserError where what was loaded has other values."""
+        self.identity = self.identity | more
+        self.refuse_other(self.loaded, self.saved)
 
     def refuse_other(self, path, saved):
         """UserError where the file at path, with the identity saved, is of another run."""
@@ -55,6 +88,7 @@ class Checkpoint:
         """Writes the state with this identity, by the first process alone."""
         if self.world.rank == 0:
             state["identity"] = self.identity
+            state["processes"] = self.world.size
             write_whole(self.path, lambda temporary: torch.save(state, temporary), sync=True)
 
 

@@ -1,11 +1,10 @@
 """The folder of an evaluation: result.json, head.pt, log.jsonl, and last.pt to go on from."""
-import hashlib
 import json
 from pathlib import Path
 
 import torch
 
-from support.checkpoint import Checkpoint
+from support.checkpoint import Checkpoint, digest, identity_of
 from support.command_line import UserError, say
 from support.files import read_settings, write_json, write_whole
 
@@ -25,30 +24,26 @@ def folder_of(settings):
     return str(path.with_name(name if ours else f"{path.stem}-{name}"))
 
 
-def digest(network):
-    """A few letters that tell the weights of a network."""
-    weights = b"".join(x.cpu().numpy().tobytes() for x in network.state_dict().values())
-    return hashlib.sha256(weights).hexdigest()[:12]
-
-
 class Evaluation:
-    """One evaluation. Only the first process writes; all processes call the same methods."""
+    """One evaluation, in a folder that its process has claimed. Only the first process writes; all
+    processes call the same methods."""
     def __init__(self, settings, world, backbone, images, left_out=0):
-        """Opens the folder; UserError where it holds something else or cannot be written. left_out:
-        files that could not be read."""
+        """UserError where the folder holds something else. left_out: files that could not be
+        read."""
         self.settings = settings
         self.left_out = left_out
         self.world = world
         self.folder = Path(settings.output_dir)
         self.keep = settings.protocol == "finetune" or settings.augment    # trained on pictures
         self.results = {}
-        identity = {f"--{name.replace('_', '-')}": value for name, value in vars(settings).items()
-                    if name not in FREE}
+        identity = identity_of(settings, FREE)
         identity["backbone"] = digest(backbone)
         identity["images"] = images.source
         # As JSON gives it back: tuples are lists there.
         self.identity = json.loads(json.dumps(identity))
-        self.checkpoint = Checkpoint(self.folder / "last.pt", self.identity, world)
+        self.checkpoint = Checkpoint(self.folder / "last.pt", self.identity, world,
+                                     regrouped="other random draws of crops and flips, so not "
+                                               "the same result")
         found = self.checkpoint.path.exists()
         if (self.folder / "args.json").exists() or (found and not settings.resume):
             raise UserError(f"{self.folder} holds a run already: go on with --resume, or name "
@@ -58,10 +53,7 @@ class Evaluation:
             self.checkpoint.refuse_other(earlier, read_settings(earlier).get("identity", {}))
         self.state = self.checkpoint.load()
         self.log = self.state.get("log", [])
-        try:
-            self._write_log()
-        except UserError as error:
-            raise UserError(f"{error} (--output-dir)") from None
+        self._write_log()
 
     def _write_log(self):
         if self.world.rank == 0:

@@ -71,14 +71,15 @@ def append(path, text):
 
 
 def claim(folder):
-    """Makes a folder and locks it until this process ends or the returned file is closed. UserError
-    where another process has it."""
+    """Makes a folder of --output-dir and locks it until this process ends or the returned file is
+    closed. UserError where another process has it."""
     path = Path(folder, ".lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path, "w")
     except OSError as error:
-        raise not_written(path, error.strerror) from None
+        raise UserError(f"{folder} cannot be written ({error.strerror}): name another "
+                        f"--output-dir") from None
     try:
         if fcntl:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,6 +96,19 @@ def release(lock):
     """Unlocks what claim has locked."""
     Path(lock.name).unlink(missing_ok=True)
     lock.close()
+
+
+@contextlib.contextmanager
+def claimed(folder, world):
+    """In this block the folder belongs to the processes of this world alone."""
+    lock = claim(folder) if world.rank == 0 else None
+    try:
+        if lock:
+            sweep(Path(folder).glob("*.tmp"), seconds=0)
+        yield
+    finally:
+        if lock:
+            release(lock)
 
 
 def keep_lines(path, wanted):
@@ -132,16 +146,15 @@ def refuse_stand_in(path):
         raise UserError(f"{path} is a web page, not the file itself: download it again")
 
 
-def read_settings(path):
-    """A settings file, a dict; UserError where the file is damaged."""
+def read_settings(path, advice="put a copy of it back, or move it away"):
+    """A settings file, a dict; UserError with this advice where the file is damaged."""
     try:
         settings = json.loads(Path(path).read_text())
         if not isinstance(settings, dict):
             raise ValueError("no settings in it")
         return settings
     except ValueError as error:
-        raise UserError(f"{path} is damaged or not by this project ({error}): remove it or name "
-                        f"another folder") from None
+        raise UserError(f"{path} is damaged or not by this project ({error}): {advice}") from None
 
 
 def write_component(path, **content):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from support.checkpoint import Checkpoint, SaveTimes
+from support.checkpoint import Checkpoint, SaveTimes, identity_of
 from support.command_line import UserError, duration, progress, real, say, say_above, whole
 from support.files import append, claim, keep_lines, release, sweep, write_json, write_whole
 from support.processes import compare, cores_of_process
@@ -25,6 +25,13 @@ HEALTHY_NEG = 0.25    # mean cosine of negatives above which a run is warned
 TIMED_STEPS = 10      # whose time tells how long a run will take, after the first, which is slow
 LONG = 2 * 3600       # seconds from which on a smaller run is named, of SMALL images on a CPU
 SMALL = 64            # side in pixels
+HEALTHY_NEG = 0.25    # mean cosine of negatives above which a run is warned
+TIMED_STEPS = 10      # whose time tells how long a run will take, after the first, which is slow
+LONG = 2 * 3600       # seconds from which on a smaller run is named, of SMALL images on a CPU
+SMALL = 64            # side in pixels
+# Settings of a folder of views that may change: other spellings of a model and a component, whose
+# digests are settings, too, and the set that was last there.
+FREE_OF_VIEWS = {"model", "component", "source"}
 SMALLER = "--limit 10000 --arch resnet10_narrow --epochs 60"
 SMALLER_SIZE = 10_000 * 60    # images in all of its epochs
 
@@ -117,25 +124,24 @@ class Run:
         self.world = world
         self.method = method
         self.optimizer = optimizer
-        self.images = len(images.names)
+        self.num_images = len(images.names)
         self.main = world.rank == 0
         self.folder = Path(world.gather_objects(args.output_dir)[0])     # its name holds the time
         self.checkpoint = Checkpoint(self.folder / "last.pt", self._identity(images), world)
-        self.epoch = 0                             # where the run goes on
-        self.step = 0
+        self.start_epoch = 0                       # where the run goes on
+        self.start_step = 0
 
     def _identity(self, images):
-        identity = {f"--{name.replace('_', '-')}": value for name, value in vars(self.args).items()
-                    if name not in FREE}
+        identity = identity_of(self.args, FREE)
         views_dir = identity.pop("--views-dir", "none")                  # views may move, too
         identity["with views"] = views_dir != "none"
-        identity["number of images"] = self.images + images.left_out
+        identity["number of images"] = self.num_images + images.left_out
         identity["images"] = images.source         # their names, not their place: data may move
         return identity
 
     @property
     def is_new(self):
-        return self.epoch == self.step == 0
+        return self.start_epoch == self.start_step == 0
 
     def resume(self):
         """Loads --resume's checkpoint into method and optimizer."""
@@ -150,18 +156,17 @@ class Run:
         statistics = state["statistics"]
         if len(statistics) == self.world.size:
             state["model"] |= statistics[self.world.rank]
-        else:
-            say(f"*** {path} is of a run of {len(statistics)} processes, here are "
-                f"{self.world.size}: the same batches, but not the same result to the last bit")
         self.method.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:
             self.world.scaler.load_state_dict(state["scaler"])
-        self.epoch = state["epoch"]
-        self.step = state["step"]
+        self.start_epoch = state["epoch"]
+        self.start_step = state["step"]
 
-    def begin(self, steps, label):
-        """Opens the folder once all is loaded. steps: of an epoch; label: the run in words."""
+    def begin(self, steps, label, loaded):
+        """Opens the folder once all is loaded. steps: of an epoch; label: the run in words; loaded:
+        {name: value}, what else a run and its continuation share."""
+        self.checkpoint.extend_identity(loaded)
         self.steps = steps
         self.label = label
         self.save_times = SaveTimes(self.args.save_minutes, self.world)
@@ -183,17 +188,17 @@ class Run:
 
     def _prune_log(self):
         """Removes the lines after the checkpoint: they will be written again."""
-        done = self.epoch * self.steps + self.step
+        done = self.start_epoch * self.steps + self.start_step
 
         def is_done(line):
-            return line["epoch"] <= self.epoch if "knn" in line else line["step"] <= done
+            return line["epoch"] <= self.start_epoch if "knn" in line else line["step"] <= done
         keep_lines(self.folder / "log.jsonl", is_done)
 
     def begin_epoch(self, epoch):
         """Starts the progress bar. Returns the first step to do."""
-        first = self.step if epoch == self.epoch else 0
-        self.now = epoch
-        self.first = first
+        first = self.start_step if epoch == self.start_epoch else 0
+        self.epoch = epoch
+        self.first_step = first
         self.began = time.monotonic()
         self.bar = progress(None, f"epoch {epoch + 1}/{self.args.epochs}", "batch",
                             total=self.steps, initial=first)
@@ -203,18 +208,18 @@ class Run:
         """Logs the means of the read-outs, refuses a loss that is not finite, saves when it is
         time, stops when a signal asks for it."""
         self.bar.update(1)
-        if self.main and self.now == self.epoch:
+        if self.main and self.epoch == self.start_epoch:
             self._say_how_long(step, readouts["loss"])
         self.pending.append(torch.stack(list(readouts.values())).float())
         last = step + 1 == self.steps
         if last or (step + 1) % self.args.log_every == 0:
             self._log_means(step, list(readouts))
             if not last and self.save_times.due():
-                self.save(self.now, step + 1)
+                self.save(self.epoch, step + 1)
 
     def _say_how_long(self, step, loss):
         """One line early in a new or resumed run, after TIMED_STEPS steps."""
-        timed = step - self.first                  # steps after the first
+        timed = step - self.first_step             # steps after the first
         if timed == 0:
             loss.item()                            # a GPU works on: wait for it
             self.timed_from = time.monotonic()
@@ -222,25 +227,25 @@ class Run:
             return
         loss.item()
         seconds_a_step = (time.monotonic() - self.timed_from) / timed
-        done = self.epoch * self.steps + self.first
+        done = self.start_epoch * self.steps + self.first_step
         seconds = (self.args.epochs * self.steps - done) * seconds_a_step
         what = "this run" if self.is_new else "the rest of this run"
         text = f"{what} will take about {duration(seconds)} on this machine"
         on_cpu = self.world.device.type == "cpu"
-        is_larger = self.images * self.args.epochs > SMALLER_SIZE
+        is_larger = self.num_images * self.args.epochs > SMALLER_SIZE
         if on_cpu and is_larger and seconds > LONG and self.args.image_size <= SMALL:
             text += f"; a smaller one (docs/RESULTS.md): {SMALLER}"
         say_above(self.bar, text)
 
     def _log_means(self, step, names):
-        number = self.now * self.steps + step + 1
+        number = self.epoch * self.steps + step + 1
         table = self.world.mean(torch.stack(self.pending))                 # (steps, read-outs)
         self.pending.clear()
         self._refuse_not_finite(table[:, 0], number)
         means = dict(zip(names, table.mean(0).tolist(), strict=True))
         self.neg = means.get("neg", 0.0)
         seconds = time.monotonic() - self.began
-        speed = (step + 1 - self.first) * self.args.batch_size / seconds
+        speed = (step + 1 - self.first_step) * self.args.batch_size / seconds
         left = (self.args.epochs * self.steps - number) * self.args.batch_size / speed
         chance = self.method.chance
         self.log(epoch=round(number / self.steps, 4), step=number, **means, chance=chance,
@@ -254,12 +259,12 @@ class Run:
         """Closes the bar, says how the epoch was, and saves."""
         self.bar.close()
         if self.summary:                           # else resumed after the epoch's last step
-            say(f"epoch {self.now + 1}/{self.args.epochs}  {self.summary}")
+            say(f"epoch {self.epoch + 1}/{self.args.epochs}  {self.summary}")
             self.summary = ""
-        if self.neg > HEALTHY_NEG and self.now == math.ceil(self.args.epochs / 5):
+        if self.neg > HEALTHY_NEG and self.epoch == math.ceil(self.args.epochs / 5):
             say(f"*** neg is {self.neg:.2f}, where 0 is healthy: keys drift, and age tells the "
                 f"positive: use a smaller --queue, a higher --temperature or --lr")
-        self.save(self.now, self.steps)
+        self.save(self.epoch, self.steps)
 
     def save(self, epoch, step):
         """last.pt and backbone.pt after so many epochs and further steps; stops when a signal asks
@@ -290,9 +295,10 @@ class Run:
 
     def log_knn(self, accuracy, count):
         """count: of the training images that it looked at."""
-        part = f" by {count} of {self.images} images" if count < self.images else ""
-        say(f"epoch {self.now + 1}/{self.args.epochs}  kNN top-1 {accuracy:.1f}%{part}")
-        self.log(epoch=self.now + 1, knn=accuracy, label=self.label)
+        few = count < self.num_images
+        part = f" by {count} of {self.num_images} images" if few else ""
+        say(f"epoch {self.epoch + 1}/{self.args.epochs}  kNN top-1 {accuracy:.1f}%{part}")
+        self.log(epoch=self.epoch + 1, knn=accuracy, label=self.label)
 
     def _refuse_not_finite(self, losses, number):
         """losses: of the steps up to this number, the last."""

@@ -13,6 +13,10 @@ from support.files import append, read_settings, sweep, write_json, write_whole
 COMPARED = 500        # pictures that are compared with those that views were made of, at most
 FILE_PART = 1 << 16   # bytes of a file that enter its checksum
 
+# Settings of a folder that may change: other spellings of a model and a component, whose digests
+# are settings, too, and the set of images that was last there.
+FREE = {"model", "component", "source"}
+
 
 def find_views(images, views_dir, dataset):
     """The generated view of each image: a list of N paths, None where an image has none.
@@ -46,6 +50,14 @@ def find_views(images, views_dir, dataset):
         raise UserError(f"{views_dir} holds no views of these images: none of its {len(files)} "
                         f"images has the name of one of {len(keys)} such as {images.names[0]}")
     return paths
+
+
+def identity_of_views(folder):
+    """What tells the views in a folder from others, {name: value}: the settings they were made
+    with; {} where the folder has none, as of the release."""
+    path = Path(folder, "settings.json")
+    settings = read_settings(path) if path.exists() else {}
+    return {f"{name} of the views": value for name, value in settings.items() if name not in FREE}
 
 
 def check_same_set(folder, made_for, images, dataset):
@@ -167,7 +179,8 @@ class ViewFolder:
         path = self.folder / "settings.json"
         before = {}
         if path.exists():
-            before = read_settings(path)
+            before = read_settings(path, "put a copy of it back, or that which the same command "
+                                         "writes with --limit 1 and an empty --views-dir")
             self.check_settings(before, settings)
             if self.manifest.exists():
                 check_same_set(self.folder, before, images, settings["dataset"])

@@ -1,5 +1,6 @@
 """How the tests run scripts: in this process, where no time goes into imports, and in forks, which
 can be killed."""
+import contextlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 
 import pytest
@@ -15,6 +17,7 @@ from tqdm import tqdm
 
 from support import command_line
 from support.command_line import UserError
+from support.files import claim
 from support.processes import World
 
 CPU = World(0, 1, torch.device("cpu"), torch.float32)
@@ -76,6 +79,19 @@ def end(*pids):
     """Waits; the exit status of each, or minus the signal."""
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     return statuses if len(pids) > 1 else statuses[0]
+
+
+@contextlib.contextmanager
+def held(folder):
+    """Another process works in the folder. It is killed in the end."""
+    holds, told = os.pipe()
+    pid = start(lambda: (claim(folder), os.write(told, b"1"), time.sleep(60)))
+    os.read(holds, 1)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        end(pid)
 
 
 def start_two(works, log):

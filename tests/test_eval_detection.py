@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from running import CPU, call, end, json_lines, refusal, start_two
+from running import CPU, call, end, held, json_lines, refusal, start_two
 from torchvision.models.detection import MaskRCNN
 from torchvision.ops import MultiScaleRoIAlign
 
@@ -95,10 +95,17 @@ def test_trains_and_evaluates(coco, backbone, tmp_path, monkeypatch, capsys):
     log = json_lines(tmp_path / "log.jsonl")
     assert log[-2]["loss"] < 0.8 * log[0]["loss"] and log[-2]["step"] == 6
     assert said.startswith(f"box AP {log[-1]['box'][0]:.1f}%, AP50") and "; mask AP " in said
+    state = torch.load(tmp_path / "last.pt")
+    torch.save(state | {"processes": 2}, tmp_path / "last.pt")
     before = (tmp_path / "last.pt").read_bytes()
     detect(monkeypatch, *flags)
-    assert (tmp_path / "last.pt").read_bytes() == before and said in capsys.readouterr().out
+    said_again = capsys.readouterr().out
+    assert (tmp_path / "last.pt").read_bytes() == before and said in said_again
+    assert "2 processes, here are 1: other random draws" in said_again
     assert json_lines(tmp_path / "log.jsonl") == log
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["last.pt", "log.jsonl"]
+    with pytest.raises(UserError, match="another run: --mean-std is None there and clip here"):
+        detect(monkeypatch, *flags, "--mean-std", "clip")
     other = torch.load(backbone, weights_only=True)
     other["conv1.weight"] *= 2
     torch.save(other, tmp_path / "other.pt")
@@ -129,6 +136,17 @@ def test_a_training_within_the_warm_up_is_named(coco, backbone, tmp_path, monkey
         with pytest.raises(KeyboardInterrupt):
             detect(monkeypatch, *flags_of(coco, backbone, tmp_path / "run", steps))
         assert ("ends within the usual warm-up of 4000 steps" in capsys.readouterr().out) == named
+
+
+def test_a_training_that_cannot_begin_writes_nothing(coco, backbone, tmp_path, monkeypatch, capsys):
+    flags = flags_of(coco, backbone, tmp_path / "run", 2)
+    line = refusal(capsys, detect, monkeypatch, *flags, "--batch-size", 8)
+    assert line.startswith("6 pictures with objects do not fill one batch of 8")
+    assert not (tmp_path / "run").exists()
+    with held(tmp_path / "run"):
+        line = refusal(capsys, detect, monkeypatch, *flags)
+        assert "another process works in" in line and "--output-dir" in line
+        assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_two_processes_share_the_work(coco, backbone, tmp_path, monkeypatch):
@@ -439,8 +457,6 @@ def test_the_schedule_and_the_shares():
     assert len(whole) == 7 and whole == [a + b for a, b in halves]
     assert shares(10, start=3) == whole[3:]
     assert len(set(whole[0] + whole[1])) == 8
-    with pytest.raises(UserError, match="do not fill one batch of 4"):
-        shares(3)
 
 
 def test_any_category_ids_are_numbered_from_one_and_back(coco, tmp_path, capsys):

@@ -208,7 +208,8 @@ def test_the_precision_of_a_training_is_not_that_of_its_views(fast, monkeypatch)
 def begin(folder, seconds_a_step, monkeypatch, **changes):
     """A run of 20 steps an epoch whose clock goes on by so much a step; and its clock."""
     settings = dict(output_dir=str(folder), resume=None, epochs=10, batch_size=4000,
-                    image_size=32, save_minutes=1e6, log_every=10, dataset="cifar10")
+                    image_size=32, save_minutes=1e6, log_every=10, dataset="cifar10",
+                    views_dir="none")
     settings |= changes
     method = torch.nn.Module()
     method.chance = 0.0
@@ -218,8 +219,8 @@ def begin(folder, seconds_a_step, monkeypatch, **changes):
     run = runs.Run(SimpleNamespace(**settings), CPU, method, optimizer, images)
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now, time=lambda: clock.now)
     monkeypatch.setattr(runs, "time", clock)
-    run.epoch = settings.get("epoch", 0)
-    run.begin(20, "a run")
+    run.start_epoch = settings.get("epoch", 0)
+    run.begin(20, "a run", {})
 
     def steps(epoch, count):
         first = run.begin_epoch(epoch)

@@ -246,6 +246,20 @@ def test_a_killed_run_goes_on_to_the_same_views(world, capsys):
     assert len(list(filter(WHOLE.search, lines))) == 24 and len(lines) == 25
 
 
+def test_damaged_settings_are_put_back_and_no_view_is_lost(world, capsys):
+    """As the message says."""
+    views = world / "damaged"
+    shutil.copytree(world / "views", views)
+    (views / "settings.json").write_text("")       # as after a power failure
+    line = refusal(capsys, run, world, "damaged")
+    assert "settings.json is damaged" in line and "put a copy of it back" in line
+    run(world, "one", "--limit", 1)
+    shutil.copy(world / "one/settings.json", views)
+    run(world, "damaged")
+    assert "0 views made, 24 there already" in capsys.readouterr().out
+    assert_same_views(views, world / "views")
+
+
 def test_limit_and_batch_size_do_not_change_a_view(world):
     run(world, "few", "--limit", "5", "--batch-size", "2")
     names = sorted(pictures(world / "views"))

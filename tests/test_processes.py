@@ -2,6 +2,7 @@
 another."""
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from running import (
     call,
     end,
     fail,
+    held,
     json_lines,
     refusal,
     start,
@@ -31,7 +33,7 @@ import train_moco
 from support import command_line, processes, runs
 from support.checkpoint import Checkpoint
 from support.command_line import Terminated, UserError, progress, script
-from support.files import claim
+from support.files import write_json
 from support.processes import setup
 
 
@@ -60,11 +62,11 @@ def generation(world, output):
         "--device", "cpu", "--batch-size", 4)
 
 
-def evaluation(world, output):
+def evaluation(world, output, *more):
     return lambda: call(
         eval_linear, "--checkpoint", world / "run/last.pt", "--dataset", "folder", "--data-dir",
         world / "images", "--protocol", "finetune", "--labels", 1, "--batch-size", 8, "--epochs", 2,
-        "--output-dir", output, "--device", "cpu", "--workers", 0)
+        "--output-dir", output, "--device", "cpu", "--workers", 0, *more)
 
 
 # ------------------------------------------------------------------------------ one fails, all end
@@ -174,16 +176,52 @@ def test_further_samples_that_one_machine_lacks_are_named(world, tmp_path):
 
 
 # ------------------------------------------------------------------------------ one run, one folder
-def test_a_second_run_in_a_folder_is_refused(world, tmp_path, capsys):
-    run = tmp_path / "run"
-    pid = start(lambda: (claim(run), (tmp_path / "claimed").touch(), time.sleep(60)))
-    while not (tmp_path / "claimed").exists():
-        time.sleep(0.01)
-    assert "another process works in" in refusal(capsys, training(world, run))
-    assert [file.name for file in run.iterdir()] == [".lock"]
-    os.kill(pid, signal.SIGKILL)
-    end(pid)
-    training(world, run)()                         # a lock does not outlive its process
+@pytest.mark.parametrize("kind", [training, evaluation])
+def test_a_second_run_in_a_folder_is_refused(kind, world, tmp_path, capsys):
+    work = kind(world, tmp_path)
+    with held(tmp_path):
+        said = refusal(capsys, work)
+        assert said == f"another process works in {tmp_path}: name another --output-dir"
+        assert [file.name for file in tmp_path.iterdir()] == [".lock"]
+    work()                                         # a lock does not outlive its process
+    assert (tmp_path / "last.pt").exists() and not (tmp_path / ".lock").exists()
+
+
+def test_an_evaluation_that_fails_leaves_its_folder_to_others(world, tmp_path, capsys):
+    """And removes what a kill left there."""
+    (tmp_path / "last.pt.7.tmp").touch()
+    refusal(capsys, before_call(1, fail, evaluation(world, tmp_path), eval_linear, "pictures"))
+    assert [file.name for file in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_an_evaluation_in_another_number_of_processes_is_named(world, tmp_path, capsys):
+    evaluation(world, tmp_path)()
+    state = torch.load(tmp_path / "last.pt")
+    torch.save(state | {"processes": 2}, tmp_path / "last.pt")
+    capsys.readouterr()
+    evaluation(world, tmp_path, "--resume")()
+    text = "last.pt is of a run of 2 processes, here are 1: other random draws"
+    assert text in capsys.readouterr().out
+
+
+def test_a_run_does_not_go_on_with_other_views_or_another_encoder(world, tmp_path, capsys):
+    """Under the same path; a model may be spelled in another way."""
+    shutil.copytree(world / "views", tmp_path / "views")
+    settings = {"dataset": "folder", "noise": "adaptive", "model": "a"}
+    write_json(tmp_path / "views/settings.json", settings)
+    clip = tmp_path / "clip"
+    tiny.save_clip(clip)
+    flags = ["--views-dir", tmp_path / "views", "--encoder", clip, "--knn-every", 0]
+    training(world, tmp_path / "run", *flags)()
+    resumed = training(world, tmp_path / "run", *flags, "--resume")
+    write_json(tmp_path / "views/settings.json", settings | {"noise": 100})
+    assert "noise of the views is adaptive there and 100 here" in refusal(capsys, resumed)
+    write_json(tmp_path / "views/settings.json", settings | {"model": "b"})
+    resumed()
+    before = (tmp_path / "run/last.pt").read_bytes()
+    tiny.clip_vision_model(seed=1).save_pretrained(clip)
+    assert "weights of --encoder is" in refusal(capsys, resumed)
+    assert (tmp_path / "run/last.pt").read_bytes() == before
 
 
 def test_a_run_that_was_faster_is_not_overwritten(world, tmp_path, capsys, monkeypatch):

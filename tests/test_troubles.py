@@ -156,7 +156,11 @@ def test_the_component_is_fitted_once(image_folder, encoder_folder, tmp_path, mo
     first, fits = np.load(tmp_path / "run/component.npy"), []
     monkeypatch.setattr(genview, "load_or_fit_foreground", lambda *_: fits.append(1))
     call(train_moco, *flags(tmp_path / "run", image_folder, *more, "--resume"))
-    assert not fits and np.array_equal(np.load(tmp_path / "run/component.npy"), first)
+    moved = ["--resume", tmp_path / "run/last.pt"]
+    call(train_moco, *flags(tmp_path / "moved", image_folder, *more, *moved))
+    assert not fits
+    for run in ("run", "moved"):
+        assert np.array_equal(np.load(tmp_path / run / "component.npy"), first)
     sent = []
     second = SimpleNamespace(rank=1, device=torch.device("cpu"), autocast=CPU.autocast,
                              gather_objects=lambda x: sent.append(x) or [first, x])
