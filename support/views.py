@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.command_line import UserError, say
-from support.data import read_files, sort_out, spaced
+from support.data import read_squares_into, sort_out, spaced
 from support.files import append, read_settings, sweep, write_json, write_whole
 
 COMPARED = 500        # pictures that are compared with those that views were made of, at most
@@ -103,7 +103,7 @@ def views_into_memory(images, paths, skip_bad=False, workers=0):
     """Views of small images as a tensor like images.pixels, where an image without is its own view,
     and {place: message} of those that cannot be read."""
     views = images.pixels.clone()
-    bad = read_files(paths, views, skip_bad, workers)
+    bad = read_squares_into(views, paths, skip_bad, workers)
     for place in bad:                              # this process may have read it
         views[place] = images.pixels[place]
     return views, bad                                                               # (N, 3, S, S)

@@ -18,7 +18,7 @@ import eval_linear
 import generate_views
 import train_moco
 from genview import load_images
-from support import data
+from support import data, pictures
 from support import views as views_on_disk
 from support.command_line import Parser, UserError
 from support.data import find_files, open_image
@@ -234,7 +234,7 @@ def test_a_picture_is_turned_as_exif_says_or_left_where_it_is_damaged(suffix, tm
 
 def test_a_warning_of_pillow_comes_once_for_all_files(tmp_path, capfd, monkeypatch):
     """By one process and by the workers of a loader."""
-    data.show_warning.cache_clear()
+    pictures.show_warning.cache_clear()
     palette = Image.new("P", (8, 8))
     palette.putpalette([0, 0, 0, 255, 255, 255])
     for number in range(5):
@@ -242,7 +242,7 @@ def test_a_warning_of_pillow_comes_once_for_all_files(tmp_path, capfd, monkeypat
     names = [f"{number}.png" for number in range(5)]
     for name in names:
         open_image(tmp_path / name)
-    data.show_warning.cache_clear()
+    pictures.show_warning.cache_clear()
     images = data.Images(names, torch.zeros(5), 1, root=tmp_path)
     monkeypatch.setattr(data, "FEW", 3)
     monkeypatch.setattr(data, "READ_AT_ONCE", 2)
