@@ -189,8 +189,7 @@ def sort_out(folder):
     pictures = []
     others = []
     for base, folders, found in os.walk(folder, followlinks=True):
-        here = Path(base).resolve()                # a link to a folder above would not end
-        folders[:] = [name for name in folders if not here.is_relative_to((here / name).resolve())]
+        folders[:] = [name for name in folders if not leads_back(Path(base, name))]
         inside = Path(base).relative_to(folder)
         ours = all(is_ours(part) for part in inside.parts)
         for name in found:
@@ -199,6 +198,15 @@ def sort_out(folder):
             else:
                 others.append(inside / name)
     return sorted(pictures), sorted(others)
+
+
+def leads_back(folder):
+    """Is it a symbolic link to a folder around it, by whatever way it was reached? This would not
+    end."""
+    if not folder.is_symlink():
+        return False
+    target = folder.resolve()
+    return any(above.resolve().is_relative_to(target) for above in folder.absolute().parents)
 
 
 def image_files(folder):

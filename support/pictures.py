@@ -1,6 +1,8 @@
 """Single pictures: read from files as they are meant to be seen, cut, and drawn on sheets."""
 import functools
+import os
 import re
+import stat
 import warnings
 
 import numpy as np
@@ -24,6 +26,8 @@ def open_image(path, upright=True):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             warnings.simplefilter("error", Image.DecompressionBombWarning)   # a far too large image
+            if not stat.S_ISREG(os.stat(path).st_mode):        # a pipe would be waited for
+                raise ValueError("it is no regular file")
             with Image.open(path) as image:
                 image.load()
                 turn = how_to_turn(image) if upright else None
@@ -32,7 +36,8 @@ def open_image(path, upright=True):
                     image = image.transpose(turn)
                 image = image.convert("RGB")
     except Exception as error:                     # PIL raises many kinds
-        raise UserError(f"{path} cannot be read as an image ({' '.join(str(error).split())}); "
+        name = str(path).replace("\n", "\\n")      # a message is one line
+        raise UserError(f"{name} cannot be read as an image ({' '.join(str(error).split())}); "
                         f"repair or remove it") from None
     worker = get_worker_info()
     if worker is None or worker.id == 0:           # the first of several speaks for all

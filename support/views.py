@@ -32,7 +32,8 @@ def find_views(images, views_dir, dataset):
         keys = [str(Path(name).with_suffix("")) for name in images.names]
     else:                                                      # side by side
         keys = [Path(name).stem for name in images.names]
-        check_unique(keys, images.names, files)
+    keys = [key if key in files else key.removeprefix("train/") for key in keys]
+    check_unique(keys, images.names, files)
     settings = views_dir / "settings.json"         # a folder of the release has none
     if settings.exists():
         made_for = read_settings(settings)
@@ -41,7 +42,7 @@ def find_views(images, views_dir, dataset):
             say(f"*** {len(changed)} of {compared} images that were compared, such as {changed[0]},"
                 f" are not those that the views in {views_dir} were made of: generate_views.py "
                 f"makes these again")
-    paths = [files.get(key) or files.get(key.removeprefix("train/")) for key in keys]
+    paths = [files.get(key) for key in keys]
     if not any(paths):
         raise UserError(f"{views_dir} holds no views of these images: none of its {len(files)} "
                         f"images has the name of one of {len(keys)} such as {images.names[0]}")
@@ -80,8 +81,11 @@ def file_mark(images, name):
     its middle. "": it cannot be read; None: images that are no files."""
     if images.root is None:
         return None
+    path = images.root / name
+    if not path.is_file():                         # a pipe would be waited for
+        return ""
     try:
-        with open(images.root / name, "rb") as file:
+        with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             file.seek(max(0, size - FILE_PART) // 2)
             return f"{size}-{zlib.crc32(file.read(FILE_PART)):08x}"
@@ -95,8 +99,8 @@ def check_unique(keys, names, files):
     for key, name in zip(keys, names, strict=True):
         other = first.setdefault(key, name)
         if key in files and other != name:
-            raise UserError(f"{files[key]} could be the view of {other} and of {name}: put views "
-                            f"in their sources' folders")
+            raise UserError(f"{files[key]} could be the view of {other} and of {name}: rename "
+                            f"one of them, or put views in their sources' folders")
 
 
 def views_into_memory(images, paths, skip_bad=False, workers=0):
