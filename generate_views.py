@@ -13,14 +13,17 @@ Legend of the shapes: N images, n of a batch, T patch tokens of an image, K feat
 size of an image embedding.
 """
 import datetime
+import functools
 import hashlib
 import math
 import os
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -39,10 +42,10 @@ from support.command_line import (
     script,
     whole,
 )
-from support.data import IN_MEMORY_SIZE, spaced, square
+from support.data import read_images, spaced
 from support.files import read_component, write_component, write_whole
-from support.pictures import sheet
-from support.processes import fast_dtype, setup
+from support.pictures import sheet, square
+from support.processes import cores_of_process, fast_dtype, setup
 from support.views import ViewFolder, file_mark
 
 LEVELS = (0, 100, 200, 300, 400)  # of the 1,000 noising steps (release)
@@ -174,30 +177,37 @@ def check(pipe, steps):
                     f"{reason}")
 
 
+def clip_pixels(image, feature_extractor):
+    """What CLIP sees of a PIL image of any size, an array (3, S, S)."""
+    return feature_extractor(images=[image], return_tensors="pt").pixel_values[0].numpy()
+
+
 @torch.inference_mode()
 @sdpa_kernel(ATTENTION)
-def encode(pipe, pictures):
+def encode(pipe, pixels):
     """One pass of CLIP gives both: patch tokens (n, T, K) and the embedding c (n, D) of up to
-    ENCODER_BATCH PIL images."""
-    padded = pictures + pictures[-1:] * (ENCODER_BATCH - len(pictures))
-    pixels = pipe.feature_extractor(images=padded, return_tensors="pt").pixel_values
-    out = pipe.image_encoder(pixels.to(pipe.device, pipe.image_encoder.dtype))
+    ENCODER_BATCH images, arrays of clip_pixels."""
+    padded = pixels + pixels[-1:] * (ENCODER_BATCH - len(pixels))
+    x = torch.from_numpy(np.stack(padded))
+    out = pipe.image_encoder(x.to(pipe.device, pipe.image_encoder.dtype))
     tokens = genview.clip_tokens(pipe.image_encoder.vision_model, out.last_hidden_state)
-    return tokens[:len(pictures)], out.image_embeds[:len(pictures)]
+    return tokens[:len(pixels)], out.image_embeds[:len(pixels)]
 
 
-def encode_all(pipe, images, indices, on_unreadable=lambda index, error: None):
-    """Yields indices, tokens (n, T, K) and embeddings c (n, D) of the images that can be read,
-    ENCODER_BATCH at a time."""
-    batch = {}
-    for place, index in enumerate(indices):
-        try:
-            batch[index] = images.pil(index)
-        except UserError as error:
-            on_unreadable(index, error)
-        if batch and (len(batch) == ENCODER_BATCH or place == len(indices) - 1):
-            yield list(batch), *encode(pipe, list(batch.values()))
-            batch = {}
+def encode_all(pipe, images, indices, on_unreadable=None):
+    """Yields indices, tokens (n, T, K) and embeddings c (n, D) of the images that can be read, up
+    to ENCODER_BATCH at a time.
+
+    on_unreadable: called with the message of each of the others.
+    """
+    use = functools.partial(clip_pixels, feature_extractor=pipe.feature_extractor)
+    parts = read_images(images, indices, use, ENCODER_BATCH, cores_of_process())
+    for pixels, errors in parts:
+        for error in errors.values():
+            if on_unreadable:
+                on_unreadable(error)
+        if pixels:
+            yield list(pixels), *encode(pipe, list(pixels.values()))
 
 
 @torch.inference_mode()
@@ -269,6 +279,14 @@ class Generator:
 
 
 # --------------------------------------------------------------------------------- the set of views
+class Plan(NamedTuple):
+    """A view that is to be made."""
+    source: str                     # name of the image X_i
+    proportion: float               # p_i
+    level: int                      # l
+    embedding: torch.Tensor         # c_i, (D,)
+
+
 def make_view_set(args, pipe, generator, images, world):
     """The method: encode, count the foreground, choose the noise level, generate; a batch holds
     images of one level."""
@@ -276,69 +294,77 @@ def make_view_set(args, pipe, generator, images, world):
     folder = ViewFolder(args.views_dir, suffix, world.rank)
     folder.prepare(settings_of(args, generator, pipe), images, world)
     v1, alpha = share_foreground(args, pipe, images, world)
-    views = Views(folder, generator, images, args.seed, args.limit, world)
-    waiting = defaultdict(list)                                      # {level: [(index, p, c), ...]}
-    for indices, tokens, c in encode_all(pipe, images, views.todo, views.unreadable):
+    mine = spaced(len(images.names), args.limit).tolist()[world.rank::world.size]
+    todo, changed, there = find_missing(folder, images, mine)
+    say_changed(changed, world)
+    start = time.monotonic()
+    bar = progress(None, "views", "image", total=len(todo))
+    skipped = []
+    levels = []                                    # of the views made here
+
+    def skip(message):
+        print(f"skipped: {message.rsplit('; ', 1)[0]}", file=sys.stderr)
+        skipped.append(message)
+    encoded = encode_all(pipe, images, todo, skip)
+    for batch in batches_of_a_level(plans(encoded, images, v1, alpha, args.noise), generator):
+        make_views(batch, generator, folder, images, args.seed)
+        levels += [plan.level for plan in batch]
+        bar.update(len(batch))
+    bar.close()
+    report(levels, there, len(skipped), time.monotonic() - start, folder, world)
+
+
+def plans(encoded, images, v1, alpha, noise):
+    """Yields the Plan of each image that encode_all has encoded. noise: adaptive or a level."""
+    for indices, tokens, c in encoded:
         p = foreground_proportion(tokens, v1, alpha)                                          # (n,)
-        adaptive = args.noise == "adaptive"
-        levels = noise_level(p) if adaptive else torch.full_like(p, args.noise).long()        # (n,)
-        for level, *image in zip(levels.tolist(), indices, p.tolist(), c, strict=True):
-            waiting[level].append(image)
-            if len(waiting[level]) >= generator.batch_size:
-                views.make(level, waiting.pop(level))
+        levels = noise_level(p) if noise == "adaptive" else torch.full_like(p, noise).long()  # (n,)
+        names = [images.names[index] for index in indices]
+        yield from map(Plan, names, p.tolist(), levels.tolist(), c)
+
+
+def batches_of_a_level(plans, generator):
+    """Yields lists of plans of one level, as many as the generator makes at once; at the end the
+    rest of each level."""
+    waiting = defaultdict(list)                                                  # {level: [Plan]}
+    for plan in plans:
+        waiting[plan.level].append(plan)
+        if len(waiting[plan.level]) >= generator.batch_size:
+            yield waiting.pop(plan.level)
     for level in sorted(waiting):
-        views.make(level, waiting[level])
-    views.report()
+        yield waiting[level]
 
 
-class Views:
-    """Makes batches of views of this process's images, writes and counts them."""
-    def __init__(self, folder, generator, images, seed, limit, world):
-        self.folder = folder
-        self.generator = generator
-        self.images = images
-        self.seed = seed
-        self.world = world
-        mine = spaced(len(images.names), limit).tolist()[world.rank::world.size]
-        self.todo, changed, self.there = find_missing(folder, images, mine)
-        self.levels = []                           # of the views made here
-        self.skipped = 0
-        changed = sum(world.gather_objects(changed))
-        if changed:
-            say(f"*** {changed} images are not those that their views were made of: these views "
-                f"are made again")
-        self.start = time.monotonic()
-        self.bar = progress(None, "views", "image", total=len(self.todo))
+def make_views(batch, generator, folder, images, seed):
+    """Generates and writes the views of a list of plans of one level."""
+    seeds = [image_seed(seed, plan.source) for plan in batch]
+    embeddings = torch.stack([plan.embedding for plan in batch])
+    views = generator(batch[0].level, embeddings, seeds)
+    for view, plan, own_seed in zip(views, batch, seeds, strict=True):
+        folder.write(view, source=plan.source, proportion=plan.proportion, noise_level=plan.level,
+                     seed=own_seed, file=file_mark(images, plan.source))
 
-    def unreadable(self, index, error):
-        self.skipped += 1
-        print(f"skipped: {str(error).rsplit('; ', 1)[0]}", file=sys.stderr)
 
-    def make(self, level, batch):
-        """batch: [(index, p, c), ...] of one level."""
-        indices, proportions, embeddings = zip(*batch, strict=True)
-        names = [self.images.names[index] for index in indices]
-        seeds = [image_seed(self.seed, name) for name in names]
-        views = self.generator(level, torch.stack(embeddings), seeds)
-        for view, name, p, seed in zip(views, names, proportions, seeds, strict=True):
-            self.folder.write(view, source=name, proportion=p, noise_level=level, seed=seed,
-                              file=file_mark(self.images, name))
-        self.levels += [level] * len(batch)
-        self.bar.update(len(batch))
+def say_changed(changed, world):
+    """Says how many views of all processes are made again."""
+    changed = sum(world.gather_objects(changed))
+    if changed:
+        say(f"*** {changed} images are not those that their views were made of: these views are "
+            f"made again")
 
-    def report(self):
-        """The last line, over all processes."""
-        self.bar.close()
-        seconds = time.monotonic() - self.start
-        levels = torch.tensor(self.there + self.levels).long()
-        numbers = torch.tensor([len(self.levels), len(self.there), self.skipped])
-        mine = torch.cat([numbers, torch.bincount(levels, minlength=1000)]).to(self.world.device)
-        made, there, skipped, *counts = self.world.gather(mine[None]).sum(0).tolist()
-        if self.world.rank == 0:
-            self.folder.join_manifests()           # all have written theirs: they have counted
-        text = ", ".join(f"{level}: {count}" for level, count in enumerate(counts) if count)
-        say(f"{made} views made, {there} there already, {skipped} skipped (unreadable); noise "
-            f"levels {text or 'none'}; {seconds:.1f} s, {made / max(seconds, 1e-9):.2f} images/s")
+
+def report(made, there, skipped, seconds, folder, world):
+    """The last line, over all processes. made, there: the noise levels of the views."""
+    made = sum(world.gather_objects(Counter(made)), Counter())
+    there = sum(world.gather_objects(Counter(there)), Counter())
+    skipped = sum(world.gather_objects(skipped))
+    if world.rank == 0:
+        folder.join_manifests()                    # all have written theirs: they have counted
+    levels = made + there
+    text = ", ".join(f"{level}: {levels[level]}" for level in sorted(levels))
+    count = made.total()
+    say(f"{count} views made, {there.total()} there already, {skipped} skipped (unreadable); noise "
+        f"levels {text or 'none'}; {seconds:.1f} s, {count / max(seconds, 1e-9):.2f} images/s")
 
 
 def find_missing(folder, images, indices):
@@ -559,8 +585,8 @@ def make_generator(args, pipe, device):
 
 def run(args, world):
     """Makes the views or draws the preview."""
-    # A larger size than IN_MEMORY_SIZE: files are opened one by one, when they are needed.
-    images = genview.load_images(args.dataset, args.data_dir, "train", IN_MEMORY_SIZE + 1)
+    # Of any size: files are opened when they are needed.
+    images = genview.load_images(args.dataset, args.data_dir, "train", image_size=math.inf)
     pipe = load_pipeline(args.model, precision_of(args, world), world.device, args.solver)
     check(pipe, args.steps)
     if args.component:                             # an error in it comes before anything is written

@@ -4,19 +4,18 @@ import hashlib
 import os
 import re
 import sys
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torchvision
-from PIL import ExifTags, Image
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from support.command_line import UserError, progress, say
-from support.processes import start_worker
+from support.pictures import open_image, square, to_tensor
+from support.processes import gather_objects, place_of_process, start_worker, wait
 
 IN_MEMORY_SIZE = 64   # images up to this side are kept in memory, as one uint8 tensor
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -24,13 +23,6 @@ NOT_OURS = {"@eaDir", "__MACOSX", "lost+found"}    # what systems put beside the
 FEW = 500             # files that one process has read before others have started
 READ_AT_ONCE = 64     # files: what a worker hands over at a time
 SAME_FILES = "all machines must hold the same files"
-
-# What EXIF says about how to turn a picture.
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}
-
 
 class Images(NamedTuple):
     """A labelled set of N images: small ones in memory, large ones as files."""
@@ -65,67 +57,6 @@ def count_and_digest(names):
     return f"{len(names)} images, names {digest[:12]}"
 
 
-def open_image(path, upright=True):
-    """An image file as PIL's RGB image, upright (or as it is stored); UserError where it cannot be
-    read."""
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)   # a far too large image
-            with Image.open(path) as image:
-                image.load()
-                turn = how_to_turn(image) if upright else None
-                image = eight_bits(image)
-                if turn is not None:
-                    image = image.transpose(turn)
-                image = image.convert("RGB")
-    except Exception as error:                     # PIL raises many kinds
-        raise UserError(f"{path} cannot be read as an image ({' '.join(str(error).split())}); "
-                        f"repair or remove it") from None
-    worker = get_worker_info()
-    if worker is None or worker.id == 0:           # the first of several speaks for all
-        for warning in caught:
-            show_warning(re.sub(r"\d+", "...", " ".join(str(warning.message).split())))
-    return image
-
-
-@functools.cache                                   # once for each kind
-def show_warning(kind):
-    say(f"*** images that can be read, but Pillow says: {kind}")
-
-
-def how_to_turn(image):
-    """What EXIF says, for PIL's transpose; None: as it is stored, as where EXIF is damaged."""
-    try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:                              # PIL raises many kinds
-        return None
-
-
-def eight_bits(image):
-    """A grey PIL image of 16 or 32 bits as one of 8 bits, any other as it is."""
-    if not image.mode.startswith(("I", "F")):
-        return image
-    values = np.asarray(image)
-    sixteen = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
-    top = 65535 if sixteen else scale_of(values)
-    return Image.fromarray((values / (top / 255)).round().clip(0, 255).astype(np.uint8))
-
-
-def scale_of(values):
-    """What stands for white in integers or floats of 32 bits: 1, 255 or 65535, the first that the
-    values do not exceed. ValueError where none fits: the picture would be black or white."""
-    least = values.min()
-    most = values.max()
-    for top in (1, 255, 65535):
-        if -0.1 * top <= least and most <= 1.1 * top:
-            if top == 1 or most >= top / 16:
-                return top
-            break
-    raise ValueError(f"its values, {least:g} to {most:g}, fit neither 0 to 1 nor 0 to 255 nor 0 "
-                     f"to 65535")
-
-
 def advise_skip_bad(error):
     """The error of open_image with a further way out, where the script has this flag."""
     return UserError(f"{error}, or leave such images out with --skip-bad")
@@ -139,20 +70,6 @@ def read_picture(path):
         raise advise_skip_bad(error) from None
 
 
-def square(image, size):
-    """The central square of a PIL image, resized to size x size."""
-    side = min(image.size)
-    left = (image.width - side) / 2
-    top = (image.height - side) / 2
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-
-
-def to_tensor(image):
-    """PIL's RGB image -> (3, H, W) uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
 def spaced(n, count=None):
     """count places spread evenly over n, or all n, (count,)."""
     places = torch.linspace(0, n - 1, min(n, count or n), dtype=torch.double)   # float repeats some
@@ -160,12 +77,19 @@ def spaced(n, count=None):
 
 
 def read_cifar(dataset, data_dir, split):
-    """CIFAR by torchvision; one process of each machine downloads it, then the others read it."""
+    """CIFAR by torchvision, which downloads what is missing."""
     kinds = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
     reader = kinds[dataset]
-    downloads = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if dist.is_initialized() and not downloads:
-        dist.barrier()
+    # It writes in place: no two processes may download into one folder. The first one of all does;
+    # then one of each machine, which finds the files there or has a disk of its own; then the rest.
+    rank, _ = place_of_process()
+    turn = 2
+    if rank == 0:
+        turn = 0
+    elif int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        turn = 1
+    for _ in range(turn):
+        wait()
     try:
         data = reader(data_dir, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
@@ -176,8 +100,8 @@ def read_cifar(dataset, data_dir, split):
                         f"({type(error).__name__}): put its {reader.filename} there, or name an "
                         f"image folder with train/ and test/ by --data-dir; --dataset shapes "
                         f"needs no download") from None
-    if dist.is_initialized() and downloads:
-        dist.barrier()
+    for _ in range(turn, 2):
+        wait()
     names = [f"{split}/{i:05d}" for i in range(len(data))]
     pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
     return Images(names, torch.tensor(data.targets), len(data.classes), pixels)
@@ -265,8 +189,7 @@ def sort_out(folder):
     pictures = []
     others = []
     for base, folders, found in os.walk(folder, followlinks=True):
-        here = Path(base).resolve()                # a link to a folder above would not end
-        folders[:] = [name for name in folders if not here.is_relative_to((here / name).resolve())]
+        folders[:] = [name for name in folders if not leads_back(Path(base, name))]
         inside = Path(base).relative_to(folder)
         ours = all(is_ours(part) for part in inside.parts)
         for name in found:
@@ -275,6 +198,15 @@ def sort_out(folder):
             else:
                 others.append(inside / name)
     return sorted(pictures), sorted(others)
+
+
+def leads_back(folder):
+    """Is it a symbolic link to a folder around it, by whatever way it was reached? This would not
+    end."""
+    if not folder.is_symlink():
+        return False
+    target = folder.resolve()
+    return any(above.resolve().is_relative_to(target) for above in folder.absolute().parents)
 
 
 def image_files(folder):
@@ -292,7 +224,7 @@ def into_memory(images, image_size, skip_bad, workers=0):
     """Reads files into one tensor of squares; skip_bad: leaves out and names what is unreadable."""
     pixels = torch.empty(len(images.names), 3, image_size, image_size, dtype=torch.uint8)
     paths = [images.root / name for name in images.names]
-    bad = read_files(paths, pixels, skip_bad, workers)
+    bad = read_squares_into(pixels, paths, skip_bad, workers)
     return without(images._replace(pixels=pixels), bad)
 
 
@@ -325,102 +257,128 @@ def without(images, bad):
 def unreadable(paths, workers=0):
     """{place: message} of the files that cannot be read, the same in all processes, each of which
     opens its share. A path may be None: no file."""
-    several = dist.is_initialized()
-    rank = dist.get_rank() if several else 0
-    size = dist.get_world_size() if several else 1
-    return read_files(paths[rank::size], None, True, workers, first=rank, step=size)
+    rank, size = place_of_process()
+    mine = [path if place % size == rank else None for place, path in enumerate(paths)]
+    bad = {}
+    for _, errors in with_bar(read_files(mine, no_more, READ_AT_ONCE, workers), len(mine)):
+        bad |= errors
+    return of_all_processes(bad)
 
 
-def read_files(paths, pixels, skip_bad, workers=0, first=0, step=1):
-    """Reads the squares of image files, (3, S, S) each, into pixels (N, 3, S, S), where a place
-    without a file (None) stays as it is; pixels None: only opens them.
+def read_squares_into(pixels, paths, skip_bad, workers=0):
+    """Reads the squares of image files into pixels (N, 3, S, S), where a place without a file
+    (None) stays as it is.
 
     Returns {place: message} of the files that cannot be read in any of all processes, and names
-    them; without skip_bad the first one is an error. first, step: the places of paths are first,
-    first + step, ...
+    them; without skip_bad the first one is an error.
     """
-    size = pixels.shape[-1] if pixels is not None else None
+    size = pixels.shape[-1]
+    use = functools.partial(bytes_of_square, size=size)
     bad = {}
-    bar = progress(None, "reading", "image", total=len(paths))
-    for squares, errors in parts_of(paths, size, workers):
+    parts = read_files(paths, use, READ_AT_ONCE, workers)
+    for squares, errors in with_bar(parts, len(paths)):
         for place, content in squares.items():
             pixels.numpy()[place] = np.frombuffer(content, np.uint8).reshape(3, size, size)
-        for place, error in errors.items():
+        for error in errors.values():
             if not skip_bad:
                 raise advise_skip_bad(error)
-            bad[first + place * step] = error
-        bar.update(min(READ_AT_ONCE, len(paths) - bar.n))
-    bar.close()
+        bad |= errors
     return of_all_processes(bad) if skip_bad else bad
+
+
+def with_bar(parts, count):
+    """The parts of read_files, of count files, with a progress bar."""
+    with progress(None, "reading", "image", total=count) as bar:
+        for part in parts:
+            yield part
+            bar.update(min(READ_AT_ONCE, count - bar.n))
 
 
 def of_all_processes(bad):
     """The files that any process cannot read, {place: message}, named by the first process: all
     leave out the same."""
-    everywhere = [bad]
-    if dist.is_initialized():
-        everywhere = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, bad)
     together = {}
-    for part in everywhere:
+    for part in gather_objects(bad):
         together |= part
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    rank, _ = place_of_process()
+    if rank == 0:
         for place in sorted(together):
             print(f"left out: {together[place]}", file=sys.stderr)
     return together
 
 
-def parts_of(paths, size, workers):
-    """Yields the squares and the errors of image files, see Squares, in order."""
-    files = Squares(paths, size)
+def read_squares(images, indices, size, workers=0):
+    """Yields the squares of the images at indices, (n, 3, S, S), READ_AT_ONCE at a time; files are
+    read by workers."""
+    use = functools.partial(bytes_of_square, size=size)
+    for squares, errors in read_images(images, indices, use, READ_AT_ONCE, workers):
+        for error in errors.values():
+            raise advise_skip_bad(error)
+        content = bytearray(b"".join(squares.values()))
+        yield torch.frombuffer(content, dtype=torch.uint8).view(-1, 3, size, size)
+
+
+def read_images(images, indices, use, at_once, workers=0):
+    """Yields {index: use(image)} of the images at indices that can be read, and {index: message} of
+    the others, at_once images at a time, in order. Files are read by workers, for which see
+    read_files."""
+    indices = torch.as_tensor(indices).tolist()
+    if images.pixels is None:
+        paths = [images.root / images.names[i] for i in indices]
+        for done, errors in read_files(paths, use, at_once, workers):
+            yield ({indices[place]: x for place, x in done.items()},
+                   {indices[place]: error for place, error in errors.items()})
+        return
+    for first in range(0, len(indices), at_once):
+        yield {i: use(images.pil(i)) for i in indices[first:first + at_once]}, {}
+
+
+def read_files(paths, use, at_once, workers=0):
+    """Yields {place: use(image)} of the image files that can be read, and {place: message} of the
+    others, at_once files at a time, in order. A path may be None: no file.
+
+    use: a function of a PIL image, which workers call where there are many files. What it returns
+    should be bytes or an array: tensors need shared memory, of which containers have little.
+    """
+    files = Files(paths, use, at_once)
     if workers and len(paths) > FEW:
         return DataLoader(files, batch_size=None, num_workers=workers,
                           worker_init_fn=start_worker, generator=torch.Generator())
     return map(files.__getitem__, range(len(files)))
 
 
-class Squares(Dataset):
-    """Image files for the processes of a loader, READ_AT_ONCE at a time: the squares of those that
-    can be read, {place: bytes of (3, S, S)}, and the errors, {place: message}. Bytes need no shared
-    memory, of which containers have little."""
-    def __init__(self, paths, size):
-        """size: S; None: the files are opened, and there are no squares."""
+class Files(Dataset):
+    """Image files for the processes of a loader, see read_files."""
+    def __init__(self, paths, use, at_once):
         # An array of bytes, not a list: see genview.CropsOfFiles.
         self.paths = np.array([os.fsencode(path or "") for path in paths])
-        self.size = size
+        self.use = use
+        self.at_once = at_once
 
     def __len__(self):
-        return -(-len(self.paths) // READ_AT_ONCE)
+        return -(-len(self.paths) // self.at_once)
 
     def __getitem__(self, part):
-        squares = {}
+        done = {}
         errors = {}
-        first = part * READ_AT_ONCE
-        for place, path in enumerate(self.paths[first:first + READ_AT_ONCE], first):
+        first = part * self.at_once
+        for place, path in enumerate(self.paths[first:first + self.at_once], first):
             if not path:
                 continue
             try:
-                image = open_image(os.fsdecode(path))
-                if self.size:
-                    squares[place] = to_tensor(square(image, self.size)).numpy().tobytes()
+                done[place] = self.use(open_image(os.fsdecode(path)))
             except UserError as error:
                 errors[place] = str(error)
-        return squares, errors
+        return done, errors
 
 
-def read_squares(images, indices, size, workers=0):
-    """Yields the squares of the images at indices, (n, 3, S, S), READ_AT_ONCE at a time; files are
-    read by workers."""
-    if images.pixels is not None:
-        for part in torch.as_tensor(indices).split(READ_AT_ONCE):
-            yield torch.stack([to_tensor(square(images.pil(i), size)) for i in part])
-        return
-    paths = [images.root / images.names[i] for i in indices]
-    for squares, errors in parts_of(paths, size, workers):
-        for error in errors.values():
-            raise advise_skip_bad(error)
-        content = bytearray(b"".join(squares.values()))
-        yield torch.frombuffer(content, dtype=torch.uint8).view(-1, 3, size, size)
+def bytes_of_square(image, size):
+    """(3, S, S) as bytes."""
+    return to_tensor(square(image, size)).numpy().tobytes()
+
+
+def no_more(image):
+    """Where all that matters is whether an image can be read."""
 
 
 def balanced_subset(labels, fraction, generator):

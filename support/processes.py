@@ -56,24 +56,38 @@ class World(NamedTuple):
         return bool(flag)
 
     def gather_objects(self, x):
-        """A list of x of all processes."""
-        everywhere = [x] * self.size
-        if self.size > 1:
-            dist.all_gather_object(everywhere, x)
-        return everywhere
+        return gather_objects(x)
 
     def wait(self):
-        if self.size > 1:
-            dist.barrier()
+        wait()
+
+
+def place_of_process():
+    """Rank of this process, number of all; also where no World is at hand."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gather_objects(x):
+    """A list of x of all processes."""
+    if not dist.is_initialized():
+        return [x]
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, x)
+    return everywhere
+
+
+def wait():
+    """Until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def compare(what, value, advice):
     """UserError where the processes do not have the same value, such as what they read from their
     disks; all of them must call this."""
-    if not dist.is_initialized():
-        return
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = gather_objects(value)
     for rank, theirs in enumerate(values):
         if theirs != values[0]:
             raise UserError(f"process {rank} finds {what}: {theirs}, process 0: {values[0]}; "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.command_line import UserError, say
-from support.data import read_files, sort_out, spaced
+from support.data import read_squares_into, sort_out, spaced
 from support.files import append, read_settings, sweep, write_json, write_whole
 
 COMPARED = 500        # pictures that are compared with those that views were made of, at most
@@ -36,7 +36,8 @@ def find_views(images, views_dir, dataset):
         keys = [str(Path(name).with_suffix("")) for name in images.names]
     else:                                                      # side by side
         keys = [Path(name).stem for name in images.names]
-        check_unique(keys, images.names, files)
+    keys = [key if key in files else key.removeprefix("train/") for key in keys]
+    check_unique(keys, images.names, files)
     settings = views_dir / "settings.json"         # a folder of the release has none
     if settings.exists():
         made_for = read_settings(settings)
@@ -45,7 +46,7 @@ def find_views(images, views_dir, dataset):
             say(f"*** {len(changed)} of {compared} images that were compared, such as {changed[0]},"
                 f" are not those that the views in {views_dir} were made of: generate_views.py "
                 f"makes these again")
-    paths = [files.get(key) or files.get(key.removeprefix("train/")) for key in keys]
+    paths = [files.get(key) for key in keys]
     if not any(paths):
         raise UserError(f"{views_dir} holds no views of these images: none of its {len(files)} "
                         f"images has the name of one of {len(keys)} such as {images.names[0]}")
@@ -92,8 +93,11 @@ def file_mark(images, name):
     its middle. "": it cannot be read; None: images that are no files."""
     if images.root is None:
         return None
+    path = images.root / name
+    if not path.is_file():                         # a pipe would be waited for
+        return ""
     try:
-        with open(images.root / name, "rb") as file:
+        with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             file.seek(max(0, size - FILE_PART) // 2)
             return f"{size}-{zlib.crc32(file.read(FILE_PART)):08x}"
@@ -107,15 +111,15 @@ def check_unique(keys, names, files):
     for key, name in zip(keys, names, strict=True):
         other = first.setdefault(key, name)
         if key in files and other != name:
-            raise UserError(f"{files[key]} could be the view of {other} and of {name}: put views "
-                            f"in their sources' folders")
+            raise UserError(f"{files[key]} could be the view of {other} and of {name}: rename "
+                            f"one of them, or put views in their sources' folders")
 
 
 def views_into_memory(images, paths, skip_bad=False, workers=0):
     """Views of small images as a tensor like images.pixels, where an image without is its own view,
     and {place: message} of those that cannot be read."""
     views = images.pixels.clone()
-    bad = read_files(paths, views, skip_bad, workers)
+    bad = read_squares_into(views, paths, skip_bad, workers)
     for place in bad:                              # this process may have read it
         views[place] = images.pixels[place]
     return views, bad                                                               # (N, 3, S, S)

@@ -18,7 +18,7 @@ import eval_linear
 import generate_views
 import train_moco
 from genview import load_images
-from support import data
+from support import data, pictures
 from support import views as views_on_disk
 from support.command_line import Parser, UserError
 from support.data import find_files, open_image
@@ -234,7 +234,7 @@ def test_a_picture_is_turned_as_exif_says_or_left_where_it_is_damaged(suffix, tm
 
 def test_a_warning_of_pillow_comes_once_for_all_files(tmp_path, capfd, monkeypatch):
     """By one process and by the workers of a loader."""
-    data.show_warning.cache_clear()
+    pictures.show_warning.cache_clear()
     palette = Image.new("P", (8, 8))
     palette.putpalette([0, 0, 0, 255, 255, 255])
     for number in range(5):
@@ -242,7 +242,7 @@ def test_a_warning_of_pillow_comes_once_for_all_files(tmp_path, capfd, monkeypat
     names = [f"{number}.png" for number in range(5)]
     for name in names:
         open_image(tmp_path / name)
-    data.show_warning.cache_clear()
+    pictures.show_warning.cache_clear()
     images = data.Images(names, torch.zeros(5), 1, root=tmp_path)
     monkeypatch.setattr(data, "FEW", 3)
     monkeypatch.setattr(data, "READ_AT_ONCE", 2)
@@ -250,6 +250,29 @@ def test_a_warning_of_pillow_comes_once_for_all_files(tmp_path, capfd, monkeypat
     said = capfd.readouterr()
     assert said.out.count("*** images that can be read, but Pillow says: Palette images") == 2
     assert said.out.count("\n") == 2 and not said.err
+
+
+def test_what_is_no_file_is_refused_in_one_line(tmp_path):
+    """A pipe is not waited for; a line break in a name does not break the message."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "a\nb.jpg").write_bytes(b"no picture")
+    for name, reason in [("pipe.jpg", "it is no regular file"), ("a\nb.jpg", "cannot identify")]:
+        with pytest.raises(UserError) as error:
+            open_image(tmp_path / name)
+        assert reason in str(error.value) and "\n" not in str(error.value)
+    images = data.Images(["pipe.jpg"], torch.zeros(1), 1, root=tmp_path)
+    assert views_on_disk.file_mark(images, "pipe.jpg") == ""
+
+
+def test_links_that_lead_back_are_not_followed(folder, tmp_path):
+    """To a folder around the link, and to each other; a link to another folder is followed."""
+    os.symlink("../dog", folder / "train/cat/x")
+    os.symlink("../cat", folder / "train/dog/x")
+    os.symlink("..", folder / "train/cat/up")
+    os.symlink(folder / "train", tmp_path / "train")
+    names = find_files(tmp_path, "train").names
+    assert len(names) == 24 and "train/cat/x/0000.png" in names
+    assert len([name for name in names if name.count("/x/") > 1]) == 0
 
 
 def test_a_far_too_large_picture_is_refused(tmp_path, monkeypatch):

@@ -15,9 +15,11 @@ from PIL import Image
 from running import before_call, call, die, end, refusal, start
 from torch.backends.cuda import flash_sdp_enabled
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 
 import generate_views as gv
 from genview import FRACTION, load_images
+from support import data
 from support.command_line import UserError
 from support.data import Images, spaced
 from support.files import read_component
@@ -168,14 +170,39 @@ def test_numbers_that_are_not_finite_are_named_with_what_can_help(world, dtype, 
 def test_tokens_do_not_depend_on_the_other_images_of_a_batch(world, images, dtype, atol):
     pipe = gv.load_pipeline(str(world / "model"), dtype, "cpu")
     batch = [images.pil(i) for i in range(8)]
-    tokens, c = gv.encode(pipe, batch)
+    seen = [gv.clip_pixels(picture, pipe.feature_extractor) for picture in batch]
+    tokens, c = gv.encode(pipe, seen)
     assert tokens.shape == (8, 64, 32) and c.shape == (8, 16)
-    some, c_some = gv.encode(pipe, batch[3:6])
+    some, c_some = gv.encode(pipe, seen[3:6])
     assert torch.equal(some, tokens[3:6]) and torch.equal(c_some, c[3:6])
     pixels, clip = pipe.feature_extractor(images=batch, return_tensors="pt"), pipe.image_encoder
     hidden = clip.float()(**pixels).last_hidden_state                # (8, 1 + 64, 32), before norm
     expected = clip.vision_model.post_layernorm(hidden)[:, 1:]
     assert torch.allclose(expected, tokens.float(), atol=atol)
+
+
+def test_workers_read_what_one_process_reads(world, pipe, tmp_path, monkeypatch):
+    """Pictures of several sizes, one of them damaged: the same numbers in the same order."""
+    folder = tmp_path / "images"
+    shutil.copytree(world / "images", folder)
+    paths = sorted((folder / "train").rglob("*.png"))
+    Image.open(paths[1]).resize((50, 41)).save(paths[1])
+    paths[4].write_bytes(b"no picture")
+    images = load_images("folder", folder, "train", 999)
+    alone_errors, errors = [], []
+    alone = list(gv.encode_all(pipe, images, range(0, 24, 2), alone_errors.append))
+    loaders = []
+    monkeypatch.setattr(data, "FEW", 3)
+    monkeypatch.setattr(gv, "cores_of_process", lambda: 2)
+    monkeypatch.setattr(data, "DataLoader", lambda files, **options: loaders.append(options) or
+                        DataLoader(files, **options))
+    parts = list(gv.encode_all(pipe, images, range(0, 24, 2), errors.append))
+    assert len(loaders) == 1 and loaders[0]["num_workers"] == 2
+    assert [part[0] for part in parts] == [[0, 2, 6, 8, 10, 12, 14], [16, 18, 20, 22]]
+    assert errors == alone_errors and len(errors) == 1 and str(paths[4]) in errors[0]
+    for part, expected in zip(parts, alone, strict=True):
+        assert part[0] == expected[0]
+        assert torch.equal(part[1], expected[1]) and torch.equal(part[2], expected[2])
 
 
 def test_small_pictures_are_decoded_at_once_and_large_ones_one_by_one(world, pipe, tmp_path):
@@ -201,7 +228,7 @@ def test_attention_is_fused_meanwhile(pipe, images):
     hooks = [model.register_forward_pre_hook(lambda *_: seen.append(flash_sdp_enabled()))
              for model in (pipe.image_encoder, pipe.unet)]
     with sdpa_kernel(SDPBackend.MATH):             # as setup has it
-        _, c = gv.encode(pipe, [images.pil(0)])
+        _, c = gv.encode(pipe, [gv.clip_pixels(images.pil(0), pipe.feature_extractor)])
         gv.generate(pipe, 0, c, [0], steps=1, guidance=1.0, size=32)
         assert not flash_sdp_enabled()
     for hook in hooks:

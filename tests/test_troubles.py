@@ -1,8 +1,10 @@
 """Troubles that users of comparable software reported: what happens here instead."""
 import io
+import os
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from running import CPU, call, refusal
+from running import CPU, call, end, refusal, start_two
 
 import generate_views
 import genview
@@ -122,6 +124,39 @@ def test_a_damaged_archive_is_named(tmp_path):
         data.read_cifar("cifar10", tmp_path, "train")
 
 
+def test_two_machines_do_not_download_into_one_folder_at_once(tmp_path, monkeypatch):
+    """Into the folder that they share one does, into folders of their own each."""
+    class Reader:
+        filename = "archive"
+
+        def __init__(self, folder, train, download):
+            archive = Path(folder, self.filename)
+            if not archive.exists():
+                archive.touch()                    # as torchvision: it is filled in place
+                time.sleep(0.2)
+                archive.write_text("whole")
+                Path(folder, f"by-{os.environ['RANK']}").touch()
+            assert archive.read_text() == "whole"
+            self.data = np.zeros((4, 32, 32, 3), np.uint8)
+            self.targets = self.classes = [0, 1, 2, 3]
+
+        def __len__(self):
+            return 4
+    monkeypatch.setattr(data.torchvision.datasets, "CIFAR10", Reader)
+    for name in ("shared", "0", "1"):
+        (tmp_path / name).mkdir()
+
+    def work():
+        os.environ["LOCAL_RANK"] = "0"             # the one process of its machine
+        torch.distributed.init_process_group("gloo")
+        for folder in ("shared", os.environ["RANK"]):
+            assert len(data.read_cifar("cifar10", tmp_path / folder, "train").names) == 4
+    (tmp_path / "said").mkdir()
+    assert end(*start_two([work, work], tmp_path / "said")) == [0, 0]
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/by-*"))
+    assert found == ["0/by-0", "1/by-1", "shared/by-0"]
+
+
 def test_skip_bad_is_advised_where_it_is_offered(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"x")
     images = data.Images(["bad.png"], torch.zeros(1), 1, root=tmp_path)
@@ -147,6 +182,16 @@ def test_views_side_by_side(tmp_path):
     images.names.append(f"train/other/{Path(names[1]).name}")
     with pytest.raises(UserError, match=f"could be the view of {names[1]} and of train/other"):
         find_views(images, tmp_path / "views", "folder")
+
+
+def test_one_view_in_a_folder_for_two_images_is_named(tmp_path):
+    folder = Path(tiny.save_images(tmp_path / "data", per_class=2))
+    views = tiny.save_views(folder, tmp_path / "views")
+    images = genview.load_images("folder", folder, "train", 32)
+    for prefix in ("train/", ""):                  # as the images lie, and as the release does
+        both = images._replace(names=[*images.names, "train/cat/0000.jpg"])
+        with pytest.raises(UserError, match="of train/cat/0000.png and of train/cat/0000.jpg: re"):
+            find_views(both, views if prefix else views / "train", "folder")
 
 
 def test_the_component_is_fitted_once(image_folder, encoder_folder, tmp_path, monkeypatch):
