@@ -25,7 +25,7 @@ import genview
 import recipes
 from support import augment
 from support.command_line import Parser, UserError, progress, real, say, script, whole
-from support.data import balanced_subset, listed_subset, read_picture
+from support.data import balanced_subset, check_classes, listed_subset, read_picture
 from support.evaluations import Evaluation, folder_of
 from support.files import claimed
 from support.networks import LARS
@@ -437,9 +437,7 @@ def evaluate(settings, backbone, dim, world):
                                    settings.limit, settings.skip_bad, settings.workers)
     train = load("train")
     test = load("test")
-    if train.num_classes < 2:
-        found = "one class folder" if train.num_classes else "no class folders"
-        raise UserError(f"{settings.data_dir} has {found} in train/: labels to fit on need two")
+    check_classes(train, settings.data_dir, ": labels to fit on need two")
     with claimed(settings.output_dir, world):
         run = Evaluation(settings, world, backbone, train, train.left_out + test.left_out)
         follow_protocol(settings, backbone, dim, train, test, world, run)

@@ -45,7 +45,7 @@ from support import runs
 from support.augment import normalise
 from support.checkpoint import digest
 from support.command_line import Parser, UserError, either, real, say, script, whole
-from support.data import spaced
+from support.data import check_classes, spaced
 from support.files import write_array
 from support.networks import LARS, make_backbone
 from support.processes import fast_dtype, setup
@@ -356,9 +356,7 @@ def load_data(args):
     if not args.knn_every:
         return images, None
     test = load("test")
-    if images.num_classes < 2:
-        found = "one class folder" if images.num_classes else "no class folders"
-        raise UserError(f"{args.data_dir} has {found} in train/, kNN needs two: add --knn-every 0")
+    check_classes(images, args.data_dir, ", kNN needs two: add --knn-every 0")
     return images, test
 
 

@@ -152,6 +152,16 @@ def others_in_words(others):
     return f"; {len(others)} other files are left out, such as {others[0]}"
 
 
+def check_classes(images, data_dir, why):
+    """UserError where the training images are of fewer than two classes: any accuracy would be
+    100%. why: the rest of the sentence."""
+    if len(images.labels.unique()) > 1:
+        return
+    found = {0: "no class folders", 1: "one class folder"}
+    what = found.get(images.num_classes, "images of one class alone")
+    raise UserError(f"{data_dir} has {what} in train/{why}")
+
+
 def folder_of_split(root, split):
     """train/, or val/ or test/ below root; UserError where it is not there."""
     for name in ["train"] if split == "train" else ["val", "test"]:
