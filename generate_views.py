@@ -127,6 +127,11 @@ def load_pipeline(model, dtype, device, solver="own"):
         kind["variant"] = "fp16"
     try:                                           # safetensors: no pickled code
         pipe = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(model, **kind)
+        pipe.to(device)
+        with torch.inference_mode():               # the condition is the image: no words
+            prompt = pipe.encode_prompt("", pipe.device, 1, False)[0]     # (1, words, features)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:                     # of three libraries
         reason = " ".join(str(error).split())[:150]
         is_path = str(model).startswith((".", "/", "~")) or Path(model).exists()
@@ -137,20 +142,18 @@ def load_pipeline(model, dtype, device, solver="own"):
         raise UserError(f"--model {model} could not be loaded as a StableUnCLIPImg2ImgPipeline "
                         f"({type(error).__name__}: {reason}): {way}; train_moco.py --dataset "
                         f"shapes needs no download") from None
+    pipe.empty_prompt = prompt
     pipe.set_progress_bar_config(disable=True)
     if solver == "dpm":
         pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     if own_size(pipe) > SMALL:
         pipe.vae.enable_slicing()                  # decodes one by one
-    pipe.to(device)
-    with torch.inference_mode():                   # the condition is the image: the prompt is empty
-        pipe.empty_prompt = pipe.encode_prompt("", pipe.device, 1, False)[0]  # (1, words, features)
     return pipe
 
 
 def own_size(pipe):
     """Side of the images that the model is made for."""
-    return pipe.unet.config.sample_size * pipe.vae_scale_factor
+    return genview.side_of(pipe.unet.config, "sample_size", 96) * pipe.vae_scale_factor
 
 
 def check(pipe, steps):
@@ -165,14 +168,19 @@ def check(pipe, steps):
         if here != there:
             raise UserError(f"the model's parts do not fit: {what} is {here}, its image encoder "
                             f"needs {there}")
+    noisiest = pipe.image_noising_scheduler.config.num_train_timesteps - 1
+    if noisiest < max(LEVELS):
+        raise UserError(f"the model's parts do not fit: the noise on embeddings ends at "
+                        f"{noisiest}, {max(LEVELS)} is needed")
     length = pipe.scheduler.config.num_train_timesteps
-    reason = f"its schedule has {length} steps"
     try:
         pipe.scheduler.set_timesteps(steps)
-        if pipe.scheduler.timesteps.max() < length:
+        first = pipe.scheduler.timesteps.max()
+        if first < length:
             return
+        reason = f"it starts at step {first:g} of a schedule of {length}"
     except Exception as error:                     # each scheduler refuses in its own way
-        reason = " ".join(str(error).split())[:200] or reason
+        reason = " ".join(str(error).split())[:200] or f"its schedule has {length} steps"
     raise UserError(f"--steps {steps} does not suit the model's {type(pipe.scheduler).__name__}: "
                     f"{reason}")
 

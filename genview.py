@@ -28,7 +28,7 @@ from support.augment import (
 )
 from support.command_line import UserError, progress, say
 from support.data import IN_MEMORY_SIZE, SAME_FILES, Images, count_and_digest, spaced
-from support.files import read_component, write_whole
+from support.files import read_component, refuse_stand_in, write_whole
 from support.pictures import sheet
 from support.processes import compare, start_worker
 from support.seeds import epoch_order, step_generator
@@ -407,7 +407,7 @@ def side_of(config, name, default):
 
 def load_vision_model(name):
     """A vision model of transformers or, by its wrapper, of timm; in float32, in evaluation mode.
-    Returns the model; is it a CLIP model?"""
+    Returns the model; is it a CLIP model?; the weights that its file lacks."""
     from transformers import AutoConfig, AutoModel, CLIPVisionModel, ViTModel, logging
     logging.set_verbosity_error()                  # it would report parts left out on purpose
     logging.disable_progress_bar()
@@ -418,11 +418,37 @@ def load_vision_model(name):
         # encoder is a ViT, which sees all.
         "vit_mae": ViTModel,
     }
+    for file in Path(name).glob("*.safetensors"):
+        refuse_stand_in(file)
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if config.is_encoder_decoder:                  # a detector's last hidden state is its queries'
+        raise UserError("it is an encoder with a decoder, whose output is no map of the picture")
     kind = kinds.get(config.model_type, AutoModel)
-    model = kind.from_pretrained(name, trust_remote_code=False).float().eval()
+    model, report = kind.from_pretrained(name, trust_remote_code=False, output_loading_info=True)
+    model = model.float().eval()
+    missing = missing_weights(model, report["missing_keys"])
     is_clip = kind is CLIPVisionModel
-    return model if is_clip else getattr(model, "vision_model", model), is_clip
+    return model if is_clip else getattr(model, "vision_model", model), is_clip, missing
+
+
+def missing_weights(model, names):
+    """The parameters that the model's file lacks. They are set to NaN instead of transformers'
+    random numbers: whether the features depend on them will be seen in the features."""
+    parameters = dict(model.named_parameters())
+    missing = sorted(name for name in names if name in parameters)
+    with torch.no_grad():
+        for name in missing:
+            parameters[name].fill_(math.nan)
+    return missing
+
+
+def patches_of(model, size):
+    """How many patches stand side by side in a picture of this size; 1: the model does not say."""
+    timm_model = getattr(model, "timm_model", None)
+    if timm_model is None:
+        return size // side_of(model.config, "patch_size", size)
+    patch = getattr(getattr(timm_model, "patch_embed", None), "patch_size", None)
+    return size // patch[0] if patch else 1
 
 
 def feature_map(hidden, patches_across):
@@ -430,7 +456,7 @@ def feature_map(hidden, patches_across):
 
     patches_across: of a vision transformer, how many patches stand side by side; its class and
     register tokens stand before the patches. Convolutional and later layers have fewer places, and
-    some models do not say: then the largest square of tokens is taken.
+    some models do not say (1): then the largest square of tokens is taken.
     """
     if hidden.ndim == 4 and hidden.shape[2] == hidden.shape[3]:                 # (N, K, H, W)
         return hidden.flatten(2).mT
@@ -463,10 +489,12 @@ class FrozenEncoder(torch.nn.Module):
         super().__init__()
         path = str(mini() / "image_encoder") if name == "mini" else self.NAMES.get(name, name)
         try:
-            self.model, self.is_clip = load_vision_model(path)
+            self.model, self.is_clip, missing = load_vision_model(path)
         except Exception as error:                 # of several libraries
-            raise UserError(f"the encoder {path} could not be loaded ({in_short(error)}): "
-                            f"download it where there is a network and name its folder by "
+            way = "name another folder"
+            if not Path(path).is_dir():
+                way = "download it where there is a network and name its folder"
+            raise UserError(f"the encoder {path} could not be loaded ({in_short(error)}): {way} by "
                             f"--encoder (timm's, such as release, need pip install timm), or "
                             f"train with --quality off; --dataset shapes needs no download"
                             ) from None
@@ -477,17 +505,20 @@ class FrozenEncoder(torch.nn.Module):
             self.mean = own.mean
             self.std = own.std
             self.order = own.order
-            self.check()
+            self.check(missing)
         except Exception as error:                 # of several libraries
             raise UserError(f"the encoder {path} cannot be used ({in_short(error)}): name another "
                             f"vision model by --encoder, or train with --quality off") from None
 
-    def check(self):
-        """Raises UserError unless two calls with one picture give the same, finite features."""
+    def check(self, missing):
+        """Raises UserError unless two calls with one picture give the same, finite features.
+        missing: the names of weights that are NaN, see missing_weights."""
         generator = torch.Generator().manual_seed(0)
         picture = torch.randn(1, 3, self.size, self.size, generator=generator)
         features = self(picture)
         if not features.isfinite().all():
+            if missing:
+                raise UserError(f"its file lacks {len(missing)} weights, such as {missing[0]}")
             raise UserError("its features of a picture of noise are not finite")
         change = (self(picture) - features).abs().max()
         largest = features.abs().max()
@@ -507,8 +538,7 @@ class FrozenEncoder(torch.nn.Module):
         hidden = self.model(pixel_values=views).last_hidden_state
         if self.is_clip:
             return clip_tokens(getattr(self.model, "vision_model", self.model), hidden)
-        patch = side_of(self.model.config, "patch_size", self.size)
-        return feature_map(hidden, self.size // patch)
+        return feature_map(hidden, patches_of(self.model, self.size))
 
 
 def in_short(error):

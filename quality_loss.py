@@ -40,6 +40,8 @@ def without_autocast(function):
             if name in given:                      # else Python says what is missing
                 _check(torch.is_tensor(given[name]), f"{name} must be a tensor", given[name])
                 device = given[name].device.type
+        if not torch.amp.is_autocast_available(device):      # meta
+            device = "cpu"
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
     return wrapper
@@ -73,13 +75,15 @@ def _seen(x):
 
 
 def _positive(temperature):
-    """A number above 0, or a learnable one: a tensor that holds one number. While torch.compile
-    traces, its value is not known."""
-    if torch.is_tensor(temperature):
-        if temperature.numel() != 1 or torch.compiler.is_compiling():
-            return temperature.numel() == 1
-        temperature = temperature.item()
-    return temperature > 0
+    """A number above 0, or a learnable one: a tensor that holds one number."""
+    if not torch.is_tensor(temperature):
+        return temperature > 0
+    if temperature.numel() != 1 or torch.compiler.is_compiling():
+        return temperature.numel() == 1
+    try:
+        return temperature.item() > 0
+    except RuntimeError:                           # vmap and meta do not tell its value
+        return True
 
 
 def _reduce(x, group, operation=dist.ReduceOp.SUM):
@@ -250,7 +254,8 @@ def swapped_prediction(scores: Tensor, codes: Tensor, *, temperature, weights=No
            scores, codes, temperature)
     log_p = (scores / temperature).log_softmax(2)                               # (V, N, P)
     losses = -torch.einsum("anp,vnp->avn", codes.detach(), log_p)     # cross-entropies (A, V, N)
-    own = torch.eye(len(codes), len(scores), device=scores.device)[:, :, None]           # (A, V, 1)
+    own = torch.eye(len(codes), len(scores), dtype=scores.dtype, device=scores.device)   # (A, V)
+    own = own[:, :, None]                                                       # (A, V, 1)
     return _weighted_mean((losses * (1 - own)).sum((0, 1)) / (1 - own).sum(), weights)
 
 
@@ -301,8 +306,7 @@ def fit_foreground(tokens: Tensor, grid, fraction=0.4):
         fraction: alpha is the quantile that makes this share of all tokens foreground.
     Returns v1 (K,) of unit length; alpha, a float. Source: adaptive view generation, Eq. 7.
     """
-    _check(tokens.ndim == 3 and tokens.numel() and grid[0] * grid[1] == tokens.shape[1],
-           f"tokens must be (N, {grid[0] * grid[1]}, K) on this grid", tokens, grid)
+    _check_grid(tokens, grid)
     # v1 = first eigenvector of Cov(tokens). Sums of parts: tokens may be large and of half
     # precision. They are kept in float64 on the CPU, as some devices have none (MPS). The shift is
     # near the mean and keeps the sums precise.
@@ -325,11 +329,12 @@ def fit_foreground(tokens: Tensor, grid, fraction=0.4):
 def orient_foreground(component: Tensor, tokens: Tensor, grid, fraction=0.4):
     """The sign of a component is arbitrary: foreground is the side that is more frequent at the
     centre of the images than along their border (ours). See fit_foreground for the rest."""
+    _check_grid(tokens, grid)
     _check(component.shape == tokens.shape[2:] and component.any(),
            "component must be (K,) and not zero, tokens (N, T, K)", component, tokens)
+    if not 0 < component.float().norm() < math.inf:        # the squares overflow, or are all 0
+        component = component / component.abs().max()
     v1 = component.float()
-    if not 0 < v1.norm() < math.inf:                       # the squares overflow, or are all 0
-        v1 = v1 / v1.abs().max()
     v1 = v1 / v1.norm()
     a = torch.cat([_clamped(part) @ v1 for part in tokens.split(256)])      # <token_ij, v1>  (N, T)
     border = torch.ones(*grid, dtype=torch.bool, device=a.device)               # (rows, columns)
@@ -346,10 +351,17 @@ def orient_foreground(component: Tensor, tokens: Tensor, grid, fraction=0.4):
     return (v1, plus_alpha) if plus >= minus else (-v1, minus_alpha)
 
 
-@without_autocast
+def _check_grid(tokens, grid):
+    fits = tokens.ndim == 3 and grid[0] > 0 and grid[0] * grid[1] == tokens.shape[1]
+    _check(fits and tokens.numel(), "tokens must be (N, T, K) on a grid of T = rows * columns",
+           tokens, grid)
+
+
+@in_float32
 def foreground_threshold(a: Tensor, fraction=0.4):
     """alpha (Eq. 7): the quantile of a (N, T) above which this part of all tokens lies; images
     beyond torch.quantile's limit are skipped."""
+    _check(a.numel() and 0 <= fraction <= 1, "a must be (N, T), fraction in [0, 1]", a, fraction)
     every = 1 + a.numel() // 16_000_000
     return torch.quantile(a[::every].flatten(), 1 - fraction).item()
 

@@ -3,11 +3,18 @@
 pycocotools checks nothing. What is wrong in the file would end a training after hours, or change
 the average precision without a word.
 """
+import itertools
 import json
 import math
 from pathlib import Path
 
 from support.command_line import UserError
+from support.files import refuse_stand_in
+
+# Of a box with the box around its mask, as intersection over union. A visible part of an object may
+# be small; a box of two corners, or of its centre, in the place of left, top, width and height is
+# mostly below: that of the centre has 1/7.
+LEAST_OVERLAP = 0.2
 
 
 def read_annotations(path):
@@ -18,21 +25,31 @@ def read_annotations(path):
     for "no match" and keeps the last of each id. Their area is that of their masks. UserError
     names the file's first entry that is wrong.
     """
+    refuse_stand_in(path)
     try:
         content = json.loads(Path(path).read_bytes())
-        lists = [content[name] for name in ("images", "categories", "annotations")]
-        if not all(isinstance(entries, list) and entries for entries in lists):
-            raise ValueError("images, categories and annotations must be lists with entries")
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged or not in COCO's format ({error!r})") from None
-    images = by_id(path, "image", lists[0], image_of)
-    categories = by_id(path, "category", lists[1], category_of)
+        entries = {name: entries_of(content, name)
+                   for name in ("images", "categories", "annotations")}
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+        if isinstance(error, UnicodeDecodeError):  # its text holds the file's content
+            reason = "it is no text"
+        raise UserError(f"{path} is damaged or not in COCO's format: {reason}") from None
+    images = by_id(path, "image", entries["images"], image_of)
+    categories = by_id(path, "category", entries["categories"], category_of)
     annotations = []
-    for place, entry in enumerate(lists[2], 1):
+    for place, entry in enumerate(entries["annotations"], 1):
         made = judged(path, "annotation", place, entry, annotation_of, images, categories)
         annotations.append({"id": place} | made)
     return {"images": list(images.values()), "categories": list(categories.values()),
             "annotations": annotations}
+
+
+def entries_of(content, name):
+    entries = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"it has no list of {name}")
+    return entries
 
 
 def by_id(path, kind, entries, read):
@@ -89,9 +106,12 @@ def annotation_of(entry, images, categories):
     inside = f"within {width} x {height} pixels"
     box = field(entry, "bbox", lambda values: box_of(values, height, width),
                 f"left, top, width and height of a box {inside}")
-    mask, area = field(entry, "segmentation", lambda values: mask_of(values, height, width),
-                       f"polygons of three or more points or run lengths {inside}")
+    mask, area, extent = field(entry, "segmentation", lambda values: mask_of(values, height, width),
+                               f"polygons of three or more points or run lengths {inside}")
     crowd = field({"iscrowd": 0} | entry, "iscrowd", flag, "0 or 1")
+    if not crowd and area and min(box[2:]) > 1 and overlap(box, extent) < LEAST_OVERLAP:
+        raise ValueError(f"has {shown(entry['bbox'])} as bbox (left, top, width, height), but a "
+                         f"mask in {shown([round(x, 1) for x in extent])}")
     return {"image_id": image_id, "category_id": category_id, "bbox": box, "iscrowd": crowd,
             "segmentation": mask, "area": area}
 
@@ -158,8 +178,8 @@ def box_of(values, height, width):
 
 
 def mask_of(segmentation, height, width):
-    """The segmentation and its area in pixels: polygons, without parts of one or two points, or
-    run lengths that fill the picture, as a list."""
+    """The segmentation, its area in pixels and the box around it: polygons, without parts of one or
+    two points, or run lengths that fill the picture, as a list."""
     if isinstance(segmentation, dict):
         if [whole_number(x) for x in segmentation["size"]] != [height, width]:
             raise ValueError
@@ -167,7 +187,8 @@ def mask_of(segmentation, height, width):
         counts = run_lengths(counts) if isinstance(counts, str) else list(map(whole_number, counts))
         if min(counts) < 0 or sum(counts) != height * width:
             raise ValueError
-        return {"size": [height, width], "counts": counts}, sum(counts[1::2])
+        mask = {"size": [height, width], "counts": counts}
+        return mask, sum(counts[1::2]), box_of_runs(counts, height)
     polygons = []
     for part in map(numbers, segmentation):
         if len(part) % 2 or max(map(abs, part), default=0) > 2 * max(height, width):
@@ -176,7 +197,38 @@ def mask_of(segmentation, height, width):
             polygons.append(part)
     if not polygons:
         raise ValueError
-    return polygons, sum(map(enclosed, polygons))
+    points = sum(polygons, [])
+    return polygons, sum(map(enclosed, polygons)), box_around(points[::2], points[1::2])
+
+
+def box_around(x, y):
+    """Left, top, width and height of a box around all points."""
+    return [min(x), min(y), max(x) - min(x), max(y) - min(y)]
+
+
+def box_of_runs(counts, height):
+    """The box around a mask of run lengths, which go down column by column, zeros first."""
+    ends = list(itertools.accumulate(counts))
+    x = []
+    y = []
+    for start, end in zip(ends[::2], ends[1::2], strict=False):
+        first = start // height
+        last = (end - 1) // height                 # its column
+        rows = [start % height, (end - 1) % height + 1] if first == last else [0, height]
+        if start < end:
+            x += [first, last + 1]
+            y += rows
+    return box_around(x or [0], y or [0])
+
+
+def overlap(box, other):
+    """Intersection of two boxes over their union."""
+    left, top, w, h = box
+    other_left, other_top, other_w, other_h = other
+    across = min(left + w, other_left + other_w) - max(left, other_left)
+    down = min(top + h, other_top + other_h) - max(top, other_top)
+    common = max(across, 0) * max(down, 0)
+    return common / (w * h + other_w * other_h - common)
 
 
 def enclosed(polygon):

@@ -64,8 +64,9 @@ VIT_NAMES = [                                      # of all layouts, applied in 
 ]
 # Heads and decoders, which may stand under a backbone's prefix.
 OTHER_PARTS = r"((pro|pred|queue|decoder|mask|head_)\w*|fc|heads?|classifier|pooler)(\.|$)"
-# What torch.compile, FSDP and activation checkpointing add to names.
-WRAPPERS = r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+# What torch.compile, FSDP and activation checkpointing add to names, and DataParallel to a block's.
+WRAPPERS = (r"\b(_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\.|"
+            r"(?<=\.\d\.)module\.")
 # Words in a prefix: of several backbones the lowest is taken, the one that its authors evaluate.
 ROLES = {"teacher": 1, "student": 2, "k": 3, "key": 3, "momentum": 3, "target": 3, "ema": 3}
 HARMLESS = (                  # objects that mmengine, Lightning, DINO and timm save beside weights
@@ -86,47 +87,80 @@ class StandIn:
 def load_checkpoint(path):
     """What torch.save or safetensors wrote to path, on the CPU. It never runs code of the file.
     Raises UserError where that is missing, damaged or holds objects that are not HARMLESS."""
-    stand_ins = {}
     try:
         refuse_stand_in(path)
-        if str(path).endswith(".safetensors"):
+        with open(path, "rb") as file:
+            begin = file.read(9)
+        if begin[8:] == b"{":                      # after eight bytes, the length of the names
             from safetensors.torch import load_file
             return load_file(path)
-        if zipfile.is_zipfile(path):               # torch.load reads no checksums
-            damaged = zipfile.ZipFile(path).testzip()
-            if damaged:
-                raise ValueError(f"{damaged} is damaged")
-        checkpoint = read(path, stand_ins)
+        check_archive(path, begin)
+        checkpoint, foreign = read(path)
     except UserError:
         raise
     except Exception as error:      # OSError, UnpicklingError, RuntimeError, EOFError, KeyError
-        line = re.search(".*GLOBAL.*", str(error)) or re.search(".*Unpickler.*|.+", str(error))
-        why = line[0].strip() if line else "empty"
-        if "weights_only" in why:                  # PyTorch's advice is to read it unsafely
-            why = "torch.save did not write it"
-        raise UserError(f"{path} cannot be loaded as a checkpoint ({why}); "
+        raise UserError(f"{path} cannot be loaded as a checkpoint ({reason_of(error)}); "
                         f"name a last.pt or backbone.pt by its path") from None
-    refused = [name for name in stand_ins if not re.fullmatch(HARMLESS, name)]
+    refused = [name for name in foreign if not re.fullmatch(HARMLESS, name)]
     if refused:
         raise UserError(how_to_strip(path, checkpoint, refused))
     return checkpoint
 
 
-def read(path, stand_ins):
-    """Fills stand_ins, {name: class}, with every object that PyTorch itself does not read."""
-    try:
-        with torch.serialization.safe_globals(list(stand_ins.values())):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        refused = re.search(r"GLOBAL (\S+) was not", str(error))
-        if not refused:
-            raise
-        name = refused[1] if "." in refused[1] else f"builtins.{refused[1]}"
-        if name in stand_ins:
-            raise
+def check_archive(path, begin):
+    """ValueError where a file that begins so is packed in another way than torch.save does it, or
+    damaged."""
+    if begin[:2] == b"\x1f\x8b":
+        raise ValueError("it is compressed: unpack it with gunzip")
+    if begin[:1] == b"{":
+        raise ValueError("it is text, such as the index of a model in several files")
+    if begin[:2] != b"PK":                         # torch.save's old format, or nothing of it
+        return
+    if not zipfile.is_zipfile(path):
+        raise ValueError("its end is missing: download it again")
+    archive = zipfile.ZipFile(path)
+    if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+        raise ValueError("it is an archive of other files: unpack it")
+    damaged = archive.testzip()                    # torch.load reads no checksums
+    if damaged:
+        raise ValueError(f"{damaged} in it is damaged")
+
+
+def reason_of(error):
+    """Why a file cannot be loaded, in short."""
+    if isinstance(error, (OSError, ValueError)):   # the system's reasons and check_archive's
+        return error
+    foreign = re.search(".*GLOBAL.*", str(error))
+    if foreign:
+        return foreign[0].strip()
+    if "deserializing header" in str(error):       # safetensors'
+        return error
+    return "torch.save did not write it, or it is damaged"
+
+
+def read(path):
+    """What torch.save wrote, and {name: class} of the objects that PyTorch itself does not read: in
+    their places are stand-ins. Each try names one more."""
+    stand_ins = {}
+    while True:
+        try:
+            with torch.serialization.safe_globals(list(stand_ins.values())):
+                return torch.load(path, map_location="cpu", weights_only=True), stand_ins
+        except Exception as error:
+            name = foreign_object(error)
+            if name is None or name in stand_ins:
+                raise
         module, _, last = name.rpartition(".")
         stand_ins[name] = type(last, (StandIn,), {"__module__": module})
-    return read(path, stand_ins)
+
+
+def foreign_object(error):
+    """The full name of the object that PyTorch refuses to read, None where it has another reason.
+    """
+    found = re.search(r"GLOBAL (\S+) was not", str(error))
+    if not found:
+        return None
+    return found[1] if "." in found[1] else f"builtins.{found[1]}"
 
 
 def how_to_strip(path, checkpoint, refused):
@@ -187,8 +221,9 @@ def load_backbone(path, arch=None, heads=None, branch=None, mean_std=None):
     arch = choose_arch(found, arch, args.get("arch"))
     heads = choose_heads(found, arch, heads)
     backbone, dim = build(found.state, arch, heads)
+    check_kinds(found)
     backbone.load_state_dict(found.state, strict=False)       # num_batches_tracked may be missing
-    for key, x in found.state.items():
+    for key, x in backbone.state_dict().items():
         if not x.isfinite().all():
             raise UserError(f"{path} holds numbers that are not finite, in {key}: its training "
                             f"diverged; take an earlier checkpoint")
@@ -201,6 +236,17 @@ def load_backbone(path, arch=None, heads=None, branch=None, mean_std=None):
     say(f"{path}: {arch}{with_heads} under '{found.prefix}'; {'; '.join(found.notes)}")
     settings = {"arch": arch, "heads": heads, "mean": mean, "std": std, "mean_std": name}
     return backbone, dim, args | settings
+
+
+def check_kinds(found):
+    """UserError where a tensor does not hold plain real numbers, as after quantisation."""
+    for key, x in found.state.items():
+        plain = x.is_floating_point() and x.layout == torch.strided and not x.is_meta
+        if not plain and not key.endswith("num_batches_tracked"):
+            kind = str(x.dtype).removeprefix("torch.")
+            raise UserError(f"{found.path} holds {key} as {kind}, {x.layout} on {x.device}, which "
+                            f"is no plain tensor of real numbers: take the checkpoint before it "
+                            f"was quantised or converted")
 
 
 def flatten(value, name="", depth=6):
@@ -221,20 +267,26 @@ def find_backbone(path, checkpoint, branch):
             if f".{key}".endswith(f".{anchor}"):
                 layouts[key.removesuffix(anchor)] = layout
     if not layouts:
-        fits = [prefix for prefix in NO_ANCHOR if any(key.startswith(prefix) for key in tensors)]
-        layouts = {fits[0] if fits else "": "torchvision"}
-    fits = [prefix for prefix in layouts
-            if branch is None or branch.strip(".") in words_of(prefix)]
-    if not fits:
+        layouts = {prefix_without_anchor(tensors): "torchvision"}
+    meant = [prefix for prefix in layouts
+             if branch is None or branch.strip(".") in words_of(prefix)]
+    if not meant:
         raise UserError(f"{path} has no branch {branch}: --branch is a part of one of "
                         f"{list(layouts)}")
-    prefix = min(fits, key=lambda prefix: (role_of(prefix), len(prefix)))
+    prefix = min(meant, key=lambda prefix: (role_of(prefix), len(prefix)))
     layout = layouts[prefix]
     others = ", ".join(f"'{other}'" for other in layouts if other != prefix)
     notes = [f"also there: {others} (--branch)"] if others else []
     meta = checkpoint if isinstance(checkpoint, dict) else {}
     state = rename(tensors, prefix, layout)
     return Found(str(path), tensors, meta, prefix, layout, state, notes)
+
+
+def prefix_without_anchor(tensors):
+    for prefix in NO_ANCHOR:
+        if any(key.startswith(prefix) for key in tensors):
+            return prefix
+    return ""
 
 
 def words_of(prefix):
@@ -269,15 +321,16 @@ def settings_of_run(found):
     beside = Path(found.path).with_name("args.json")
     if Path(found.path).name == "backbone.pt" and beside.exists():
         return read_settings(beside)
-    return found.meta.get("args") or {} if found.is_ours else {}
+    args = found.meta.get("args") if found.is_ours else None
+    return args if isinstance(args, dict) else {}
 
 
 def choose_arch(found, given, of_run):
     """The architecture: as given, as the run says, or the first that all tensors fit."""
     candidates = SIZES if found.is_vit else RESNETS
-    problems = {name: misfits(found.state, name) for name in candidates}
-    theirs = of_run or next((name for name in candidates if not problems[name]), None)
-    nearest = min(candidates, key=lambda name: len(problems[name]))
+    counts = {name: len(misfits(found.state, name)) for name in candidates}
+    nearest = min(candidates, key=counts.get)
+    theirs = of_run or (nearest if counts[nearest] == 0 else None)
     arch = given or theirs or nearest
     problems = misfits(found.state, arch)
     if problems:

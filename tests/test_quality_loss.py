@@ -254,6 +254,29 @@ def test_the_component_is_fitted_without_autocast(dtype):
             assert threshold == pytest.approx(alpha, abs=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int32])
+def test_the_threshold_of_any_dtype(dtype):
+    a = (10 * random(30, 16)).to(dtype)
+    assert ql.foreground_threshold(a) == ql.foreground_threshold(a.float())
+
+
+@pytest.mark.parametrize("factor", [1e300, 1e-300])
+def test_a_component_beyond_float32(factor):
+    tokens, v1 = random(30, 16, 8), random(8, seed=1).double()
+    expected, alpha = ql.orient_foreground(v1, tokens, (4, 4))
+    ours, threshold = ql.orient_foreground(factor * v1, tokens, (4, 4))
+    torch.testing.assert_close(ours, expected)
+    assert threshold == pytest.approx(alpha, abs=1e-5)
+
+
+def test_shapes_on_the_meta_device():
+    x, keys = torch.empty(5, 8, device="meta"), torch.empty(11, 8, device="meta")
+    t = torch.tensor(0.2, device="meta")
+    assert ql.info_nce_in_batch(x, keys, temperature=t).shape == ()
+    with pytest.raises(RuntimeError, match="device"):          # PyTorch's own
+        ql.negative_cosine(unit(5), x)
+
+
 EXTREMES = [0.0, 1e30, -1e30, 1e-30, 65504.0, 3e38]
 
 
@@ -320,7 +343,12 @@ A, N, B, S = ql.foreground_attention, ql.info_nce, ql.info_nce_in_batch, ql.swap
     (N, [(2, 4), (2, 4), (5, 4)], {"temperature": torch.ones(2)}, "(2,)"),
     (ql.orient_foreground, [(3,), (2, 4, 3)], {"grid": (2, 2)}, "not zero"),
     (ql.orient_foreground, [(5,), (2, 4, 3)], {"grid": (2, 2)}, "(5,)"),
-    (ql.fit_foreground, [(0, 4, 3)], {"grid": (2, 2)}, "(0, 4, 3)")])
+    (ql.orient_foreground, [(3,), (0, 4, 3)], {"grid": (2, 2)}, "(0, 4, 3)"),
+    (ql.orient_foreground, [(3,), (2, 4, 3)], {"grid": (3, 2)}, "(2, 4, 3), (3, 2)"),
+    (ql.fit_foreground, [(0, 4, 3)], {"grid": (2, 2)}, "(0, 4, 3)"),
+    (ql.fit_foreground, [(2, 4, 3)], {"grid": (-2, -2)}, "(-2, -2)"),
+    (ql.fit_foreground, [(2, 4, 3)], {"grid": (2, 2), "fraction": 1.5}, "[0, 1], got (2, 4), 1.5"),
+    (ql.foreground_threshold, [(0, 4)], {}, "(0, 4)")])
 def test_wrong_shapes_are_named(function, shapes, options, named):
     if function in (N, B, S):
         options = {"temperature": 1.0} | options
@@ -376,6 +404,12 @@ def test_a_learnable_temperature(compiled, shape):
     assert loss.shape == () and loss.item() == pytest.approx(all_losses(0.4).item(), abs=1e-5)
     slope = (all_losses(0.41) - all_losses(0.39)).item() / 0.02
     assert t.grad.item() == pytest.approx(slope, rel=1e-2)
+
+
+def test_many_temperatures_at_once():
+    temperatures = torch.tensor([0.2, 0.4])
+    expected = torch.stack([all_losses(t) for t in temperatures])
+    torch.testing.assert_close(torch.func.vmap(all_losses)(temperatures), expected)
 
 
 @pytest.mark.parametrize("function, count", [(N, 3), (B, 2), (S, 2)])

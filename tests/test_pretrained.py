@@ -1,10 +1,12 @@
-"""support/checkpoints.py: other people's layouts give the features that their own networks give.
+"""support/pretrained.py: other people's layouts give the features that their own networks give.
 The layouts are written by hand, as the origin's code saves them; the weights are random."""
 import argparse
+import gzip
 import os
 import re
 import sys
 import types
+import zipfile
 from collections import defaultdict
 
 import numpy as np
@@ -224,7 +226,8 @@ def test_what_a_download_left_instead_is_named(name, content, message, tmp_path)
 
 
 @pytest.mark.parametrize("word", [
-    "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
+    "_orig_mod.", "_fsdp_wrapped_module.", "_fpw_module.", "_checkpoint_wrapped_module.",
+    "module._orig_mod."])
 def test_wrappers_inside_a_name_are_taken_out(word, tmp_path):
     state = blank(make_backbone("resnet18", 224)[0])
     state["conv1.weight"] = torch.ones(64, 3, 7, 7)
@@ -232,6 +235,50 @@ def test_wrappers_inside_a_name_are_taken_out(word, tmp_path):
     torch.save({"model": {f"{word}{key}": x for key, x in wrapped.items()}}, tmp_path / "x.pth")
     backbone, _, settings = load_backbone(tmp_path / "x.pth")
     assert settings["arch"] == "resnet18" and (backbone.conv1.weight == 1).all()
+
+
+@pytest.mark.parametrize("change, kind", [
+    (lambda x: x.to(torch.int8), "int8"), (lambda x: x.to("meta"), "on meta"),
+    (lambda x: x.clone().to_sparse(), "sparse_coo"), (lambda x: x.to(torch.complex64), "complex64"),
+    (lambda x: torch.quantize_per_tensor(x.contiguous(), 0.1, 0, torch.qint8), "qint8")])
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_no_plain_tensor_is_named(change, kind, tmp_path):
+    state = blank(make_backbone("resnet18", 224)[0])
+    state["conv1.weight"] = change(state["conv1.weight"])
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=f"x.pth holds conv1.weight as .*{kind}.*: take the check"):
+        load_backbone(tmp_path / "x.pth")
+
+
+def test_eight_bits_of_a_real_number_are_read(tmp_path):
+    state = blank(make_backbone("resnet18", 224)[0])
+    state["conv1.weight"] = torch.ones(64, 3, 7, 7).to(torch.float8_e4m3fn)
+    torch.save(state, tmp_path / "x.pth")
+    assert (load_backbone(tmp_path / "x.pth")[0].conv1.weight == 1).all()
+
+
+def test_safetensors_is_known_by_its_content(tmp_path):
+    save_file({key: x.contiguous() for key, x in blank(make_backbone("resnet18", 224)[0]).items()},
+              tmp_path / "x.pth")
+    assert load_backbone(tmp_path / "x.pth")[2]["arch"] == "resnet18"
+
+
+def in_archive(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/x.pth", b"anything")
+
+
+@pytest.mark.parametrize("write, message", [
+    (lambda path: path.write_bytes(gzip.compress(b"anything")), "compressed: .* gunzip"),
+    (lambda path: path.write_text('{"weight_map": {}}'), "text, such as the index"),
+    (in_archive, "archive of other files: unpack"),
+    (lambda path: (torch.save([1], path), os.truncate(path, 300)), "its end is missing"),
+    (lambda path: path.write_text("hello"), "torch.save did not write it"),
+    (lambda path: path.mkdir(), "Is a directory"), (lambda path: path.touch(), "torch.save did")])
+def test_other_files_are_called_what_they_are(write, message, tmp_path):
+    write(tmp_path / "x.pth")
+    with pytest.raises(UserError, match=f"^[^\n]*cannot be loaded [^\n]*{message}[^\n]*$"):
+        load_backbone(tmp_path / "x.pth")
 
 
 def test_a_diverged_checkpoint_is_refused(tmp_path):
