@@ -44,7 +44,7 @@ from support.command_line import (
 )
 from support.data import read_images, spaced
 from support.files import read_component, write_component, write_whole
-from support.pictures import sheet, square
+from support.pictures import sheet, square, to_image
 from support.processes import cores_of_process, fast_dtype, setup
 from support.views import ViewFolder, file_mark
 
@@ -273,7 +273,7 @@ class Generator:
         return views
 
     def picture(self, pixels):
-        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        image = to_image(pixels)
         return image.resize((self.save_size, self.save_size), Image.Resampling.BICUBIC)
 
     def halve(self):

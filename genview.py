@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import shapes
@@ -29,7 +28,7 @@ from support.augment import (
 from support.command_line import UserError, progress, say
 from support.data import IN_MEMORY_SIZE, SAME_FILES, Images, count_and_digest, spaced
 from support.files import read_component, refuse_stand_in, write_whole
-from support.pictures import sheet
+from support.pictures import sheet, to_image
 from support.processes import compare, start_worker
 from support.seeds import epoch_order, step_generator
 from support.views import find_views, views_into_memory
@@ -327,11 +326,8 @@ def draw_pairs(path, views, quality_of, world, count=12):
         last = min(count, len(order)) - 1
         frames = {(0, 0): "green", (0, 1): "green", (last, 0): "red", (last, 1): "red"}
     chosen = order[spaced(len(order), count)].tolist()
-    pictures = []
-    for view in views:
-        pixels = (renormalise(view.float()) * 255).round().clamp(0, 255).byte()
-        pictures.append(pixels.permute(0, 2, 3, 1).cpu().numpy())
-    columns = [[Image.fromarray(pixels[i]) for pixels in pictures] for i in chosen]
+    pixels = [(renormalise(view.float()) * 255).round().clamp(0, 255).byte() for view in views]
+    columns = [[to_image(view[i]) for view in pixels] for i in chosen]
     canvas = sheet(columns, [captions[i] for i in chosen], frames, 96, ("view 1", "view 2"))
     write_whole(path, lambda temporary: canvas.save(temporary, format="PNG"))
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.augment import normalise
+from support.pictures import sheet, to_image
 
 SIZE = 32  # pixels along a side, as CIFAR
 CLASSES = ("disc", "square", "triangle", "heart", "star", "plus", "ring", "crescent", "hourglass",
@@ -246,17 +247,17 @@ def dense_loss(tokens: Tensor, outputs: Tensor, mask: Tensor, scene: Scene) -> T
     return (2 * figureness + segmentation + mask * figure_error + (1 - mask) * ground_error).mean()
 
 
-def main(rows: int = 12, levels=(0, 100, 200, 300, 400), path: str = "shapes.png"):
-    """Draws original, mask and perturbed versions of scenes into a PNG, enlarged four times."""
-    from torchvision.utils import save_image
+def main(count: int = 12, levels=(0, 100, 200, 300, 400), path: str = "shapes.png"):
+    """Draws original, mask and perturbed versions of scenes into a PNG."""
     generator = torch.Generator().manual_seed(0)
-    scene = sample_scenes(rows, generator)._replace(shape=torch.arange(rows) % len(CLASSES))
-    mask = (foreground(scene) * 255).byte()
-    columns = [render(scene), mask[:, None].expand(-1, 3, -1, -1)]
-    columns += [render(perturb(scene, level, generator)) for level in levels]
-    grid = torch.stack(columns, dim=1).flatten(0, 1).float() / 255
-    save_image(F.interpolate(grid, scale_factor=4), path, nrow=len(columns), padding=8, pad_value=1)
-    print(f"{path}: {rows} scenes; original, figure, perturbed at noise levels", *levels)
+    scene = sample_scenes(count, generator)._replace(shape=torch.arange(count) % len(CLASSES))
+    mask = (foreground(scene) * 255).byte()[:, None].expand(-1, 3, -1, -1)
+    rows = {"original": render(scene), "figure": mask}
+    for level in levels:
+        rows[f"level {level}"] = render(perturb(scene, level, generator))
+    columns = [[to_image(pictures[i]) for pictures in rows.values()] for i in range(count)]
+    sheet(columns, [""] * count, {}, 4 * SIZE, list(rows)).save(path)
+    print(f"{path}: {count} scenes; original, figure, perturbed at noise levels", *levels)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ if not __package__:
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from generate_views import load_pipeline
 from genview import load_images
@@ -38,6 +37,7 @@ from recipes import GENERATION
 from studies.eval_generator import reconstruct
 from support.command_line import Parser, UserError, say, script, whole
 from support.files import append, write_whole
+from support.pictures import to_image
 from support.processes import fast_dtype, setup
 from support.seeds import step_generator
 from support.views import find_views, views_into_memory
@@ -155,8 +155,8 @@ def make_views(args, kind):
         images = load_images("cifar10", args.data_dir, "train", 32, args.limit)
         pictures = make_control(args, kind, images)
         for name, picture in zip(images.names, pictures, strict=True):
-            image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-            write_whole((folder / name).with_suffix(".png"), partial(image.save, format="PNG"))
+            save = partial(to_image(picture).save, format="PNG")
+            write_whole((folder / name).with_suffix(".png"), save)
     return folder
 
 

@@ -15,7 +15,6 @@ if not __package__:
 
 import torch
 import torch.nn.functional as F
-from torchvision.utils import save_image
 
 import generate_views as gv
 from eval_linear import extract_features, finetune
@@ -24,6 +23,7 @@ from quality_loss import fit_foreground
 from recipes import GENERATION
 from support import augment, data, files, networks
 from support.command_line import Parser, progress, real, say, script, whole
+from support.pictures import sheet, to_image
 from support.processes import setup
 
 
@@ -72,11 +72,12 @@ def reconstruct(pipe, pixels):
 def draw_samples(pipe, pixels, path, steps, guidance):
     """Writes a PNG; its rows: pixels (n, 3, 32, 32) uint8, reconstructions, views by level."""
     c = pipe.image_encoder(augment.normalise(pixels / 255)).image_embeds
-    views = views_of(pipe, c, range(len(pixels)), steps, guidance).values()
-    rows = [pixels, reconstruct(pipe, pixels), *views]
-    grid = torch.cat([row.cpu() for row in rows]) / 255
-    files.write_whole(path, lambda temporary: save_image(
-        grid, temporary, nrow=len(pixels), format="png"))
+    rows = {"original": pixels, "autoencoder": reconstruct(pipe, pixels)}
+    for level, views in views_of(pipe, c, range(len(pixels)), steps, guidance).items():
+        rows[f"level {level}"] = views
+    columns = [[to_image(row[i]) for row in rows.values()] for i in range(len(pixels))]
+    canvas = sheet(columns, [""] * len(columns), {}, 64, list(rows))
+    files.write_whole(path, lambda temporary: canvas.save(temporary, format="PNG"))
 
 
 def percent(hits):

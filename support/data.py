@@ -10,11 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from support.command_line import UserError, progress, say
-from support.pictures import open_image, square, to_tensor
+from support.pictures import open_image, square, to_image, to_tensor
 from support.processes import gather_objects, place_of_process, start_worker, wait
 
 IN_MEMORY_SIZE = 64   # images up to this side are kept in memory, as one uint8 tensor
@@ -37,7 +36,7 @@ class Images(NamedTuple):
     def pil(self, index):
         """The image as PIL's RGB image; UserError where it cannot be read."""
         if self.pixels is not None:
-            return Image.fromarray(self.pixels[index].permute(1, 2, 0).numpy())
+            return to_image(self.pixels[index])
         return open_image(self.root / self.names[index])
 
     def at_most(self, count):

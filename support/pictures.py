@@ -97,14 +97,19 @@ def to_tensor(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def to_image(pixels):
+    """(3, H, W) uint8 -> PIL's RGB image."""
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
 def sheet(columns, captions, frames, cell, labels):
     """One PIL image: columns of PIL images, a caption below each, a label left of each row.
 
-    frames: {(column, row): colour}; cell: side of a picture in pixels.
+    captions: "" for none; frames: {(column, row): colour}; cell: side of a picture in pixels.
     """
     gap = 6                                        # between pictures
     left = 76                                      # for the rows' labels
-    foot = 34                                      # for the captions
+    foot = 34 if any(captions) else 0              # for the captions
     size = (left + len(columns) * (cell + gap), len(labels) * (cell + gap) + foot)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)

@@ -89,6 +89,6 @@ def test_the_encoder_sees_the_foreground(scenes, shapes_encoder):
 
 
 def test_the_picture_it_draws(tmp_path, capsys):
-    shapes.main(rows=3, path=str(tmp_path / "shapes.png"))
+    shapes.main(count=3, path=str(tmp_path / "shapes.png"))
     assert len(Image.open(tmp_path / "shapes.png").convert("RGB").getcolors(10 ** 6)) > 50
     assert "3 scenes" in capsys.readouterr().out

@@ -228,8 +228,9 @@ def test_the_miniature_in_the_repository():
     files = [file for file in genview.MINI.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 25e6
     pipe = generate_views.load_pipeline("mini", torch.float32, "cpu")
-    row = to_tensor(open_image(genview.MINI.parents[1] / "docs/generator.png"))[:, 2:34, 2:]
-    pixels = torch.stack([row[:, :, 34 * i:34 * i + 32] for i in range(16)])
+    sheet = to_tensor(open_image(genview.MINI.parents[1] / "docs/generator.png"))
+    row = sheet[:, 3:67:2, 76:]                    # every pixel stands there twice
+    pixels = torch.stack([row[:, :, 70 * i:70 * i + 64:2] for i in range(16)])
     images = Images([f"{i}" for i in range(16)], torch.zeros(16), 1, pixels)
     encoded = list(generate_views.encode_all(pipe, images, range(16)))
     tokens, c = (torch.cat([part[k] for part in encoded]).float() for k in (1, 2))
@@ -294,6 +295,6 @@ def test_judge_as_a_user(pipeline_folder, image_folder, tmp_path, capsys):
     call(eval_generator, *flags)
     first = (tmp_path / "tables.md").read_text()
     assert first in capsys.readouterr().out
-    assert open_image(tmp_path / "samples.png").size == (4 * 34 + 2, 7 * 34 + 2)
+    assert open_image(tmp_path / "samples.png").size == (76 + 4 * 70, 7 * 70)
     call(eval_generator, *flags)                   # the same flags, the same numbers
     assert (tmp_path / "tables.md").read_text() == first
