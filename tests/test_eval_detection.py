@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import time
 from contextlib import redirect_stdout
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from running import CPU, call, end, held, json_lines, refusal, start_two
+from running import CPU, before_call, call, end, fail, held, json_lines, refusal, start_two
 from torchvision.models.detection import MaskRCNN
 from torchvision.ops import MultiScaleRoIAlign
 
@@ -127,6 +128,19 @@ def test_a_picture_that_one_machine_lacks_is_named(coco, backbone, tmp_path, mon
     path.write_text(json.dumps(content))
     assert end(*start_two(works, tmp_path)) == [2, 2]
     assert re.search("process 1 finds in val: 2 images.*process 0: 3", (tmp_path / "0").read_text())
+
+
+def test_the_others_end_with_a_process_that_fails(coco, backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_detection, "SHORT_SIDES", (64,))
+    flags = flags_of(coco, backbone, tmp_path / "run", 2)
+
+    def work():
+        detect(monkeypatch, *flags)
+    broken = before_call(2, fail, work, eval_detection, "train_step")
+    began = time.monotonic()
+    assert end(*start_two([broken, work], tmp_path)) == [2, 1]
+    assert time.monotonic() - began < 20
+    assert "process 1 stops because another one ended" in (tmp_path / "1").read_text()
 
 
 def test_a_training_within_the_warm_up_is_named(coco, backbone, tmp_path, monkeypatch, capsys):
