@@ -19,8 +19,9 @@ from torchvision.ops import FrozenBatchNorm2d
 from support.checkpoint import Checkpoint, SaveTimes, digest, identity_of
 from support.coco import read_annotations
 from support.command_line import Parser, UserError, progress, real, say, script, whole
-from support.data import IN_MEMORY_SIZE, SAME_FILES, count_and_digest, open_image, to_tensor
+from support.data import IN_MEMORY_SIZE, SAME_FILES, count_and_digest
 from support.files import append, claimed, keep_lines
+from support.pictures import open_image, to_tensor
 from support.pretrained import MEAN_STD, load_backbone
 from support.processes import compare, cores_of_process, setup, start_worker
 from support.schedules import linear_warmup, tenth_from

@@ -74,13 +74,13 @@ def pictures(images, order, image_size, world, batch_size, workers=4, draw=None)
         x = x.to(world.device).float()
         if draw:
             generator = step_generator(*draw, step, world.rank)
-            x = flipped_at_random(x, generator, image_size if in_memory else None)
+            x = flip_and_crop(x, generator, image_size if in_memory else None)
         if x.shape[-1] != image_size:
             x = F.interpolate(x, size=(image_size, image_size), mode="bilinear", antialias=True)
         yield augment.normalise(x / 255).contiguous(memory_format=torch.channels_last)
 
 
-def flipped_at_random(x, generator, crop_size=None):
+def flip_and_crop(x, generator, crop_size=None):
     """Pictures (n, 3, H, W), some flipped. crop_size: cut at random to this side, too."""
     u = torch.rand(len(x), augment.CROP_TRIES + 1, 4, generator=generator)
     mirrored = u[:, -1, 0] < 0.5
@@ -92,7 +92,7 @@ def flipped_at_random(x, generator, crop_size=None):
 
 
 @torch.no_grad()
-def features_of(backbone, images, order, image_size, world, batch_size, workers):
+def feature_batches(backbone, images, order, image_size, world, batch_size, workers):
     """Yields the features of the images in the given order, (n, D), in evaluation mode."""
     was_training = backbone.training
     backbone.eval()
@@ -110,7 +110,7 @@ def extract_features(backbone, images, image_size, world, batch_size=256, worker
     n = len(images.names)
     part = math.ceil(n / world.size)               # the same in every process: some images repeat
     order = torch.arange(world.rank * part, (world.rank + 1) * part) % n
-    features = features_of(backbone, images, order, image_size, world, batch_size, workers)
+    features = feature_batches(backbone, images, order, image_size, world, batch_size, workers)
     return world.gather(torch.cat(list(features)))[:n]
 
 
@@ -154,23 +154,23 @@ def knn_accuracy(chunks, queries, truth, num_classes, k=200, temperature=0.1, wo
 def knn_of(backbone, train, test, image_size, world, workers, k=200):
     """kNN accuracy in percent of a backbone's features of train and test, Images. All processes
     must call this."""
-    options = image_size, world, 512, workers
+    options = dict(image_size=image_size, world=world, batch_size=512, workers=workers)
     order = torch.arange(world.rank, len(train.names), world.size)
     labels = [part for part in train.labels[order].split(512) if len(part)]
-    chunks = zip(features_of(backbone, train, order, *options), labels, strict=True)
-    return knn_accuracy(chunks, extract_features(backbone, test, *options), test.labels,
+    chunks = zip(feature_batches(backbone, train, order, **options), labels, strict=True)
+    return knn_accuracy(chunks, extract_features(backbone, test, **options), test.labels,
                         train.num_classes, k, world=world)
 
 
 def fit_classifier(model, optimizer, batches, steps, settings, autocast=nullcontext, run=None,
-                   check=dict, processes=1):
+                   after_epoch=None, processes=1):
     """Trains a classifier.
 
     Args:
         optimizer: its learning rates are the peaks: a cosine to 0, or the drops of settings.
         batches: function of the epoch that yields (input, labels) `steps` times.
         run: Evaluation, or None.
-        check: called after each epoch, may return accuracies.
+        after_epoch: called after each epoch; the accuracies that it returns go into the log.
         processes: that train it together.
     """
     trained = DistributedDataParallel(model) if processes > 1 else model
@@ -196,9 +196,9 @@ def fit_classifier(model, optimizer, batches, steps, settings, autocast=nullcont
         if not mean.isfinite():
             raise UserError(f"the loss is not finite after epoch {epoch + 1}: use a smaller --lr")
         bar.set_postfix(loss=f"{mean.item():.3f}", refresh=False)
-        accuracies = check() or {}
+        accuracies = after_epoch() if after_epoch else None
         if run:
-            run.after_epoch(epoch + 1, model, optimizer, mean, accuracies)
+            run.after_epoch(epoch + 1, model, optimizer, mean, accuracies or {})
 
 
 def augmented(images, settings, world):
@@ -294,7 +294,7 @@ def linear_on_pictures(backbone, dim, images, settings, world, run=None, validat
     backbone.eval().requires_grad_(False)
     batch_size = batch_of(settings, len(images.names), world.size)
     head, optimizer = probe(dim, images.num_classes, settings, batch_size, world.device)
-    fit_classifier(head, optimizer, features, steps, settings, run=run, check=score,
+    fit_classifier(head, optimizer, features, steps, settings, run=run, after_epoch=score,
                    processes=world.size)
     return head
 
@@ -437,7 +437,7 @@ def evaluate(settings, backbone, dim, world):
                                    settings.limit, settings.skip_bad, settings.workers)
     train = load("train")
     test = load("test")
-    check_classes(train, settings.data_dir, ": labels to fit on need two")
+    check_classes(train, settings.data_dir, ": a classifier needs two classes")
     with claimed(settings.output_dir, world):
         run = Evaluation(settings, world, backbone, train, train.left_out + test.left_out)
         follow_protocol(settings, backbone, dim, train, test, world, run)

@@ -42,7 +42,7 @@ from support.command_line import (
     script,
     whole,
 )
-from support.data import read_images, spaced
+from support.data import IN_MEMORY_SIZE, read_images, spaced
 from support.files import read_component, write_component, write_whole
 from support.pictures import sheet, square, to_image
 from support.processes import cores_of_process, fast_dtype, setup
@@ -52,7 +52,6 @@ LEVELS = (0, 100, 200, 300, 400)  # of the 1,000 noising steps (release)
 STABLE = "sd2-community/stable-diffusion-2-1-unclip"
 LARGEST_BATCH = 1024              # images generated at once; a GPU is busy long before
 ENCODER_BATCH = 8                 # fixed: rounding depends on it and can decide on a level
-SMALL = 64                        # side up to which pictures need no saving of memory
 MINI_RATE = 150                   # images/s of the miniature on two cores: docs/RESULTS.md
 MINI_START = 20                   # seconds there to load it and to fit the foreground
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
@@ -146,7 +145,7 @@ def load_pipeline(model, dtype, device, solver="own"):
     pipe.set_progress_bar_config(disable=True)
     if solver == "dpm":
         pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    if own_size(pipe) > SMALL:
+    if own_size(pipe) > IN_MEMORY_SIZE:
         pipe.vae.enable_slicing()                  # decodes one by one
     return pipe
 
@@ -158,12 +157,12 @@ def own_size(pipe):
 
 def check(pipe, steps):
     """UserError where the parts of the pipeline do not fit together, or its schedule is shorter."""
-    c = pipe.image_encoder.config.projection_dim
+    dim = pipe.image_encoder.config.projection_dim
     side = pipe.image_encoder.config.image_size
     crop = getattr(pipe.feature_extractor, "crop_size", None) or {"height": side}
     condition = pipe.unet.config.projection_class_embeddings_input_dim
-    for what, here, there in [("the normalizer's size", pipe.image_normalizer.mean.shape[-1], c),
-                              ("the U-Net's condition", condition, 2 * c),
+    for what, here, there in [("the normalizer's size", pipe.image_normalizer.mean.shape[-1], dim),
+                              ("the U-Net's condition", condition, 2 * dim),
                               ("the pictures' size", crop["height"], side)]:
         if here != there:
             raise UserError(f"the model's parts do not fit: {what} is {here}, its image encoder "
@@ -245,7 +244,7 @@ def generate(pipe, level, embeddings, seeds, steps, guidance, size):
     return (views.float() * 255).round().byte().cpu()
 
 
-class Generator:
+class ViewMaker:
     """generate for any number of images, in batches as large as memory allows."""
     def __init__(self, pipe, steps, guidance, size, save_size, batch_size, largest):
         """save_size: side of the pictures it returns. The batch size doubles up to largest."""
@@ -295,12 +294,12 @@ class Plan(NamedTuple):
     embedding: torch.Tensor         # c_i, (D,)
 
 
-def make_view_set(args, pipe, generator, images, world):
+def make_view_set(args, pipe, view_maker, images, world):
     """The method: encode, count the foreground, choose the noise level, generate; a batch holds
     images of one level."""
-    suffix = ".png" if generator.save_size <= 64 else ".jpg"                     # png: lossless
+    suffix = ".png" if view_maker.save_size <= IN_MEMORY_SIZE else ".jpg"         # png: lossless
     folder = ViewFolder(args.views_dir, suffix, world.rank)
-    folder.prepare(settings_of(args, generator, pipe), images, world)
+    folder.prepare(settings_of(args, view_maker, pipe), images, world)
     v1, alpha = share_foreground(args, pipe, images, world)
     mine = spaced(len(images.names), args.limit).tolist()[world.rank::world.size]
     todo, changed, there = find_missing(folder, images, mine)
@@ -314,8 +313,8 @@ def make_view_set(args, pipe, generator, images, world):
         print(f"skipped: {message.rsplit('; ', 1)[0]}", file=sys.stderr)
         skipped.append(message)
     encoded = encode_all(pipe, images, todo, skip)
-    for batch in batches_of_a_level(plans(encoded, images, v1, alpha, args.noise), generator):
-        make_views(batch, generator, folder, images, args.seed)
+    for batch in batches_of_a_level(plans(encoded, images, v1, alpha, args.noise), view_maker):
+        make_views(batch, view_maker, folder, images, args.seed)
         levels += [plan.level for plan in batch]
         bar.update(len(batch))
     bar.close()
@@ -331,23 +330,23 @@ def plans(encoded, images, v1, alpha, noise):
         yield from map(Plan, names, p.tolist(), levels.tolist(), c)
 
 
-def batches_of_a_level(plans, generator):
-    """Yields lists of plans of one level, as many as the generator makes at once; at the end the
+def batches_of_a_level(plans, view_maker):
+    """Yields lists of plans of one level, as many as the view_maker makes at once; at the end the
     rest of each level."""
     waiting = defaultdict(list)                                                  # {level: [Plan]}
     for plan in plans:
         waiting[plan.level].append(plan)
-        if len(waiting[plan.level]) >= generator.batch_size:
+        if len(waiting[plan.level]) >= view_maker.batch_size:
             yield waiting.pop(plan.level)
     for level in sorted(waiting):
         yield waiting[level]
 
 
-def make_views(batch, generator, folder, images, seed):
+def make_views(batch, view_maker, folder, images, seed):
     """Generates and writes the views of a list of plans of one level."""
     seeds = [image_seed(seed, plan.source) for plan in batch]
     embeddings = torch.stack([plan.embedding for plan in batch])
-    views = generator(batch[0].level, embeddings, seeds)
+    views = view_maker(batch[0].level, embeddings, seeds)
     for view, plan, own_seed in zip(views, batch, seeds, strict=True):
         folder.write(view, source=plan.source, proportion=plan.proportion, noise_level=plan.level,
                      seed=own_seed, file=file_mark(images, plan.source))
@@ -422,12 +421,12 @@ def make_missing(dataset, data_dir, limit, images, world):
         torch.cuda.empty_cache()                   # of the pipeline, which is freed by now
 
 
-def settings_of(args, generator, pipe):
+def settings_of(args, view_maker, pipe):
     """What must not change within a folder of views."""
     names = "dataset model noise solver seed flip_foreground component fit_images".split()
-    settings = {name: getattr(args, name) for name in names} | generator.settings
+    settings = {name: getattr(args, name) for name in names} | view_maker.settings
     component = Path(args.component).read_bytes() if args.component else b""
-    return settings | {"save_size": generator.save_size,
+    return settings | {"save_size": view_maker.save_size,
                        "precision": str(pipe.unet.dtype).removeprefix("torch."),
                        "weights": digest_of_weights(pipe),
                        "component_file": hashlib.sha256(component).hexdigest()[:12]}
@@ -477,13 +476,13 @@ def share_foreground(args, pipe, images, world):
 
 
 # -------------------------------------------------------------------------------------- the preview
-def preview(args, pipe, generator, images):
+def preview(args, pipe, view_maker, images):
     """Draws preview.png, a column an image: original, foreground map, views at all levels, the
     adaptive choice framed (the paper's Fig. 3)."""
     v1, alpha = clip_foreground(args, pipe, images)
     v1 = v1.to(pipe.device)
     alpha = torch.as_tensor(alpha).to(pipe.device)
-    cell = 128 if generator.save_size <= 128 else 224
+    cell = 128 if view_maker.save_size <= 128 else 224
     columns = []
     captions = []
     frames = {}
@@ -491,7 +490,7 @@ def preview(args, pipe, generator, images):
                                                               args.preview).tolist()):
         p = foreground_proportion(tokens, v1, alpha)
         seeds = [image_seed(args.seed, images.names[i]) for i in indices]
-        views = [generator(level, c, seeds) for level in LEVELS]                 # [level][image]
+        views = [view_maker(level, c, seeds) for level in LEVELS]                 # [level][image]
         for i, (index, level) in enumerate(zip(indices, noise_level(p).tolist(), strict=True)):
             original = square(images.pil(index), cell)
             shown = foreground_map(original, tokens[i].float() @ v1, alpha)
@@ -577,18 +576,18 @@ def precision_of(args, world):
     return torch.bfloat16 if fast_dtype(world.device) == torch.bfloat16 else torch.float16
 
 
-def make_generator(args, pipe, device):
-    """The Generator of the flags, and of the model where they say nothing."""
+def make_view_maker(args, pipe, device):
+    """The ViewMaker of the flags, and of the model where they say nothing."""
     size = args.size or own_size(pipe)
     save_size = args.save_size
     if not save_size:
         save_size = 32 if args.dataset.startswith("cifar") else min(512, size)
     largest = args.batch_size
     if not largest:
-        on_cpu = 64 if size <= SMALL else 1
+        on_cpu = 64 if size <= IN_MEMORY_SIZE else 1
         largest = LARGEST_BATCH if device.type == "cuda" else on_cpu
     batch_size = min(largest, args.batch_size or 64)
-    return Generator(pipe, args.steps, args.guidance, size, save_size, batch_size, largest)
+    return ViewMaker(pipe, args.steps, args.guidance, size, save_size, batch_size, largest)
 
 
 def run(args, world):
@@ -599,11 +598,11 @@ def run(args, world):
     check(pipe, args.steps)
     if args.component:                             # an error in it comes before anything is written
         read_component(args.component, pipe.image_encoder.config.hidden_size)
-    generator = make_generator(args, pipe, world.device)
+    view_maker = make_view_maker(args, pipe, world.device)
     if not args.preview:
-        make_view_set(args, pipe, generator, images, world)
+        make_view_set(args, pipe, view_maker, images, world)
     elif world.rank == 0:
-        preview(args, pipe, generator, images)
+        preview(args, pipe, view_maker, images)
 
 
 def main():

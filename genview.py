@@ -1,7 +1,8 @@
 """What the scripts of this project share: data sets by name, pairs of views, the frozen encoder.
 
-Legend of the shapes: N images, n of a batch, V views of each, S side of a view in pixels,
-T tokens (positions of a feature map), K features of a token.
+Legend of the shapes: N images, n pairs of a batch in this process (N in the training scripts), V
+views of each, S side of a view in pixels, T tokens (positions of a feature map), K features of a
+token.
 """
 import math
 import os
@@ -21,13 +22,13 @@ from support.augment import (
     CLIP_STD,
     Augmentation,
     Draws,
+    augment_crops,
     normalise,
-    recolour,
     renormalise,
 )
 from support.command_line import UserError, progress, say
 from support.data import IN_MEMORY_SIZE, SAME_FILES, Images, count_and_digest, spaced
-from support.files import read_component, refuse_stand_in, write_whole
+from support.files import read_component, refuse_placeholder, write_whole
 from support.pictures import sheet, to_image
 from support.processes import compare, start_worker
 from support.seeds import epoch_order, step_generator
@@ -93,8 +94,8 @@ def default_views_dir(dataset, data_dir):
 
 # ----------------------------------------------------------------------------------- pairs of views
 # Streams of random numbers beside that of the augmentations, which has no number of its own.
-GENERATED_SIDE = 1    # which of the two views is the generated one
-CROPS_OF_FILES = 2    # boxes of crops from files: drawn in the workers, an image at a time
+STREAM_GENERATED = 1  # is view 1 or view 2 the generated one?
+STREAM_CROPS = 2      # boxes of crops from files: drawn in the workers, an image at a time
 
 
 def augmentations(args):
@@ -169,7 +170,7 @@ class PairLoader:
             for v, t in enumerate(self.augmentations):
                 boxes = augment.crop_boxes(draws[v].crop, height, width, t.scale)
                 crops = augment.crop(pair[v % 2], boxes, self.sizes[v])
-                views.append(recolour(crops / 255, draws[v], orders[v], t))
+                views.append(augment_crops(crops / 255, draws[v], orders[v], t))
             yield views
 
     def from_files(self, epoch, start):
@@ -179,7 +180,7 @@ class PairLoader:
             views = []
             for v, t in enumerate(self.augmentations):
                 x = crops[v].to(self.device, non_blocking=True)
-                views.append(recolour(x.float() / 255, draws[v], orders[v], t))
+                views.append(augment_crops(x.float() / 255, draws[v], orders[v], t))
             yield views
 
 
@@ -199,7 +200,7 @@ class BatchPlan(NamedTuple):
         order = epoch_order(self.count, self.seed, epoch)
         for step in range(start, self.steps):
             batch = order[step * self.batch_size:(step + 1) * self.batch_size]
-            generator = step_generator(self.seed, epoch, step, GENERATED_SIDE)
+            generator = step_generator(self.seed, epoch, step, STREAM_GENERATED)
             generated_first = torch.rand(self.batch_size, generator=generator) < 0.5
             yield batch[self.part], generated_first[self.part]
 
@@ -233,7 +234,7 @@ class PairSampler:
 
 
 class CropsOfFiles(Dataset):
-    """Crops of large images: workers decode and crop; colours and normalisation follow."""
+    """Crops of large images: workers decode and crop; the rest of the augmentation follows."""
     def __init__(self, images, generated, augmentations, sizes, seed):
         # Arrays of bytes: reading a list of strings counts references to them, which writes, and
         # each forked worker would copy it.
@@ -252,7 +253,7 @@ class CropsOfFiles(Dataset):
         if self.generated[index]:
             generated = data.read_picture(os.fsdecode(self.generated[index]))
         pair = (generated, image) if generated_first else (image, generated)
-        generator = step_generator(self.seed, epoch, index, CROPS_OF_FILES)
+        generator = step_generator(self.seed, epoch, index, STREAM_CROPS)
         u = torch.rand(len(self.augmentations), Draws.COLUMNS, generator=generator)
         tries = Draws.split(u).crop.tolist()                                # V x CROP_TRIES x 4
         crops = []
@@ -292,6 +293,7 @@ def load_extra(images, views_dir, dataset, image_size, skip_bad=False, workers=0
     if not paths:
         raise UserError(f"{views_dir} holds no images for --views extra")
     compare("extra images", count_and_digest([path.name for path in paths]), SAME_FILES)
+    # Absolute: images.root / name is then the name itself.
     names = [str(path.resolve()) for path in paths]
     extra = Images(names, torch.zeros(len(paths)), 0, root=Path())
     if images.pixels is not None:
@@ -368,10 +370,10 @@ def preprocessing_of(name, config, is_clip):
             say(f"*** {name} has no readable preprocessor_config.json (timm: pretrained_cfg): its "
                 f"pictures get CLIP's mean and std")
         return Preprocessing(side, CLIP_MEAN, CLIP_STD, RGB)
-    return probe(processor, side)
+    return measured(processor, side)
 
 
-def probe(processor, side):
+def measured(processor, side):
     """Preprocessing, read off what the processor makes of a black, a red, a green and a blue
     picture of this side: no matter which of its settings does what."""
     pictures = np.zeros((4, side, side, 3), dtype=np.uint8)
@@ -415,7 +417,7 @@ def load_vision_model(name):
         "vit_mae": ViTModel,
     }
     for file in Path(name).glob("*.safetensors"):
-        refuse_stand_in(file)
+        refuse_placeholder(file)
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if config.is_encoder_decoder:                  # a detector's last hidden state is its queries'
         raise UserError("it is an encoder with a decoder, whose output is no map of the picture")
@@ -561,9 +563,10 @@ def load_or_fit_foreground(batches, count, size, path=None, flip=False):
 
     Args:
         batches: yields tokens (n, T, K) of up to count images of the data set; not read where the
-            file at path says v1 and alpha.
+            file at path says v1 and alpha and flip is not set.
         size: K.
-        path: foreground.npz or the release's pca_vectors.npy without sign and threshold; None: fit.
+        path: foreground.npz or the release's pca_vectors.npy, which has neither sign nor
+            threshold; None: fit.
         flip: take the other side as foreground.
     Returns:
         v1 (K,), alpha.

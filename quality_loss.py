@@ -9,8 +9,8 @@ This file needs nothing but PyTorch: copy it. Three lines turn a contrastive los
 `component` comes from fit_foreground, once, on E's feature maps of some thousand images. Weights
 and losses are computed in float32 on any device, whatever the dtype or autocast around them; what
 is no tensor or does not fit raises a ValueError that names it; finite input gives no NaN. GenView
-is cited by its sections' names: "adaptive view generation", "quality-driven loss" (its weights: all
-losses).
+is cited by the names of its sections, "adaptive view generation" and "quality-driven loss"; the
+weights of the latter are for all losses.
 
 Shapes: N pairs, T positions of a feature map, K features at a position, D size of an embedding, M
 keys, V views, P prototypes. v1, F, M^f, z^f, s^f, q, w, l, L are the paper's symbols; in the losses
@@ -114,7 +114,8 @@ def foreground_attention(features: Tensor, component: Tensor):
     high = a.amax(1, keepdim=True)
     # A contrast below 1e-5 of the largest possible |a| is rounding, not foreground: a constant map.
     constant = high - low <= 1e-5 * features.norm(dim=2).amax(1, keepdim=True) * component.norm()
-    a = torch.where(constant, 0.5, (a - low) / (high - low).masked_fill(constant, 1))    # in [0, 1]
+    contrast = (high - low).masked_fill(constant, 1)
+    a = torch.where(constant, 0.5, (a - low) / contrast)        # in [0, 1]
     b = 1 - a
     foreground = a / a.sum(1, keepdim=True)                     # M^f = a / sum(a)
     background = b / b.sum(1, keepdim=True)                     # M^b = (1 - a) / sum(1 - a)
@@ -359,8 +360,8 @@ def _check_grid(tokens, grid):
 
 @in_float32
 def foreground_threshold(a: Tensor, fraction=0.4):
-    """alpha (Eq. 7): the quantile of a (N, T) above which this part of all tokens lies; images
-    beyond torch.quantile's limit are skipped."""
+    """alpha (Eq. 7): the quantile of a (N, T) above which this part of all tokens lies; of more
+    numbers than torch.quantile takes, only every second (third, ...) image counts."""
     _check(a.numel() and 0 <= fraction <= 1, "a must be (N, T), fraction in [0, 1]", a, fraction)
     every = 1 + a.numel() // 16_000_000
     return torch.quantile(a[::every].flatten(), 1 - fraction).item()

@@ -1,6 +1,7 @@
 """Every default that is not one number for all: by data set, method, architecture and protocol.
 
-A recipe is {source: {flag: value}}; each value is also a flag. Learning rates are for 256 images.
+TRAINING holds each recipe by source, {source: {flag: value}}; elsewhere a recipe is {flag: value}.
+Each value is also a flag. Learning rates are for 256 images.
 """
 from support.command_line import UserError, real, whole
 
@@ -172,7 +173,7 @@ def table(dataset, method, arch=None, epochs=None, batch_size=None):
 # epoch; without, features are computed once and standardised, so that one lr suits all checkpoints.
 PROBE = dict(optimizer="sgd", epochs=90, batch_size=1024, drops=[], augment=True)   # no decay
 LINEAR = {
-    "small": PROBE | dict(lr=1.0, batch_size=256, epochs=100, augment=False),            # ours
+    "other": PROBE | dict(lr=1.0, batch_size=256, epochs=100, augment=False),            # ours
     # Of MoCo's code and the release: 30 at 256, x0.1 at epochs 60 and 80.
     "mocov2": PROBE | dict(lr=30.0, batch_size=256, epochs=100, drops=[0.6, 0.8]),
     # Of MoCo v3's code and the release: 0.4 at 1024; vision transformers 12 at 1024.
@@ -183,7 +184,7 @@ LINEAR = {
                     PROBE | dict(optimizer="lars", lr=0.1, batch_size=4096))}
 # lr: of the new classifier; backbone_lr: of the rest. few: less than 5% of the labels.
 FINETUNE = {
-    "small": dict(epochs=30, batch_size=64, lr=0.4, backbone_lr=0.04, drops=[]),  # ours: 0.1 at 64
+    "other": dict(epochs=30, batch_size=64, lr=0.4, backbone_lr=0.04, drops=[]),  # ours: 0.1 at 64
     # SwAV's for 10% and 1% of the labels, but a cosine schedule; GenView's is not known here.
     "imagenet": dict(epochs=20, batch_size=256, lr=0.2, backbone_lr=0.01, drops=[]),
     "imagenet few": dict(epochs=20, batch_size=256, lr=5.0, backbone_lr=0.02, drops=[])}
@@ -192,14 +193,14 @@ FINETUNE = {
 def evaluation(protocol, dataset, labels=1.0, method=None, arch=None):
     """The recipe of an evaluation, {flag: value}. labels: the part that is labelled; method, arch:
     of the checkpoint. On ImageNet an unknown method gets its architecture's probe, MoCo v3's."""
-    recipes = {"linear": LINEAR, "finetune": FINETUNE}.get(protocol, {"small": {}})
+    of_protocol = {"linear": LINEAR, "finetune": FINETUNE}.get(protocol, {"other": {}})
     if protocol == "knn" or dataset != "imagenet":
-        return recipes["small"]
+        return of_protocol["other"]
     if protocol == "finetune":
-        return recipes["imagenet few" if labels < 0.05 else "imagenet"]
+        return of_protocol["imagenet few" if labels < 0.05 else "imagenet"]
     if (arch or "").startswith("vit") and method not in ("byol", "simsiam", "swav"):
-        return recipes["mocov3-vit"]
-    return recipes[method if method in LINEAR else "mocov3"]
+        return of_protocol["mocov3-vit"]
+    return of_protocol[method if method in LINEAR else "mocov3"]
 
 
 # generate_views.py, by model: ours for the miniature in weights/, the release's for Stable unCLIP.

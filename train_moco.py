@@ -18,8 +18,8 @@ One step, from the images to the queue; read train_step first, it is the method:
         enqueue           the newest keys replace the oldest                            here
       backward, step      the optimiser                                                 here
 
-Legend of the shapes: N pairs of this process (n: of all), S side of a view, T positions and K
-features of the frozen encoder's map, D size of an embedding, M keys in the queue.
+Legend of the shapes: N pairs of this process (all N: of all processes), S side of a view, T
+positions and K features of the frozen encoder's map, D size of an embedding, M keys in the queue.
 """
 import argparse
 import copy
@@ -107,7 +107,7 @@ class Momentum(nn.Module):
         """Sets batch norm's running statistics to their mean over a few batches. Otherwise the keys
         of the first 1 / (1 - m) steps are computed with wrong statistics: long enough to drive all
         embeddings to one side."""
-        update_bn(batches, self.query)             # of the first view of each batch
+        update_bn(batches, self.query)             # it takes view 1, the first of each batch
         self.key.load_state_dict(self.query.state_dict())
 
 
@@ -182,16 +182,17 @@ class MoCoV3(Momentum):
 
 
 METHODS = {"mocov2": MoCoV2, "mocov3": MoCoV3}
-NAMES = dict(mocov2="MoCo v2", mocov3="MoCo v3", byol="BYOL", simsiam="SimSiam", swav="SwAV")
+METHOD_NAMES = dict(mocov2="MoCo v2", mocov3="MoCo v3", byol="BYOL", simsiam="SimSiam", swav="SwAV")
 
 
 @torch.no_grad()
-def similarities(q, k, negatives, positives=0):
+def similarities(q, k, keys, positives=0):
     """Health read-outs: spread, and the mean cosine of positive pairs (should rise) and of others
-    (should stay near 0). positives: how many of the negatives of a query are its own positive."""
+    (should stay near 0). keys: all that q is compared with beside k; positives: how many of them
+    are of the query's own pair."""
     pos = (q * k).sum(1).mean()
-    all_pairs = (q.mean(0) * negatives.mean(0)).sum()          # mean cosine of all queries and keys
-    neg = (len(negatives) * all_pairs - positives * pos) / (len(negatives) - positives)
+    all_pairs = (q.mean(0) * keys.mean(0)).sum()               # mean cosine of all queries and keys
+    neg = (len(keys) * all_pairs - positives * pos) / (len(keys) - positives)
     return {"pos": pos, "neg": neg, "std": embedding_spread(q)}
 
 
@@ -267,14 +268,15 @@ def train(args, world, methods=METHODS):
     run = runs.Run(args, world, method, optimizer, images)
     run.resume()
     encoder = load_encoder(args)       # first: what is wrong with it is said before views are made
-    generated, missing, component = prepare_views(args, images, world, encoder)
+    generated, coverage, component = prepare_views(args, images, world, encoder)
     quality_of = prepare_quality(args, images, world, encoder, component)
     loader = make_loader(args, images, generated, world)
-    trained = distribute(method, loader, args, world, fresh=run.is_new)
+    trained = make_ready(method, loader, args, world, fresh=run.is_new)
     left_out = images.left_out + (test.left_out if test else 0)
-    run.begin(loader.steps, label(args, missing, left_out), identity_of_loaded(args, encoder))
+    run.begin(loader.steps, label(args, coverage, left_out), identity_of_loaded(args, encoder))
     if quality_of and run.main:
-        sign = -1 if args.flip_foreground else 1   # as it was fitted: a resumed run turns it again
+        # Not flipped: prepare_quality flips it at every start.
+        sign = -1 if args.flip_foreground else 1
         write_array(run.folder / "component.npy", sign * quality_of.component)
     accuracy = None
     for epoch in range(run.start_epoch, args.epochs):
@@ -327,7 +329,7 @@ def knn_images(images, count=None):
     return images.at_most(count)
 
 
-def distribute(method, loader, args, world, fresh):
+def make_ready(method, loader, args, world, fresh):
     """Batch norm's initial statistics, torch.compile, and the wrapper for several processes."""
     if world.size > 1 and world.device.type == "cuda":                # SyncBatchNorm needs GPUs
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
@@ -361,8 +363,8 @@ def load_data(args):
 
 
 def limit_queue(args, count):
-    """The recipe of a folder is ImageNet's: there its queue holds at most a tenth of the images.
-    Returns the flags with that queue. Any other queue that is larger gets a line."""
+    """Returns the flags; with --dataset folder the queue of ImageNet's recipe is cut to a tenth of
+    the images. A line is said of any other queue that is larger."""
     if not args.queue:
         return args
     usual = recipes.training(args.dataset, args.method, args.arch, args.epochs, args.batch_size)
@@ -370,7 +372,8 @@ def limit_queue(args, count):
     most = max(count // 10 // args.batch_size, 1) * args.batch_size
     if args.dataset == "shapes" and not args.limit:            # its recipe is for all its images
         return args
-    if args.queue <= max(most, math.ceil(count / 10 / args.batch_size) * args.batch_size):
+    tolerated = math.ceil(count / 10 / args.batch_size) * args.batch_size
+    if args.queue <= max(most, tolerated):
         return args
     if args.dataset == "folder" and by_recipe:
         say(f"--queue {most}: at most a tenth of the {count} images")
@@ -404,15 +407,16 @@ def load_encoder(args):
 
 
 def prepare_views(args, images, world, encoder):
-    """Returns the generated views, of --views extra the further samples, None for plain pairs; what
-    is missing of them, in words; and of shapes v1 of the encoder, which their noise depends on."""
+    """Returns the generated views (--views extra: the further samples; None: plain pairs); in words
+    how many of the images have one, "" for all; and v1, for shapes alone, on which the noise of its
+    views depends."""
     if args.dataset == "shapes" and encoder:
         generated, component = shapes_views(encoder, args.noise, args.seed, len(images.names))
         if args.views_dir == "none":               # the quality of plain pairs
             generated = None
         return generated, "", component
-    generated, missing = views_from_disk(args, images, world)
-    return generated, missing, None
+    generated, coverage = views_from_disk(args, images, world)
+    return generated, coverage, None
 
 
 def folder_of_views(args):
@@ -508,7 +512,9 @@ def make_parser(methods, description):
     add("--views", choices=["pair", "extra"], default="pair",
         help="pair: a generated view in each pair; extra: the paper's comparison, the images of "
              "--views-dir (any folder) as further training samples")
-    add("--quality", choices=["exact", "off"], help="weights by quality; default: exact with views")
+    add("--quality", choices=["exact", "off"],
+        help="weights by quality, computed from the views of each step; default: exact with "
+             "generated views, else off")
     add("--gamma", type=real(-1e3, 1e3), default=1.0, help="how much quality counts (release: 1)")
     add("--encoder", help="frozen encoder E: mini (weights/), clip, release (the authors', by "
                           "timm), a hub id or a folder; default: mini for 32 pixels, else clip")
@@ -533,7 +539,7 @@ def parse_args(methods=METHODS, description=None, argv=None):
     args.data_dir = genview.data_dir_of(args.dataset, args.data_dir)
     resolve_views(args)
     with_views = args.views_dir != "none" and args.views == "pair"
-    args.quality = args.quality or ("exact" if with_views else "off")     # exact: of these views
+    args.quality = args.quality or ("exact" if with_views else "off")
     args.encoder = args.encoder or ("mini" if args.image_size <= 32 else "clip")
     runs.check_batch(args.batch_size)
     if args.queue and args.queue % args.batch_size:
@@ -559,24 +565,26 @@ def resolve_views(args):
     if args.views_dir == "auto" and not makes_views:
         args.views_dir = genview.default_views_dir(args.dataset, args.data_dir)
         if not Path(args.views_dir, "manifest.jsonl").exists():
-            say(f"*** No generated views in {args.views_dir}: this is plain {NAMES[args.method]}, "
-                f"not GenView. They are made by\n***   python generate_views.py "
-                f"--dataset {args.dataset} --data-dir {args.data_dir}")
+            name = METHOD_NAMES[args.method]
+            say(f"*** No generated views in {args.views_dir}: this is plain {name}, not GenView. "
+                f"They are made by\n***   python generate_views.py --dataset {args.dataset} "
+                f"--data-dir {args.data_dir}")
             args.views_dir = "none"
     if args.views == "extra" and args.views_dir == "none":
         raise UserError("--views extra needs images: name any folder of them by --views-dir, or "
                         "make views with generate_views.py")
 
 
-def label(args, missing="", left_out=0):
-    """What a run is, in words. missing: see load_views; left_out: images that cannot be read."""
-    name = NAMES[args.method]
+def label(args, coverage="", left_out=0):
+    """What a run is, in words. coverage: see prepare_views; left_out: images that cannot be read.
+    """
+    name = METHOD_NAMES[args.method]
     if args.views_dir == "none":
         name = f"plain {name}, no generated views"
     elif args.views == "pair":
-        name += f" + GenView's views{missing}"
+        name += f" + GenView's views{coverage}"
     else:
-        name += f", extra images as samples{missing}"
+        name += f", extra images as samples{coverage}"
     if args.quality != "off":
         name += " + quality weights"
     return f"{name}, {left_out} unreadable images left out" if left_out else name

@@ -35,7 +35,7 @@ class SwAV(nn.Module):
         self.temperature = args.temperature
         self.epsilon = args.epsilon
         self.chance = math.log(args.prototypes)
-        # From these fractions of the training on prototypes learn and the queue fills.
+        # The fractions of the training from which prototypes learn, and the queue fills.
         self.learn_from = args.freeze_epochs / args.epochs
         self.fill_from = args.queue_after / args.epochs if args.queue else math.inf
         self.prototypes_learn = True
@@ -48,7 +48,7 @@ class SwAV(nn.Module):
     @torch.no_grad()
     def update(self, fraction):
         """Before each step: prototypes to unit length; they do not learn in the first epochs. The
-        queue is used once its last row is filled; this is read from the device until then only."""
+        queue is used once its last row is filled; the device is asked for it only until then."""
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
         self.prototypes_learn = fraction >= self.learn_from
         self.queue_fills = fraction >= self.fill_from

@@ -198,7 +198,7 @@ def smooth(images, copies, views):
     missing = ((views.float() - x).square() - offset.square()).sum((1, 2, 3)).clamp_min(0)
     a = ((along.square() + square * missing).sqrt() - along) / square
     a = torch.where(missing > 0, a, 0)[:, None, None, None]
-    return (x + offset + a * noise).round().clamp(0, 255).byte()
+    return (copies.float() + a * noise).round().clamp(0, 255).byte()
 
 
 # ------------------------------------------------------------------------------------- the trials
@@ -246,8 +246,8 @@ def run_trial(args, trial):
     """Trains and evaluates; one line more in the results."""
     start = time.time()
     folder = args.output_dir / "-".join(map(str, trial))
-    script = METHODS[trial.method].script
-    call(args.jobs, script, "--resume", **training_flags(args, trial, folder))
+    program = METHODS[trial.method].script
+    call(args.jobs, program, "--resume", **training_flags(args, trial, folder))
     limit = {} if trial.images is None else {"limit": trial.images}
     text = call(args.jobs, "eval_linear.py", checkpoint=folder / "last.pt", seed=trial.seed,
                 **limit)
@@ -299,7 +299,7 @@ def gains(lines, row, score):
             if line["row"] == row and line["seed"] in plain]
 
 
-def interval(values):
+def half_interval(values):
     """Half of the 95% interval of the mean of 2 to 10 values."""
     return T95[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
 
@@ -348,7 +348,7 @@ def mean_and_spread(values):
 def mean_gain(values):
     if not values:
         return ""
-    half = f" ± {interval(values):.1f}" if len(values) > 1 else ""
+    half = f" ± {half_interval(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):+.1f}{half}"
 
 

@@ -48,7 +48,7 @@ def train_judge(args, world):
 
 def views_of(pipe, c, seeds, steps, guidance):
     """{level: (n, 3, 32, 32) uint8}, a view for each embedding of c (n, D), at each noise level."""
-    generator = gv.Generator(pipe, steps, guidance, size=32, save_size=32, batch_size=100,
+    generator = gv.ViewMaker(pipe, steps, guidance, size=32, save_size=32, batch_size=100,
                              largest=100)
     views = {}
     for level in progress(gv.LEVELS, "views", "level"):

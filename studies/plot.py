@@ -14,7 +14,7 @@ if not __package__:
     sys.stderr.write("error: call it from the root of the repository: python -m studies.plot\n")
     sys.exit(2)
 
-from studies.ablation import CONTROLLED, ROWS, by_setting, gains, interval, read_results
+from studies.ablation import CONTROLLED, ROWS, by_setting, gains, half_interval, read_results
 from support.command_line import Parser, UserError, script
 from support.files import read_settings, write_whole
 
@@ -48,7 +48,7 @@ def draw_gains(columns):
             x = column + 0.2 * shift - 0.3
             axis.plot([x + 0.06] * len(values), values, ".", color="grey", markersize=4)
             if len(values) > 1:
-                axis.errorbar(x, statistics.mean(values), interval(values), fmt="o", capsize=4,
+                axis.errorbar(x, statistics.mean(values), half_interval(values), fmt="o", capsize=4,
                               color=colour)
         axis.plot([], [], "o", color=colour, label=ROWS[row].name)     # for the legend alone
     axis.axhline(0, color="black", linewidth=0.8)

@@ -18,13 +18,14 @@ CROP_TRIES = 10      # as torchvision's RandomResizedCrop; if none fits, the cen
 
 
 class Augmentation(NamedTuple):
-    """A random augmentation t of MoCo: crop and flip always, the rest with given probabilities."""
+    """A random augmentation t of MoCo: crop always, flip with probability 0.5, grey
+    with 0.2, the rest with the probabilities given."""
     scale: tuple = (0.2, 1.0)              # part of the image's area in the crop
     jitter: tuple = (0.4, 0.4, 0.4, 0.1)   # brightness, contrast, saturation, hue; probability 0.8
     blur: float = 0.5                      # probability; sigma in [0.1, 2] pixels
     solarise: float = 0.0                  # probability
     size: int = None                       # side of the view in pixels; None: the loader's
-    colour: float = 1.0                    # factor of strength and probability of all the colours
+    colour: float = 1.0                    # factor of strength and probability of all these
 
 
 class Draws(NamedTuple):
@@ -110,7 +111,7 @@ def crop(pixels, boxes, size):
     return roi_align(pixels.float(), rois, size, sampling_ratio=1, aligned=True)
 
 
-def recolour(x, draws, order, augmentation):
+def augment_crops(x, draws, order, augmentation):
     """All of an augmentation but the crop, for a batch.
 
     Args:

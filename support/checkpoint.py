@@ -21,7 +21,7 @@ def identity_of(settings, free):
 
 
 def digest(network):
-    """A few letters that tell the weights of a network."""
+    """A short hash that identifies the weights of a network."""
     weights = hashlib.sha256()
     for x in network.state_dict().values():
         weights.update(x.cpu().numpy().tobytes())
@@ -42,8 +42,8 @@ class Checkpoint:
         self.identity = identity
         self.world = world
         self.regrouped = regrouped
-        self.loaded = self.path                    # the file of the last load, and its identity
-        self.saved = {}
+        self.loaded_path = self.path               # of the last load
+        self.loaded_identity = {}
 
     def load(self, path=None):
         """The state that was saved, {} where there is none. path: another file than this one's.
@@ -58,9 +58,9 @@ class Checkpoint:
             state = load_checkpoint(path)
             if not isinstance(state, dict) or "identity" not in state:
                 raise UserError(f"{path} is no checkpoint of such a run: name another --output-dir")
-            self.loaded = path
-            self.saved = state["identity"]
-            self.refuse_other(path, self.saved)
+            self.loaded_path = path
+            self.loaded_identity = state["identity"]
+            self.refuse_other(path, self.loaded_identity)
             self._compare_processes(path, state.get("processes", self.world.size))
             found = f"epoch {state.get('epoch')}, step {state.get('step')}"
         compare(f"the checkpoint {path}", found, "it must lie in one folder for all machines")
@@ -74,7 +74,7 @@ class Checkpoint:
     def extend_identity(self, more):
         """Adds what is known only after load. UserError where what was loaded has other values."""
         self.identity = self.identity | more
-        self.refuse_other(self.loaded, self.saved)
+        self.refuse_other(self.loaded_path, self.loaded_identity)
 
     def refuse_other(self, path, saved):
         """UserError where the file at path, with the identity saved, is of another run."""

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 
 from support.command_line import UserError
-from support.files import refuse_stand_in
+from support.files import refuse_placeholder
 
 # Of a box with the box around its mask, as intersection over union. A visible part of an object may
 # be small; a box of two corners, or of its centre, in the place of left, top, width and height is
@@ -25,7 +25,7 @@ def read_annotations(path):
     for "no match" and keeps the last of each id. Their area is that of their masks. UserError
     names the file's first entry that is wrong.
     """
-    refuse_stand_in(path)
+    refuse_placeholder(path)
     try:
         content = json.loads(Path(path).read_bytes())
         entries = {name: entries_of(content, name)

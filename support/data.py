@@ -23,6 +23,7 @@ FEW = 500             # files that one process has read before others have start
 READ_AT_ONCE = 64     # files: what a worker hands over at a time
 SAME_FILES = "all machines must hold the same files"
 
+
 class Images(NamedTuple):
     """A labelled set of N images: small ones in memory, large ones as files."""
     names: list                     # relative to the data folder: "train/cat/0001.jpg"
@@ -269,7 +270,7 @@ def unreadable(paths, workers=0):
     rank, size = place_of_process()
     mine = [path if place % size == rank else None for place, path in enumerate(paths)]
     bad = {}
-    for _, errors in with_bar(read_files(mine, no_more, READ_AT_ONCE, workers), len(mine)):
+    for _, errors in with_bar(read_files(mine, use_nothing, READ_AT_ONCE, workers), len(mine)):
         bad |= errors
     return of_all_processes(bad)
 
@@ -386,8 +387,8 @@ def bytes_of_square(image, size):
     return to_tensor(square(image, size)).numpy().tobytes()
 
 
-def no_more(image):
-    """Where all that matters is whether an image can be read."""
+def use_nothing(image):
+    """For read_files where all that matters is whether an image can be read."""
 
 
 def balanced_subset(labels, fraction, generator):

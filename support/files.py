@@ -135,7 +135,7 @@ def sweep(paths, seconds=3600):
                 path.unlink()
 
 
-def refuse_stand_in(path):
+def refuse_placeholder(path):
     """UserError where a download left something else in the place of a file."""
     with open(path, "rb") as file:
         begin = file.read(100).lstrip()
@@ -179,7 +179,7 @@ def read_component(path, size=None):
     Returns component (K,) and threshold or None. Raises UserError where file or size is wrong.
     """
     try:
-        refuse_stand_in(path)
+        refuse_placeholder(path)
         data = np.load(path, allow_pickle=False)
         is_npz = isinstance(data, np.lib.npyio.NpzFile)
         component = torch.from_numpy(np.asarray(data["component"] if is_npz else data))

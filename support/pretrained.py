@@ -15,7 +15,7 @@ import torch
 
 from support.augment import CLIP_MEAN, CLIP_STD
 from support.command_line import UserError, say
-from support.files import read_settings, refuse_stand_in
+from support.files import read_settings, refuse_placeholder
 from support.networks import VITS, make_backbone, vision_transformer
 
 MEAN_STD = {
@@ -88,7 +88,7 @@ def load_checkpoint(path):
     """What torch.save or safetensors wrote to path, on the CPU. It never runs code of the file.
     Raises UserError where that is missing, damaged or holds objects that are not HARMLESS."""
     try:
-        refuse_stand_in(path)
+        refuse_placeholder(path)
         with open(path, "rb") as file:
             begin = file.read(9)
         if begin[8:] == b"{":                      # after eight bytes, the length of the names

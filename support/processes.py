@@ -41,7 +41,7 @@ class World(NamedTuple):
         return torch.cat(parts)
 
     def mean(self, x):
-        """The mean of x over all processes."""
+        """The mean of x over all processes; changes x."""
         if self.size > 1:
             dist.all_reduce(x)
             x /= self.size
@@ -99,9 +99,9 @@ def setup(device=None, patience=datetime.timedelta(minutes=30), precision=None,
     """Picks the device (cuda, else mps, else cpu) and starts the process group under torchrun.
 
     patience: how long processes wait for each other before they give up. precision: name of the
-    dtype, or auto: float16 on GPUs without bfloat16, for code that scales its loss; None: float32
-    there. same_shapes: all steps have the same, so that cuDNN's search for the fastest algorithm,
-    which is done for each new shape, pays. Returns World.
+    dtype; None or auto: bfloat16 where it is fast, else float32, but with auto float16 on such a
+    GPU, for code that scales its loss. same_shapes: all steps have the same, so that cuDNN's search
+    for the fastest algorithm, which is done for each new shape, pays. Returns World.
     """
     chosen = _choose_device(device)
     torch.backends.cudnn.benchmark = same_shapes

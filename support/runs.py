@@ -15,6 +15,7 @@ import torch
 
 from support.checkpoint import Checkpoint, SaveTimes, identity_of
 from support.command_line import UserError, duration, progress, real, say, say_above, whole
+from support.data import IN_MEMORY_SIZE
 from support.files import append, claim, keep_lines, release, sweep, write_json, write_whole
 from support.processes import compare, cores_of_process
 
@@ -23,15 +24,7 @@ FREE = {"data_dir", "output_dir", "resume", "device", "compile", "workers", "ski
         "knn_images", "log_every", "save_minutes"}
 HEALTHY_NEG = 0.25    # mean cosine of negatives above which a run is warned
 TIMED_STEPS = 10      # whose time tells how long a run will take, after the first, which is slow
-LONG = 2 * 3600       # seconds from which on a smaller run is named, of SMALL images on a CPU
-SMALL = 64            # side in pixels
-HEALTHY_NEG = 0.25    # mean cosine of negatives above which a run is warned
-TIMED_STEPS = 10      # whose time tells how long a run will take, after the first, which is slow
-LONG = 2 * 3600       # seconds from which on a smaller run is named, of SMALL images on a CPU
-SMALL = 64            # side in pixels
-# Settings of a folder of views that may change: other spellings of a model and a component, whose
-# digests are settings, too, and the set that was last there.
-FREE_OF_VIEWS = {"model", "component", "source"}
+LONG = 2 * 3600       # seconds from which on a smaller run is named, of small images on a CPU
 SMALLER = "--limit 10000 --arch resnet10_narrow --epochs 60"
 SMALLER_SIZE = 10_000 * 60    # images in all of its epochs
 
@@ -51,7 +44,7 @@ def add_flags(parser):
     add("--workers", type=whole(), default=cores_of_process(),
         help="processes that read large images")
     add("--knn-images", type=whole(1), help="train images that kNN looks at while training; "
-        "default: a tenth of large images, but 10,000, or all small ones")
+        "default: all small ones; of large ones a tenth, at least 10,000")
     add("--save-minutes", type=real(0, 1e6), default=15, help="between checkpoints in an epoch")
     add("--log-every", type=whole(1), default=10, help="steps between lines of log.jsonl")
 
@@ -233,7 +226,7 @@ class Run:
         text = f"{what} will take about {duration(seconds)} on this machine"
         on_cpu = self.world.device.type == "cpu"
         is_larger = self.num_images * self.args.epochs > SMALLER_SIZE
-        if on_cpu and is_larger and seconds > LONG and self.args.image_size <= SMALL:
+        if on_cpu and is_larger and seconds > LONG and self.args.image_size <= IN_MEMORY_SIZE:
             text += f"; a smaller one (docs/RESULTS.md): {SMALLER}"
         say_above(self.bar, text)
 
@@ -261,7 +254,8 @@ class Run:
         if self.summary:                           # else resumed after the epoch's last step
             say(f"epoch {self.epoch + 1}/{self.args.epochs}  {self.summary}")
             self.summary = ""
-        if self.neg > HEALTHY_NEG and self.epoch == math.ceil(self.args.epochs / 5):
+        fifth = math.ceil(self.args.epochs / 5)    # after which it is judged, once
+        if self.args.method == "mocov2" and self.neg > HEALTHY_NEG and self.epoch == fifth:
             say(f"*** neg is {self.neg:.2f}, where 0 is healthy: keys drift, and age tells the "
                 f"positive: use a smaller --queue, a higher --temperature or --lr")
         self.save(self.epoch, self.steps)

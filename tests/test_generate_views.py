@@ -412,7 +412,7 @@ def test_the_batch_size_follows_the_memory(count, room, first, largest, sizes, k
                                            capsys):
     """With memory for so many images at once."""
     seen = []
-    generator = gv.Generator(None, 1, 1.0, 8, 8, first, largest)
+    generator = gv.ViewMaker(None, 1, 1.0, 8, 8, first, largest)
     monkeypatch.setattr(generator, "picture", lambda pixels: pixels)
 
     def generate(pipe, level, embeddings, seeds, **settings):

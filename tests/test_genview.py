@@ -55,14 +55,14 @@ X = random_pixels() / 255
 
 
 def recoloured(x, augmentation=PLAIN, order=(0, 1, 2, 3), **numbers):
-    """support.augment.recolour of x with given random numbers; without them nothing is changed.
-    Undoes the normalisation."""
+    """augment_crops of x with given random numbers; without them nothing is changed. Undoes the
+    normalisation."""
     draws = Draws.split(torch.full((len(x), Draws.COLUMNS), 0.999))
     for name, value in numbers.items():
         factor = name in FACTORS
         column = draws.strength[:, FACTORS.index(name)] if factor else getattr(draws, name)
         column.fill_(value)
-    out = support.augment.recolour(x.clone(), draws, list(order), augmentation)
+    out = support.augment.augment_crops(x.clone(), draws, list(order), augmentation)
     return out * torch.tensor(CLIP_STD).view(3, 1, 1) + torch.tensor(CLIP_MEAN).view(3, 1, 1)
 
 
@@ -112,7 +112,7 @@ def test_blur_matches_torchvision_in_the_interior(u):
 
 def test_every_image_has_its_own_numbers():
     def recolour(x, u):
-        return support.augment.recolour(x.clone(), Draws.split(u), [2, 0, 3, 1], FULL)
+        return support.augment.augment_crops(x.clone(), Draws.split(u), [2, 0, 3, 1], FULL)
     u = torch.rand(6, Draws.COLUMNS, generator=seeded(1))
     together = recolour(X, u)
     alone = torch.cat([recolour(X[i:i + 1], u[i:i + 1]) for i in range(6)])
@@ -529,7 +529,7 @@ def test_colour_scales_all_colours():
 
     def change(colour):
         augmentation = Augmentation(blur=0.5, solarise=0.2, colour=colour)
-        changed = support.augment.recolour(x.clone(), draws, [0, 1, 2, 3], augmentation)
+        changed = support.augment.augment_crops(x.clone(), draws, [0, 1, 2, 3], augmentation)
         return (changed - normalise(x)).abs().mean().item()
     assert change(0.0) < 1e-6 < change(0.3) < change(1.0)
 

@@ -230,7 +230,7 @@ def test_a_run_that_was_faster_is_not_overwritten(world, tmp_path, capsys, monke
     def other(*_):
         (tmp_path / "run").mkdir()
         (tmp_path / "run/last.pt").touch()
-    late = before_call(1, other, work, train_moco, "distribute")
+    late = before_call(1, other, work, train_moco, "make_ready")
     assert "holds a run already" in refusal(capsys, late)
 
 

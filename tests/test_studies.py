@@ -174,7 +174,7 @@ def test_gains_are_paired_by_seed_within_one_machine_and_generator():
     found = [ablation.gains(group, "copies", "knn")
              for group in ablation.by_setting(lines).values()]
     assert found == [[3], [2], []]
-    assert ablation.interval([1, 2, 3]) == pytest.approx(4.30 / 3 ** 0.5)
+    assert ablation.half_interval([1, 2, 3]) == pytest.approx(4.30 / 3 ** 0.5)
 
 
 def test_the_preset_is_what_the_results_hold(capsys, tmp_path):

@@ -115,7 +115,7 @@ def test_with_views_and_quality(script, method, more, image_folder, views_folder
     flags = ["--method", method, "--views-dir", views_folder, "--encoder", encoder_folder,
              "--epochs", 2, "--lr", 0.01, "--optimizer", "sgd", *more]
     run(script, image_folder, tmp_path / "run", *flags)
-    name = train_moco.NAMES[method]
+    name = train_moco.METHOD_NAMES[method]
     parts = r"GenView's views of 20 of 24 images \+ quality weights"
     last = rf"kNN top-1 \d+\.\d% \({name} \+ {parts}\)"
     assert re.fullmatch(last, capsys.readouterr().out.splitlines()[-1])

@@ -232,7 +232,7 @@ def test_compiled_is_the_same(monkeypatch):
     method, twin = (train_moco.MoCoV3(settings("mocov3")).train() for _ in range(2))
     twin.load_state_dict(method.state_dict())
     args = settings("mocov3", compile=True, start_batches=0)
-    assert train_moco.distribute(twin, None, args, CPU, fresh=True) is twin
+    assert train_moco.make_ready(twin, None, args, CPU, fresh=True) is twin
     assert twin.query._compiled_call_impl and not method.query._compiled_call_impl
     views = torch.randn(2, 4, 3, 16, 16)
     losses = [net(views, None, CPU)[0] for net in (method, twin)]
