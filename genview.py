@@ -44,7 +44,7 @@ DATA_DIRS = {"shapes": "data", "cifar10": "data", "cifar100": "data", "imagenet"
 
 
 # ---------------------------------------------------------------------------------------- data sets
-def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=False, workers=0):
+def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=None, workers=0):
     """Reads one of the data sets: shapes, cifar10, cifar100, imagenet or folder.
 
     Args:
@@ -54,7 +54,7 @@ def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=False
         image_size: S; folders of images are read into memory up to IN_MEMORY_SIZE.
         limit: use at most so many images, evenly spaced over the set.
         skip_bad: leave out the files that cannot be read; else the first stops the program, at the
-            latest when it is needed.
+            latest when it is needed. None: as False, in a script that has no such flag to advise.
         workers: processes that read many files.
     Returns:
         Images.

@@ -34,7 +34,7 @@ def train_judge(args, world):
     backbone.to(world.device, memory_format=torch.channels_last)
     settings = SimpleNamespace(
         labels=1.0, labels_file=None, lr=0.2, backbone_lr=0.2, drops=(), batch_size=128,
-        image_size=32, workers=0, skip_bad=False, **vars(args))
+        image_size=32, workers=0, **vars(args))
     images = load_images("cifar10", args.data_dir, "train", 32)
     head = finetune(backbone, dim, images, settings, world)
 

@@ -280,7 +280,8 @@ def read_squares_into(pixels, paths, skip_bad, workers=0):
     (None) stays as it is.
 
     Returns {place: message} of the files that cannot be read in any of all processes, and names
-    them; without skip_bad the first one is an error.
+    them; without skip_bad the first one is an error. skip_bad: None where the script has no such
+    flag.
     """
     size = pixels.shape[-1]
     use = functools.partial(bytes_of_square, size=size)
@@ -290,6 +291,8 @@ def read_squares_into(pixels, paths, skip_bad, workers=0):
         for place, content in squares.items():
             pixels.numpy()[place] = np.frombuffer(content, np.uint8).reshape(3, size, size)
         for error in errors.values():
+            if skip_bad is None:
+                raise UserError(error)
             if not skip_bad:
                 raise advise_skip_bad(error)
         bad |= errors

@@ -167,6 +167,9 @@ def test_skip_bad_is_advised_where_it_is_offered(tmp_path):
     assert "--skip-bad" not in str(error.value)
     with pytest.raises(UserError, match="or leave such images out with --skip-bad"):
         data.into_memory(images, 32, skip_bad=False)
+    with pytest.raises(UserError) as error:        # studies have no such flag
+        data.into_memory(images, 32, skip_bad=None)
+    assert "repair or remove it" in str(error.value) and "--skip-bad" not in str(error.value)
 
 
 def test_views_side_by_side(tmp_path):
