@@ -219,8 +219,9 @@ def resume(checkpoint, model, optimizer):
     state = checkpoint.load()
     if not state:
         return 0
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    with checkpoint.restoring():
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
     return state["step"]
 
 
@@ -353,7 +354,8 @@ def load_splits(args):
 
 def main():
     args = parse_args()
-    world = setup(args.device, same_shapes=False)  # pictures of all sizes are padded to the largest
+    # Pictures of all sizes are padded to the largest.
+    world = setup(args.device, same_shapes=False, args=args)
     if args.batch_size % world.size:
         raise UserError(f"--batch-size {args.batch_size} is no multiple of {world.size} processes")
     data, test = load_splits(args)

@@ -473,7 +473,7 @@ def follow_protocol(settings, backbone, dim, train, test, world, run):
 
 def main():
     args = parse_args()
-    world = setup(args.device)
+    world = setup(args.device, args=args)
     backbone, dim, trained_with = load_backbone(args.checkpoint, args.arch, args.heads, args.branch,
                                                 args.mean_std)
     mean = trained_with["mean"]

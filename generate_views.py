@@ -607,7 +607,8 @@ def run(args, world):
 
 def main():
     args = parse_args()
-    run(args, setup(args.device, datetime.timedelta(days=7)))      # processes may end days apart
+    patience = datetime.timedelta(days=7)          # processes may end days apart
+    run(args, setup(args.device, patience, args=args))
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ METHODS = {"byol": BYOL, "simsiam": SimSiam}
 
 def main():
     args = parse_args(METHODS, __doc__.split("\n")[0])
-    train(args, setup(args.device, precision=args.precision), METHODS)
+    train(args, setup(args.device, precision=args.precision, args=args), METHODS)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from support.augment import normalise
 from support.checkpoint import digest
 from support.command_line import Parser, UserError, either, real, say, script, whole
 from support.data import check_classes, spaced
-from support.files import write_array
+from support.files import claimed, write_array
 from support.networks import LARS, make_backbone
 from support.processes import fast_dtype, setup
 from support.schedules import cosine, linear_warmup
@@ -257,8 +257,15 @@ def learning_rate(epoch, epochs, warmup, peak, end=0.0):
 
 # ----------------------------------------------------------------------------------------- the loop
 def train(args, world, methods=METHODS):
-    """Trains, evaluates, writes the run's folder. methods: {name: class}; class(args) is a module
-    with .query, .chance, update(fraction) and forward(views, weights, world)."""
+    """Trains, evaluates, writes the run's folder, which is claimed before the work. methods: {name:
+    class}; class(args) is a module with .query, .chance, update(fraction) and forward(views,
+    weights, world)."""
+    with claimed(args.output_dir, world):
+        train_claimed(args, world, methods)
+
+
+def train_claimed(args, world, methods):
+    """train in its folder."""
     images, test = load_data(args)
     args = limit_queue(args, len(images.names))
     check_schedule(args)
@@ -284,7 +291,7 @@ def train(args, world, methods=METHODS):
         last = epoch + 1 == args.epochs
         if args.knn_every and ((epoch + 1) % args.knn_every == 0 or last):
             accuracy = evaluate_knn(images, test, run)
-    run.end()
+    run.save_times.end()
     say(f"{run.folder}: last.pt, backbone.pt, log.jsonl, args.json, pairs.png")
     score = "no kNN" if accuracy is None else f"kNN top-1 {accuracy:.1f}%"
     say(f"{score} ({run.label})")
@@ -592,7 +599,7 @@ def label(args, coverage="", left_out=0):
 
 def main():
     args = parse_args()
-    train(args, setup(args.device, precision=args.precision))
+    train(args, setup(args.device, precision=args.precision, args=args))
 
 
 if __name__ == "__main__":

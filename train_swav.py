@@ -102,7 +102,7 @@ def main():
                         f"{args.crop_min:g}: small crops take areas between the two")
     if args.arch in VITS and args.small_crops and args.small_size != args.image_size:
         raise UserError(f"{args.arch} takes views of one size: --small-crops 0")
-    train(args, setup(args.device, precision=args.precision), METHODS)
+    train(args, setup(args.device, precision=args.precision, args=args), METHODS)
 
 
 if __name__ == "__main__":

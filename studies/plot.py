@@ -4,7 +4,6 @@
     python -m studies.plot --runs runs/a runs/b          # runs/curves.png, of their log.jsonl
 """
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -16,7 +15,7 @@ if not __package__:
 
 from studies.ablation import CONTROLLED, ROWS, by_setting, gains, half_interval, read_results
 from support.command_line import Parser, UserError, script
-from support.files import read_settings, write_whole
+from support.files import log_lines, read_settings, write_whole
 
 GAINING = [row for row in CONTROLLED if row != "plain"]
 # A panel each: name in log.jsonl, title.
@@ -60,23 +59,25 @@ def draw_gains(columns):
 
 # ------------------------------------------------------------------------------------------ of runs
 def read_log(folder):
-    """The lines of log.jsonl, as dicts. One that is not whole (a kill cut it short) is left out."""
+    """The lines of log.jsonl, as dicts."""
     path = folder / "log.jsonl"
     if not path.exists():
         raise UserError(f"{folder} holds no log.jsonl: --runs takes the folders of runs")
-    texts = path.read_text().splitlines()
-    lines = [json.loads(text) for text in texts if text.endswith("}")]
-    lines = [line for line in lines if "epoch" in line]                # not a generator's
+    lines = [line for _, line in log_lines(path) if is_number(line.get("epoch"))]
     if not lines:
         raise UserError(f"{path} holds no epochs yet: a training writes a line every --log-every "
                         f"steps")
     return lines
 
 
+def is_number(x):
+    return isinstance(x, int | float)
+
+
 def curve(log, name):
     """Epochs and values of a quantity; the last value of each epoch counts: a run that went on from
     a checkpoint may hold a step twice."""
-    values = {line["epoch"]: line[name] for line in log if name in line}
+    values = {line["epoch"]: line[name] for line in log if is_number(line.get(name))}
     epochs = sorted(values)
     return epochs, [values[epoch] for epoch in epochs]
 

@@ -1,5 +1,6 @@
 """One checkpoint mechanism for every training: saved whole, gone on from, refused where it is of
 another run."""
+import contextlib
 import hashlib
 import signal
 import threading
@@ -56,7 +57,7 @@ class Checkpoint:
         found = "none"
         if path.exists():
             state = load_checkpoint(path)
-            if not isinstance(state, dict) or "identity" not in state:
+            if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):
                 raise UserError(f"{path} is no checkpoint of such a run: name another --output-dir")
             self.loaded_path = path
             self.loaded_identity = state["identity"]
@@ -65,6 +66,20 @@ class Checkpoint:
             found = f"epoch {state.get('epoch')}, step {state.get('step')}"
         compare(f"the checkpoint {path}", found, "it must lie in one folder for all machines")
         return state
+
+    @contextlib.contextmanager
+    def restoring(self):
+        """In this block what was loaded enters networks and optimisers. UserError where it does not
+        fit them."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:150]
+            raise UserError(f"{self.loaded_path} does not fit this training ({reason}): it is "
+                            f"damaged, or of another version of this code; go on with that one, or "
+                            f"begin a new run in another --output-dir") from None
 
     def _compare_processes(self, path, before):
         if before != self.world.size:

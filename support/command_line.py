@@ -111,7 +111,7 @@ def _explain_torch(error):
     lost = re.search("peer|gloo|NCCL|[Cc]onnection|[Tt]imed out", text)
     if dist.is_initialized() and lost:
         return (f"process {dist.get_rank()} stops because another one ended or does not answer: "
-                f"its own message says why; --resume goes on from the last checkpoint"), 1
+                f"its own message says why; the same command goes on, training with --resume"), 1
     return None
 
 

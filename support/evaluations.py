@@ -64,8 +64,9 @@ class Evaluation:
         """Loads what there is to resume. Returns the number of epochs done."""
         if not self.state:
             return 0
-        model.load_state_dict(self.state["model"])
-        optimizer.load_state_dict(self.state["optimizer"])
+        with self.checkpoint.restoring():
+            model.load_state_dict(self.state["model"])
+            optimizer.load_state_dict(self.state["optimizer"])
         say(f"{self.checkpoint.path}: goes on after epoch {self.state['epoch']}")
         return self.state["epoch"]
 

@@ -109,20 +109,30 @@ def claimed(folder, world):
     finally:
         if lock:
             release(lock)
+            with contextlib.suppress(OSError):     # where nothing was written into it
+                Path(folder).rmdir()
+
+
+def log_lines(path):
+    """Yields text and object of the lines of a log of objects. Lines that a kill cut short or that
+    are not ours are left out."""
+    for line in Path(path).read_text(errors="replace").splitlines(keepends=True):
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(content, dict):
+            yield line, content
 
 
 def keep_lines(path, wanted):
-    """Rewrites a log of objects, one a line, with those for which wanted(object) is true. Lines
-    that a kill cut short or that are not ours go."""
+    """Rewrites a log of objects, one a line, with those for which wanted(object) is true."""
     path = Path(path)
     kept = []
-    text = path.read_text(errors="replace") if path.exists() else ""
-    for line in text.splitlines(keepends=True):
-        try:
-            if wanted(json.loads(line)) and line.endswith("\n"):
+    for line, content in log_lines(path) if path.exists() else ():
+        with contextlib.suppress(TypeError, KeyError):             # not ours
+            if wanted(content) and line.endswith("\n"):
                 kept.append(line)
-        except (ValueError, TypeError, KeyError):
-            continue
     write_whole(path, lambda temporary: temporary.write_text("".join(kept)))
 
 

@@ -5,6 +5,7 @@ import datetime
 import gc
 import os
 import signal
+import tempfile
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ import torch.distributed as dist
 
 from support.command_line import UserError
 
+# Flags that name files, which may lie elsewhere on another machine.
+PATHS = {"data_dir", "views_dir", "output_dir", "resume", "checkpoint", "encoder", "component",
+         "model", "backbone", "labels_file"}
 # What clusters, terminals and SLURM's --signal send before they end a process.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1")
                 if hasattr(signal, name)]
@@ -87,22 +91,45 @@ def wait():
 def compare(what, value, advice):
     """UserError where the processes do not have the same value, such as what they read from their
     disks; all of them must call this."""
-    values = gather_objects(value)
-    for rank, theirs in enumerate(values):
-        if theirs != values[0]:
-            raise UserError(f"process {rank} finds {what}: {theirs}, process 0: {values[0]}; "
-                            f"{advice}")
+    compare_each({what: value}, advice)
+
+
+def compare_each(values, advice):
+    """compare for each of {what: value}."""
+    first, *others = gather_objects(values)
+    for rank, theirs in enumerate(others, 1):
+        for what in first | theirs:
+            if theirs.get(what) != first.get(what):
+                raise UserError(f"process {rank} finds {what}: {theirs.get(what)}, process 0: "
+                                f"{first.get(what)}; {advice}")
+
+
+def compare_flags(args):
+    """UserError where processes were started with different flags: they would wait for each other,
+    or train together what no flags say."""
+    flags = {}
+    for name, value in vars(args).items():
+        if name in PATHS and value not in (None, "none"):
+            value = "a path"
+        if name not in ("device", "workers"):
+            flags[f"--{name.replace('_', '-')}"] = value
+    compare_each(flags, "start all with the same flags, and give all machines the same files")
 
 
 def setup(device=None, patience=datetime.timedelta(minutes=30), precision=None,
-          same_shapes=True):
+          same_shapes=True, args=None):
     """Picks the device (cuda, else mps, else cpu) and starts the process group under torchrun.
 
     patience: how long processes wait for each other before they give up. precision: name of the
     dtype; None or auto: bfloat16 where it is fast, else float32, but with auto float16 on such a
     GPU, for code that scales its loss. same_shapes: all steps have the same, so that cuDNN's search
-    for the fastest algorithm, which is done for each new shape, pays. Returns World.
+    for the fastest algorithm, which is done for each new shape, pays. args: the script's flags,
+    which all processes must share. Returns World.
     """
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:                      # a loader's processes would wait for ever
+        raise UserError("no folder for temporary files can be written: set TMPDIR to one") from None
     chosen = _choose_device(device)
     torch.backends.cudnn.benchmark = same_shapes
     if chosen.type == "cuda":
@@ -112,7 +139,7 @@ def setup(device=None, patience=datetime.timedelta(minutes=30), precision=None,
         torch.backends.cuda.enable_flash_sdp(False)   # also of CPUs: small ViTs train twice as fast
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", 1)))
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or 1)
     if "WORLD_SIZE" not in os.environ and tasks > 1 and "SLURM_PROCID" in os.environ:
         raise UserError(f"SLURM starts {tasks} tasks, each of which would train alone: start one "
                         f"task a machine, with torchrun in it (srun --ntasks-per-node 1 torchrun)")
@@ -124,6 +151,8 @@ def setup(device=None, patience=datetime.timedelta(minutes=30), precision=None,
                         f"RANK and WORLD_SIZE")
     if size > 1:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=patience)
+    if args:
+        compare_flags(args)
     dtype = fast_dtype(chosen)
     if precision == "auto" and chosen.type == "cuda" and dtype == torch.float32:
         dtype = torch.float16

@@ -16,7 +16,7 @@ import torch
 from support.checkpoint import Checkpoint, SaveTimes, identity_of
 from support.command_line import UserError, duration, progress, real, say, say_above, whole
 from support.data import IN_MEMORY_SIZE
-from support.files import append, claim, keep_lines, release, sweep, write_json, write_whole
+from support.files import append, keep_lines, write_json, write_whole
 from support.processes import compare, cores_of_process
 
 # Flags that may differ when a run is resumed: they do not change its result.
@@ -120,14 +120,16 @@ class Run:
         self.num_images = len(images.names)
         self.main = world.rank == 0
         self.folder = Path(world.gather_objects(args.output_dir)[0])     # its name holds the time
+        if self.main:
+            refuse_taken(self.folder, args.resume)     # by a run that was faster
         self.checkpoint = Checkpoint(self.folder / "last.pt", self._identity(images), world)
         self.start_epoch = 0                       # where the run goes on
         self.start_step = 0
 
     def _identity(self, images):
-        identity = identity_of(self.args, FREE)
-        views_dir = identity.pop("--views-dir", "none")                  # views may move, too
-        identity["with views"] = views_dir != "none"
+        settings = identity_of(self.args, FREE)
+        views_dir = settings.pop("--views-dir", "none")                  # views may move, too
+        identity = {"with views": views_dir != "none"} | settings        # the cause comes first
         identity["number of images"] = self.num_images + images.left_out
         identity["images"] = images.source         # their names, not their place: data may move
         return identity
@@ -146,15 +148,16 @@ class Run:
         state = self.checkpoint.load(path) if path else {}
         if not state:
             return
-        statistics = state["statistics"]
-        if len(statistics) == self.world.size:
-            state["model"] |= statistics[self.world.rank]
-        self.method.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:
-            self.world.scaler.load_state_dict(state["scaler"])
-        self.start_epoch = state["epoch"]
-        self.start_step = state["step"]
+        with self.checkpoint.restoring():
+            statistics = state["statistics"]
+            if len(statistics) == self.world.size:
+                state["model"] |= statistics[self.world.rank]
+            self.method.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"]:
+                self.world.scaler.load_state_dict(state["scaler"])
+            self.start_epoch = int(state["epoch"])
+            self.start_step = int(state["step"])
 
     def begin(self, steps, label, loaded):
         """Opens the folder once all is loaded. steps: of an epoch; label: the run in words; loaded:
@@ -168,9 +171,6 @@ class Run:
         self.neg = 0.0
         if not self.main:
             return
-        self.lock = claim(self.folder)
-        refuse_taken(self.folder, self.args.resume)            # by a run that was faster
-        sweep(self.folder.glob("*.tmp"), seconds=0)    # not those of an evaluation below it
         self._prune_log()
         write_json(self.folder / "args.json", vars(self.args) | {"label": self.label})
         dtype = str(self.world.dtype).removeprefix("torch.")
@@ -276,12 +276,6 @@ class Run:
             model=state, optimizer=self.optimizer.state_dict(), epoch=epoch, step=step,
             statistics=statistics, scaler=self.world.scaler.state_dict(), args=vars(self.args))
         self.save_times.saved(self.checkpoint.path, "the same command with --resume")
-
-    def end(self):
-        """Leaves the folder to others."""
-        self.save_times.end()
-        if self.main:
-            release(self.lock)
 
     def log(self, **values):
         if self.main:

@@ -188,7 +188,7 @@ class ViewFolder:
             self.check_settings(before, settings)
             if self.manifest.exists():
                 check_same_set(self.folder, before, images, settings["dataset"])
-        elif self.folder.exists():
+        elif self.folder.is_dir():
             others = [entry.name for entry in os.scandir(self.folder)
                       if entry.name != "preview.png" and not entry.name.endswith(".tmp")]
             if others:

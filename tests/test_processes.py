@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from running import (
     training_flags,
 )
 
+import eval_detection
 import eval_linear
 import generate_views
 import genview
@@ -147,7 +149,7 @@ def test_a_file_that_one_machine_lacks_is_named_before_the_first_step(lack, text
 
 def test_processes_that_find_other_checkpoints_are_named(tmp_path, monkeypatch):
     def gather(values, mine):
-        values[:] = [mine, "epoch 1, step 0"]
+        values[:] = [mine, dict.fromkeys(mine, "epoch 1, step 0")]
     monkeypatch.setattr(processes, "dist", SimpleNamespace(
         is_initialized=lambda: True, get_world_size=lambda: 2, all_gather_object=gather))
     with pytest.raises(UserError, match="process 1 finds the checkpoint .*last.pt: epoch 1, step 0,"
@@ -230,7 +232,7 @@ def test_a_run_that_was_faster_is_not_overwritten(world, tmp_path, capsys, monke
     def other(*_):
         (tmp_path / "run").mkdir()
         (tmp_path / "run/last.pt").touch()
-    late = before_call(1, other, work, train_moco, "make_ready")
+    late = before_call(1, other, work, train_moco, "claimed")
     assert "holds a run already" in refusal(capsys, late)
 
 
@@ -324,3 +326,74 @@ def test_an_evaluation_s_files_are_not_swept(world, tmp_path):
     training(world, tmp_path / "run", "--knn-every", 0)()
     assert not (tmp_path / "run/last.pt.7.tmp").exists()
     assert (tmp_path / "run/linear/last.pt.8.tmp").exists()
+
+
+# ----------------------------------------------------------------- what a second look has found
+@pytest.mark.parametrize("module, flags", [
+    (train_moco, ["--output-dir=run"]), (eval_linear, ["--checkpoint=last.pt"]),
+    (generate_views, ["--dataset=cifar10"]),
+    (eval_detection, ["--backbone=last.pt", "--data-dir=.", "--output-dir=run"])])
+def test_processes_with_other_flags_are_named(module, flags, monkeypatch):
+    """Before the work. They hang or abort in a collective call, or train what no flags say."""
+    def gather(values, mine):
+        values[:] = [mine, mine | {"--seed": 7}]
+    monkeypatch.setattr(processes, "dist", SimpleNamespace(
+        is_initialized=lambda: True, get_world_size=lambda: 2, all_gather_object=gather))
+    with pytest.raises(UserError, match="process 1 finds --seed: 7, process 0: 0; start all with"):
+        call(module, "--device=cpu", *flags)
+
+
+def test_files_of_processes_may_lie_elsewhere_but_none_may_lack_them(monkeypatch):
+    here = dict(views_dir="/a", output_dir="/b", workers=4, epochs=3)
+    compared = []
+    monkeypatch.setattr(processes, "compare_each", lambda flags, _: compared.append(flags))
+    for there in (dict(), dict(views_dir="/c", output_dir="/d", workers=0), dict(views_dir="none"),
+                  dict(epochs=4)):
+        processes.compare_flags(SimpleNamespace(**here | there))
+    one, moved, without, longer = compared
+    assert one == moved and one != without and one != longer
+
+
+def test_a_run_claims_its_folder_before_it_works(world, tmp_path, capsys):
+    """It may make views and fit a foreground for hours. A run that fails early leaves no folder."""
+    work = training(world, tmp_path / "run")
+    with held(tmp_path / "run"):
+        said = refusal(capsys, before_call(1, fail, work, train_moco, "load_data"))
+    assert said.startswith("another process works in")
+    said = refusal(capsys, before_call(1, fail, work, train_moco, "load_data"))
+    assert said == "the third batch is no good" and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: state["model"].update(future=torch.zeros(1)),
+    lambda state: state["model"].pop("queue"), lambda state: state.pop("statistics"),
+    lambda state: state["optimizer"].clear(), lambda state: state.update(epoch="one")])
+def test_a_checkpoint_of_another_version_is_named(change, world, tmp_path, capsys):
+    shutil.copytree(world / "run", tmp_path / "run")
+    path = tmp_path / "run/last.pt"
+    state = torch.load(path)
+    change(state)
+    torch.save(state, path)
+    said = refusal(capsys, training(world, tmp_path / "run", "--resume"))
+    assert said.startswith(f"{path} does not fit this training (")
+    assert "of another version of this code; go on with that one, or begin a new run" in said
+
+
+def test_a_checkpoint_whose_identity_is_none_is_refused(tmp_path):
+    torch.save({"identity": None}, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="no checkpoint of such a run"):
+        Checkpoint(tmp_path / "last.pt", {"--seed": 0}, None).load()
+
+
+def test_a_run_whose_views_are_gone_says_so(world, tmp_path, capsys):
+    shutil.copytree(world / "run", tmp_path / "run")
+    said = refusal(capsys, training(world, tmp_path / "run", "--resume", "--views-dir", "none"))
+    assert "with views is True there and False here" in said
+
+
+def test_without_a_folder_for_temporary_files_nothing_waits(monkeypatch):
+    """A loader's processes need one to hand over what they have read."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    with pytest.raises(UserError, match="set TMPDIR"):
+        setup("cpu")

@@ -335,3 +335,11 @@ def test_extra_samples_keep_the_number_of_steps(image_folder, views_folder, tmp_
     assert json.loads((tmp_path / "args.json").read_text())["quality"] == "off"
     args = train_moco.parse_args(argv=["--dataset=cifar10", "--views=extra", "--views-dir=x"])
     assert args.output_dir.startswith("runs/cifar10-mocov2-extra-")
+
+
+def test_damaged_lines_of_a_log_draw_nothing(tmp_path):
+    """Those that a full disk, a kill or another program left in it."""
+    good = b'{"epoch": 0.5, "loss": 2.0}\n'
+    junk = b'\xff\xfe{"a"\n{x}\n["epoch"}\n[1]\n{"epoch": "x"}\n{"epoch": 1, "loss": "a"}\n'
+    (tmp_path / "log.jsonl").write_bytes(good + junk + b'{"epoch": 1.5, "loss": 1.0}')
+    assert plot.curve(plot.read_log(tmp_path), "loss") == ([0.5, 1.5], [2.0, 1.0])
