@@ -6,7 +6,9 @@ import torch
 
 from support.checkpoint import Checkpoint, digest, identity_of
 from support.command_line import UserError, say
+from support.data import SAME_FILES
 from support.files import read_settings, write_json, write_whole
+from support.processes import compare_each
 
 # Settings that may differ when an evaluation is resumed. Digests of the backbone and of the images'
 # names take the place of the first two.
@@ -41,6 +43,7 @@ class Evaluation:
         identity["images"] = images.source
         # As JSON gives it back: tuples are lists there.
         self.identity = json.loads(json.dumps(identity))
+        compare_each(self.identity, SAME_FILES)
         self.checkpoint = Checkpoint(self.folder / "last.pt", self.identity, world,
                                      regrouped="other random draws of crops and flips, so not "
                                                "the same result")

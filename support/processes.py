@@ -91,17 +91,22 @@ def wait():
 def compare(what, value, advice):
     """UserError where the processes do not have the same value, such as what they read from their
     disks; all of them must call this."""
-    compare_each({what: value}, advice)
+    refuse_differing(what, gather_objects(value), advice)
 
 
 def compare_each(values, advice):
     """compare for each of {what: value}."""
-    first, *others = gather_objects(values)
-    for rank, theirs in enumerate(others, 1):
-        for what in first | theirs:
-            if theirs.get(what) != first.get(what):
-                raise UserError(f"process {rank} finds {what}: {theirs.get(what)}, process 0: "
-                                f"{first.get(what)}; {advice}")
+    everywhere = gather_objects(values)
+    for what in everywhere[0] | values:
+        refuse_differing(what, [theirs.get(what) for theirs in everywhere], advice)
+
+
+def refuse_differing(what, values, advice):
+    """UserError where not all values, one of each process, are that of the first."""
+    for rank, theirs in enumerate(values):
+        if theirs != values[0]:
+            raise UserError(f"process {rank} finds {what}: {theirs}, process 0: {values[0]}; "
+                            f"{advice}")
 
 
 def compare_flags(args):

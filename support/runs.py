@@ -15,9 +15,9 @@ import torch
 
 from support.checkpoint import Checkpoint, SaveTimes, identity_of
 from support.command_line import UserError, duration, progress, real, say, say_above, whole
-from support.data import IN_MEMORY_SIZE
+from support.data import IN_MEMORY_SIZE, SAME_FILES
 from support.files import append, keep_lines, write_json, write_whole
-from support.processes import compare, cores_of_process
+from support.processes import compare, compare_each, cores_of_process
 
 # Flags that may differ when a run is resumed: they do not change its result.
 FREE = {"data_dir", "output_dir", "resume", "device", "compile", "workers", "skip_bad", "knn_every",
@@ -161,7 +161,8 @@ class Run:
 
     def begin(self, steps, label, loaded):
         """Opens the folder once all is loaded. steps: of an epoch; label: the run in words; loaded:
-        {name: value}, what else a run and its continuation share."""
+        {name: value}, what else all processes, a run and its continuation share."""
+        compare_each(loaded, SAME_FILES)
         self.checkpoint.extend_identity(loaded)
         self.steps = steps
         self.label = label

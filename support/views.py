@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.command_line import UserError, say
-from support.data import read_squares_into, sort_out, spaced
+from support.data import SAME_FILES, read_squares_into, sort_out, spaced
 from support.files import append, read_settings, sweep, write_json, write_whole
+from support.processes import compare_each
 
 COMPARED = 500        # pictures that are compared with those that views were made of, at most
 FILE_PART = 1 << 16   # bytes of a file that enter its checksum
@@ -180,6 +181,8 @@ class ViewFolder:
             other = seen.setdefault(Path(name).with_suffix(""), name)
             if other != name:
                 raise UserError(f"{other} and {name} would have the same view: rename one of them")
+        shared = {name: value for name, value in settings.items() if name not in FREE}
+        compare_each(shared, SAME_FILES)
         path = self.folder / "settings.json"
         before = {}
         if path.exists():

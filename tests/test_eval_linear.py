@@ -414,13 +414,13 @@ def test_two_processes_evaluate_like_one(folder, tmp_path, monkeypatch):
 
     def work():
         world = setup("cpu")._replace(dtype=torch.float32)   # once for the three runs
-        monkeypatch.setattr(ev, "setup", lambda device: world)
+        monkeypatch.setattr(ev, "setup", lambda device, **_: world)
         evaluate(*knn)
         evaluate("--protocol", "finetune", "--labels", 1, "--epochs", 1)
         evaluate("--augment", "--lr", 0.1, "--epochs", 1, "--output-dir", tmp_path / "store-2")
         evaluate("--protocol=knn", "--k=3", "--limit=11")
     assert end(*start_two([work] * 2, tmp_path)) == [0, 0]
-    monkeypatch.setattr(ev, "setup", lambda device: CPU)
+    monkeypatch.setattr(ev, "setup", lambda device, **_: CPU)
     evaluate(*knn, "--output-dir", tmp_path / "one")
     two, tuned, pictures, streamed, one = (
         json.loads((tmp_path / name / "result.json").read_text())["results"]

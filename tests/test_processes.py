@@ -149,7 +149,7 @@ def test_a_file_that_one_machine_lacks_is_named_before_the_first_step(lack, text
 
 def test_processes_that_find_other_checkpoints_are_named(tmp_path, monkeypatch):
     def gather(values, mine):
-        values[:] = [mine, dict.fromkeys(mine, "epoch 1, step 0")]
+        values[:] = [mine, "epoch 1, step 0"]
     monkeypatch.setattr(processes, "dist", SimpleNamespace(
         is_initialized=lambda: True, get_world_size=lambda: 2, all_gather_object=gather))
     with pytest.raises(UserError, match="process 1 finds the checkpoint .*last.pt: epoch 1, step 0,"
@@ -397,3 +397,14 @@ def test_without_a_folder_for_temporary_files_nothing_waits(monkeypatch):
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
     with pytest.raises(UserError, match="set TMPDIR"):
         setup("cpu")
+
+
+@pytest.mark.parametrize("kind, what", [
+    (training, "weights of --encoder"), (evaluation, "backbone"), (generation, "weights")])
+def test_processes_with_other_models_are_named(kind, what, world, tmp_path, monkeypatch):
+    """They would train, evaluate or generate with a mixture that no result shows."""
+    def gather(values):
+        return [values, values | {what: "others"} if isinstance(values, dict) else values]
+    monkeypatch.setattr(processes, "gather_objects", gather)
+    with pytest.raises(UserError, match=f"process 1 finds {what}: others, process 0: .*; all mach"):
+        kind(world, tmp_path / "new")()
