@@ -44,7 +44,9 @@ def script(main):
         if not explained:
             raise
         status = _report(*explained)
-    if dist.is_initialized() and dist.get_backend() == "nccl":         # torch 2.6's gloo may hang
+    if dist.is_initialized():
+        if dist.get_backend() == "gloo":           # its threads may hang or abort in a clean exit
+            _end_at_once(status)
         dist.destroy_process_group()
     if status:
         sys.exit(status)
@@ -58,6 +60,10 @@ def _leave(error, explained):
     else:
         traceback.print_exception(error)
         status = 1
+    _end_at_once(status)
+
+
+def _end_at_once(status):
     for stream in (sys.stdout, sys.stderr):
         if stream:
             stream.flush()
