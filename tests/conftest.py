@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+gc.set_threshold(700, 10, 100)  # Python's collector looks at all objects rarely: it takes 0.1 s
 torch.set_num_threads(1)    # for networks this small more threads only wait for each other
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

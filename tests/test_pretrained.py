@@ -18,9 +18,10 @@ from torchvision.transforms.functional import normalize
 
 from support.command_line import UserError
 from support.networks import make_backbone, sine_positions
-from support.pretrained import MEAN_STD, load_backbone
+from support.pretrained import MEAN_STD, SIZES, load_backbone, shapes_of_arch
 
 timm, SIZE = pytest.importorskip("timm"), 32           # two by two patches of 16 pixels
+WIDTH = 48                                             # of vit_small here, with its 12 layers
 CFG = "dict(mean=[\n  123.675,\n  116.28,\n  103.53,\n],\n std=[58.395, 57.12, 57.375])"
 HUB = types.ModuleType("mmengine.logging.history_buffer")
 HUB.HistoryBuffer = type("HistoryBuffer", (), {"__module__": HUB.__name__})
@@ -101,7 +102,7 @@ def layouts(s, o, fc):
         "Lightning": lightning | {"state_dict": under("model._orig_mod.", s)},
         "DeiT": {"model": s | linear(fc)}, "moco-v3 for DeiT": {"model": s},
         "MAE": {"model": s | linear("decoder_embed") | {
-            "mask_token": torch.ones(1, 1, 384), "decoder_pos_embed": torch.ones(1, 5, 8)}},
+            "mask_token": torch.ones(1, 1, WIDTH), "decoder_pos_embed": torch.ones(1, 5, 8)}},
         "release": mmengine(under("backbone.", s) | under("momentum_encoder.module.0.", o)),
         "release ViT": {"meta": {}, "state_dict": under("backbone.", renamed(s, MMPRETRAIN))},
         "mmpretrain": mmengine(under("backbone.", renamed(s, MMPRETRAIN)), cfg=CFG),
@@ -109,11 +110,21 @@ def layouts(s, o, fc):
         "transformers": transformers(s) | linear("pooler.dense")}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def narrow_vit():
+    """The names of vit_small's tensors are all there, with a 64th of the numbers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "vit_small", (WIDTH, 12, 12))
+        shapes_of_arch.cache_clear()
+        yield
+    shapes_of_arch.cache_clear()
+
+
 @pytest.fixture(scope="module")
 def networks():
     """Random ones that float16 holds. Keys: heads (None: ResNet-18), or who has fixed positions."""
     def vit(heads):
-        return timm.models.VisionTransformer(SIZE, embed_dim=384, num_heads=heads, num_classes=0)
+        return timm.models.VisionTransformer(SIZE, embed_dim=WIDTH, num_heads=heads, num_classes=0)
     made = {None: torchvision.models.resnet18(), "torchvision": torchvision.models.resnet50(),
             6: vit(6), 12: vit(12), "MAE": vit(6), "moco-v3 for DeiT": vit(12)}
     for name in (None, "torchvision"):
@@ -125,7 +136,7 @@ def networks():
                 x.normal_(std=0.1 if x.ndim < 2 or len(x) == 1 else 1.5 * x[0].numel() ** -0.5)
                 positive = x.ndim == 1 and key.endswith(("weight", "var"))
                 x.copy_((x.abs() + 0.9 if positive else x).half())
-    fixed = sine_positions(384, 2).half()              # MAE: column, then row
+    fixed = sine_positions(WIDTH, 2).half()              # MAE: column, then row
     made["MAE"].pos_embed.data.copy_(fixed)
     made["moco-v3 for DeiT"].pos_embed.data.copy_(fixed[:, [0, 1, 3, 2, 4]])
     return made
