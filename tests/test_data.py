@@ -187,7 +187,7 @@ def test_workers_read_what_one_process_reads(folder, monkeypatch, capsys):
     assert torch.equal(alone.pixels, shared.pixels) and alone.names == shared.names
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(UserError, match="dog/0001.png cannot .* with --skip-bad"):
-        load_images("folder", folder, "train", 16, workers=2)
+        load_images("folder", folder, "train", 16, skip_bad=False, workers=2)
     assert load_images("folder", folder, "train", 99, skip_bad=True, workers=2).left_out == 1
 
 
