@@ -261,40 +261,35 @@ def train(args, world, methods=METHODS):
     class}; class(args) is a module with .query, .chance, update(fraction) and forward(views,
     weights, world)."""
     with claimed(args.output_dir, world):
-        train_claimed(args, world, methods)
-
-
-def train_claimed(args, world, methods):
-    """train in its folder."""
-    images, test = load_data(args)
-    args = limit_queue(args, len(images.names))
-    check_schedule(args)
-    torch.manual_seed(args.seed)
-    method = methods[args.method](args).to(world.device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(method, args.optimizer, args.weight_decay)
-    run = runs.Run(args, world, method, optimizer, images)
-    run.resume()
-    encoder = load_encoder(args)       # first: what is wrong with it is said before views are made
-    generated, coverage, component = prepare_views(args, images, world, encoder)
-    quality_of = prepare_quality(args, images, world, encoder, component)
-    loader = make_loader(args, images, generated, world)
-    trained = make_ready(method, loader, args, world, fresh=run.is_new)
-    left_out = images.left_out + (test.left_out if test else 0)
-    run.begin(loader.steps, label(args, coverage, left_out), identity_of_loaded(args, encoder))
-    if quality_of and run.main:
-        # Not flipped: prepare_quality flips it at every start.
-        sign = -1 if args.flip_foreground else 1
-        write_array(run.folder / "component.npy", sign * quality_of.component)
-    accuracy = None
-    for epoch in range(run.start_epoch, args.epochs):
-        train_epoch(epoch, loader, trained, optimizer, quality_of, run)
-        last = epoch + 1 == args.epochs
-        if args.knn_every and ((epoch + 1) % args.knn_every == 0 or last):
-            accuracy = evaluate_knn(images, test, run)
-    run.save_times.end()
-    say(f"{run.folder}: last.pt, backbone.pt, log.jsonl, args.json, pairs.png")
-    score = "no kNN" if accuracy is None else f"kNN top-1 {accuracy:.1f}%"
-    say(f"{score} ({run.label})")
+        images, test = load_data(args)
+        args = limit_queue(args, len(images.names))
+        check_schedule(args)
+        torch.manual_seed(args.seed)
+        method = methods[args.method](args).to(world.device, memory_format=torch.channels_last)
+        optimizer = make_optimizer(method, args.optimizer, args.weight_decay)
+        run = runs.Run(args, world, method, optimizer, images)
+        run.resume()
+        encoder = load_encoder(args)       # what is wrong with it is said before views are made
+        generated, coverage, component = prepare_views(args, images, world, encoder)
+        quality_of = prepare_quality(args, images, world, encoder, component)
+        loader = make_loader(args, images, generated, world)
+        trained = make_ready(method, loader, args, world, fresh=run.is_new)
+        left_out = images.left_out + (test.left_out if test else 0)
+        run.begin(loader.steps, label(args, coverage, left_out), identity_of_loaded(args, encoder))
+        if quality_of and run.main:
+            # Not flipped: prepare_quality flips it at every start.
+            sign = -1 if args.flip_foreground else 1
+            write_array(run.folder / "component.npy", sign * quality_of.component)
+        accuracy = None
+        for epoch in range(run.start_epoch, args.epochs):
+            train_epoch(epoch, loader, trained, optimizer, quality_of, run)
+            last = epoch + 1 == args.epochs
+            if args.knn_every and ((epoch + 1) % args.knn_every == 0 or last):
+                accuracy = evaluate_knn(images, test, run)
+        run.end()
+        say(f"{run.folder}: last.pt, backbone.pt, log.jsonl, args.json, pairs.png")
+        score = "no kNN" if accuracy is None else f"kNN top-1 {accuracy:.1f}%"
+        say(f"{score} ({run.label})")
 
 
 def train_epoch(epoch, loader, method, optimizer, quality_of, run):

@@ -278,6 +278,10 @@ class Run:
             statistics=statistics, scaler=self.world.scaler.state_dict(), args=vars(self.args))
         self.save_times.saved(self.checkpoint.path, "the same command with --resume")
 
+    def end(self):
+        """After the last epoch: a signal ends the process at once."""
+        self.save_times.end()
+
     def log(self, **values):
         if self.main:
             append(self.folder / "log.jsonl", json.dumps(values) + "\n")
