@@ -18,8 +18,9 @@ One step, from the images to the queue; read train_step first, it is the method:
         enqueue           the newest keys replace the oldest                            here
       backward, step      the optimiser                                                 here
 
-Legend of the shapes: N pairs of this process (all N: of all processes), S side of a view, T
-positions and K features of the frozen encoder's map, D size of an embedding, M keys in the queue.
+Legend of the shapes: N pairs of this process (all N: of all processes, n in the equations), S side
+of a view, T positions and K features of the frozen encoder's map, D size of an embedding, M keys in
+the queue.
 """
 import argparse
 import copy
