@@ -67,9 +67,9 @@ METHODS = {
     "swav": Method("SwAV", "train_swav.py", {}),
 }
 # Controls: the image after the autoencoder, which is softer; this with smooth noise, as far from
-# the image as the generated view: the same change without the generator's knowledge; and another
-# image of the same class, the most that a generator could know.
-CONTROLS = ("copies", "smooth", "class")
+# the image as the generated view: the same change without the generator's knowledge; another image
+# of the same class, the most that a generator could know; and real images of another data set.
+CONTROLS = ("copies", "smooth", "class", "real")
 ROWS = {
     "plain": Row("plain", None, "pair", "off"),
     "copies": Row("the autoencoder's copies", "copies", "pair", "off"),
@@ -82,10 +82,14 @@ ROWS = {
     "quality10": Row("... and quality weights, gamma 10", "adaptive", "pair", "exact", 10.0),
     "class": Row("another image of the same class", "class", "pair", "off"),
     "extra": Row("the same images as extra samples", "adaptive", "extra", "off"),
+    "real": Row("real images as extra samples", "real", "extra", "off"),
 }
 CONTROLLED = ("plain", "copies", "smooth", "noise0", "adaptive")
 TRANSFORMATIONS = {"flips": {"crop_min": 1, "colour": 0}, "flips+crops": {"colour": 0}, "all": {}}
 EPOCHS = {"cifar10": 20, "shapes": 30}
+SCORES = {"knn": "kNN", "linear": "linear", "finetune-10": "10% of labels",
+          "finetune-1": "1% of labels"}            # of a line: title in the table
+ACCURACY = re.compile(r"(\w+) top-1 ([\d.]+)%")
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)    # Student's t, 1 to 9 degrees
 
 
@@ -164,6 +168,8 @@ def make_control(args, kind, images):
     """The control of each image, (N, 3, 32, 32) uint8."""
     if kind == "class":
         return images.pixels[of_same_class(images.labels)]
+    if kind == "real":
+        return load_images("folder", args.real_dir, "train", 32, args.limit).pixels
     pipe = load_pipeline(args.model, torch.float32, setup().device)
     copies = reconstruct(pipe, images.pixels)
     if kind == "copies":
@@ -248,12 +254,7 @@ def run_trial(args, trial):
     folder = args.output_dir / "-".join(map(str, trial))
     program = METHODS[trial.method].script
     call(args.jobs, program, "--resume", **training_flags(args, trial, folder))
-    limit = {} if trial.images is None else {"limit": trial.images}
-    text = call(args.jobs, "eval_linear.py", checkpoint=folder / "last.pt", seed=trial.seed,
-                **limit)
-    scores = re.findall(r"(\w+) top-1 ([\d.]+)%", text)
-    line = trial._asdict()
-    line |= {name.lower(): float(score) for name, score in scores}
+    line = trial._asdict() | evaluate(args, trial, folder)
     line["neg"] = mean_neg(folder / "log.jsonl", trial.epochs)
     line["commit"] = commit()
     line["seconds"] = round(time.time() - start)
@@ -263,6 +264,25 @@ def run_trial(args, trial):
     say(f"{trial.transformations}, {trial.epochs} epochs, {trial.method}, {trial.row}, "
         f"seed {trial.seed}: kNN {line['knn']}, linear {line['linear']}, neg {line['neg']} "
         f"({line['seconds']} s)")
+
+
+def evaluate(args, trial, folder):
+    """The scores of a training, as in SCORES: those of args.labels are fine-tuned."""
+    flags = dict(checkpoint=folder / "last.pt", seed=trial.seed)
+    if trial.images is not None:
+        flags["limit"] = trial.images
+    text = call(args.jobs, "eval_linear.py", **flags)
+    scores = {name.lower(): float(score) for name, score in ACCURACY.findall(text)}
+    for share in args.labels:
+        text = call(args.jobs, "eval_linear.py", protocol="finetune", labels=share, **flags)
+        (_, score), = ACCURACY.findall(text)
+        scores[finetuned(share)] = float(score)
+    return scores
+
+
+def finetuned(share):
+    """The score's name in a line of the results. share: of the labels, 0 to 1."""
+    return f"finetune-{100 * share:g}"
 
 
 def mean_neg(path, epochs):
@@ -288,15 +308,25 @@ def hardware():
 
 # -------------------------------------------------------------------------------------- the table
 def read_results(path):
-    """The lines of finished trials, as dicts."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Finished trials, as dicts. A further line of the same trial and machine adds its scores."""
+    found = {}
+    for text in path.read_text().splitlines() if path.exists() else []:
+        line = json.loads(text)
+        key = trial_of(line), line["hardware"]
+        found[key] = line | found.get(key, {})
+    return list(found.values())
+
+
+def values_of(lines, row, score):
+    """{seed: score} of a row, where it was measured. lines: of one setting."""
+    return {line["seed"]: line[score] for line in lines if line["row"] == row and score in line}
 
 
 def gains(lines, row, score):
     """Differences of a row to plain, paired by seed. lines: of one setting."""
-    plain = {line["seed"]: line[score] for line in lines if line["row"] == "plain"}
-    return [line[score] - plain[line["seed"]] for line in lines
-            if line["row"] == row and line["seed"] in plain]
+    plain = values_of(lines, "plain", score)
+    return [value - plain[seed] for seed, value in values_of(lines, row, score).items()
+            if seed in plain]
 
 
 def half_interval(values):
@@ -320,19 +350,24 @@ def table(lines):
         text += (f"\n{setting.dataset}, {METHODS[setting.method].name}, {setting.transformations}, "
                  f"{setting.epochs} epochs, {setting.images or 'all'} images, {setting.arch}, "
                  f"generator {setting.model}; {setting.hardware}:\n\n")
-        text += "| pairs | seeds | kNN | gain | linear | gain | neg |\n" + "| --- " * 7 + "|\n"
+        scores = [score for score in SCORES if any(score in line for line in group)]
+        titles = ["pairs", "seeds"]
+        for score in scores:
+            titles += [SCORES[score], "gain"]
+        titles.append("neg")
+        text += f"| {' | '.join(titles)} |\n" + "| --- " * len(titles) + "|\n"
         for row in ROWS:
             if any(line["row"] == row for line in group):
-                text += f"| {' | '.join(cells(group, row))} |\n"
+                text += f"| {' | '.join(cells(group, row, scores))} |\n"
     return text
 
 
-def cells(lines, row):
+def cells(lines, row, scores):
     """A row of a table, as texts. lines: of one setting."""
     mine = [line for line in lines if line["row"] == row]
     texts = [ROWS[row].name, str(len(mine))]
-    for score in ("knn", "linear"):
-        texts.append(mean_and_spread([line[score] for line in mine]))
+    for score in scores:
+        texts.append(mean_and_spread(list(values_of(lines, row, score).values())))
         texts.append("" if row == "plain" else mean_gain(gains(lines, row, score)))
     neg = [line["neg"] for line in mine if line["neg"] is not None]
     mean = f"{statistics.mean(neg):.2f}" if neg else ""
@@ -341,6 +376,8 @@ def cells(lines, row):
 
 
 def mean_and_spread(values):
+    if not values:
+        return ""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
 
@@ -368,6 +405,9 @@ def parse_args():
     add("--model", default="mini", help="mini, or a folder of studies/train_generator.py")
     add("--arch", default="resnet10_narrow", help="of the images of cifar10")
     add("--limit", type=whole(256), help="images of cifar10; default: 10000")
+    add("--labels", type=float, choices=[0.1, 0.01], nargs="+", default=[],
+        help="also fine-tune on these shares of the labels")
+    add("--real-dir", default="data/tinyimagenet32", help="images of the row real, in train/CLASS/")
     add("--epochs", type=whole(1), help="of each trial; default: 20, shapes 30, or the preset's")
     add("--seeds", type=whole(), nargs="+", default=[0, 1, 2], help="a trial of each row for each")
     add("--jobs", type=whole(1), default=1, help="trials at the same time")
@@ -389,7 +429,8 @@ def main():
     if args.table:
         return say(table(read_results(args.results)) or f"no runs in {args.results}")
     trials = plan(args)
-    done = {trial_of(line) for line in read_results(args.results)}
+    wanted = {"knn", "linear", *map(finetuned, args.labels)}
+    done = {trial_of(line) for line in read_results(args.results) if wanted <= line.keys()}
     left = [trial for trial in trials if trial not in done]
     kinds = dict.fromkeys(ROWS[trial.row].kind for trial in left)      # each once, in order
     for kind in kinds:

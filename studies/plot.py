@@ -18,6 +18,9 @@ from support.command_line import Parser, UserError, script
 from support.files import log_lines, read_settings, write_whole
 
 GAINING = [row for row in CONTROLLED if row != "plain"]
+# The curves over the length of the training: kept transformations, row, colour.
+LENGTHS = [("flips+crops", "adaptive", "C3"), ("flips+crops", "smooth", "C1"),
+           ("all", "adaptive", "C4")]
 # A panel each: name in log.jsonl, title.
 QUANTITIES = {"loss": "loss (dashed: chance level)", "knn": "kNN top-1, %",
               "pos": "pos: cosine of positives", "neg": "neg: mean cosine of negatives",
@@ -25,36 +28,69 @@ QUANTITIES = {"loss": "loss (dashed: chance level)", "knn": "kNN top-1, %",
 
 
 # ----------------------------------------------------------------------------------- of an ablation
-def columns_of(lines):
-    """{title: lines of one setting that has gains}; of several machines the first counts."""
-    columns = {}
+def gains_of(lines):
+    """{(transformations, epochs, row): gains in kNN over plain pairs, a seed each}, of MoCo v2 with
+    the bundled generator. Pairs are of one machine: the first with the most of them counts."""
+    found = {}
     for setting, group in by_setting(lines).items():
-        title = f"{setting.transformations},\n{setting.epochs} epochs"
-        if title not in columns and any(gains(group, row, "knn") for row in GAINING):
-            columns[title] = group
-    return columns
+        if (setting.dataset, setting.method, setting.model) != ("cifar10", "mocov2", "mini"):
+            continue
+        for row in ROWS:
+            values = gains(group, row, "knn")
+            key = setting.transformations, setting.epochs, row
+            if row != "plain" and len(values) > len(found.get(key, [])):
+                found[key] = values
+    return found
 
 
-def draw_gains(columns):
-    """A point a seed; the mean and its 95% interval. Returns the figure."""
+def draw_gains(found):
+    """Of gains_of: left by the kept transformations, right by the length of the training. Returns
+    the figure."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    axis = figure.subplots()
-    for shift, row in enumerate(GAINING):
-        colour = f"C{shift}"
-        for column, lines in enumerate(columns.values()):
-            values = gains(lines, row, "knn")
-            x = column + 0.2 * shift - 0.3
-            axis.plot([x + 0.06] * len(values), values, ".", color="grey", markersize=4)
-            if len(values) > 1:
-                axis.errorbar(x, statistics.mean(values), half_interval(values), fmt="o", capsize=4,
-                              color=colour)
-        axis.plot([], [], "o", color=colour, label=ROWS[row].name)     # for the legend alone
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.set_xticks(range(len(columns)), columns)
-    axis.set_ylabel("gain in kNN top-1 over plain pairs")
-    axis.legend(fontsize=8)
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    draw_transformations(left, found)
+    draw_lengths(right, found)
+    for panel in (left, right):
+        panel.axhline(0, color="black", linewidth=0.8)
+        panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.15))
+    left.set_ylabel("gain in kNN top-1 over plain pairs")
     return figure
+
+
+def draw_mean(panel, x, values, **style):
+    """The mean with its 95% interval, and a black dot a seed."""
+    panel.plot([x] * len(values), values, ".", color="black", markersize=3, zorder=3)
+    half = half_interval(values) if len(values) > 1 else 0
+    panel.errorbar(x, statistics.mean(values), half, fmt="o", capsize=4, **style)
+
+
+def draw_transformations(panel, found):
+    """The rows with their controls, at the length that most of them were trained for."""
+    epochs = statistics.mode(epochs for _, epochs, _ in found)
+    names = dict.fromkeys(name for name, length, _ in found if length == epochs)
+    for shift, row in enumerate(GAINING):
+        panel.plot([], [], "o", color=f"C{shift}", label=ROWS[row].name)   # for the legend alone
+        for column, name in enumerate(names):
+            if (name, epochs, row) in found:
+                draw_mean(panel, column + 0.2 * shift - 0.3, found[name, epochs, row],
+                          color=f"C{shift}")
+    panel.set_xticks(range(len(names)), names)
+    panel.set_title(f"kept transformations, {epochs} epochs", fontsize=10)
+
+
+def draw_lengths(panel, found):
+    """The gain against the epochs, a curve each of LENGTHS."""
+    for shift, (name, row, colour) in enumerate(LENGTHS):
+        lengths = sorted(epochs for kept, epochs, of in found if (kept, of) == (name, row))
+        x = [epochs + 2 * (shift - 1) for epochs in lengths]       # bars beside each other
+        means = [statistics.mean(found[name, epochs, row]) for epochs in lengths]
+        panel.plot(x, means, color=colour, label=f"{name}: {ROWS[row].name}")
+        for place, epochs in zip(x, lengths, strict=True):
+            draw_mean(panel, place, found[name, epochs, row], color=colour)
+    panel.set_xticks(sorted({epochs for _, epochs, _ in found}))
+    panel.set_xlabel("epochs", fontsize=9)
+    panel.set_title("length of the training", fontsize=10)
 
 
 # ------------------------------------------------------------------------------------------ of runs
@@ -142,11 +178,11 @@ def draw(args):
     """The figure that the flags ask for."""
     if args.runs:
         return draw_runs([(name_of(folder), read_log(folder)) for folder in args.runs])
-    columns = columns_of(read_results(args.results))
-    if not columns:
+    found = gains_of(read_results(args.results))
+    if not found:
         raise UserError(f"{args.results} holds no trials to compare: python -m studies.ablation "
                         f"--preset gain makes them")
-    return draw_gains(columns)
+    return draw_gains(found)
 
 
 def main():

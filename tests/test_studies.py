@@ -124,6 +124,8 @@ def runs(monkeypatch):
             assert args.limit == 10_000
             gain = 1.5 if "adaptive" in args.checkpoint else 0
             stdout = f"kNN top-1 {40 + args.seed + gain}%\nlinear top-1 50.0%, top-5 90.0%\n"
+            if args.protocol == "finetune":
+                stdout = f"finetune top-1 {100 * args.labels + gain}%, top-5 90.0%\n"
         elif name == "generate_views.py":
             args = generate_views.parse_args(flags)
             usual = recipes.GENERATION["mini"]
@@ -131,7 +133,7 @@ def runs(monkeypatch):
         else:
             args = train_moco.parse_args(script.METHODS, argv=flags)
             trainings.append(args)
-            Path(args.output_dir).mkdir(parents=True)
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             log = [{"epoch": 1.0, "neg": 0.5}, {"epoch": args.epochs, "neg": 0.05}]
             Path(args.output_dir, "log.jsonl").write_text("\n".join(map(json.dumps, log)))
         return SimpleNamespace(returncode=0, stdout=stdout, stderr="")
@@ -161,6 +163,28 @@ def test_ablation_runs_each_row_once_and_prints_the_gains(tmp_path, runs, capsys
     said = capsys.readouterr().out
     row = "| generated views, adaptive noise | 3 | 42.5 ± 1.0 | +1.5 ± 0.0 | 50.0 ± 0.0 | "
     assert said.count(row + "+0.0 ± 0.0 | 0.05 |\n") == 2
+
+
+def test_scores_of_fine_tuning_are_added_to_trials_that_are_there(tmp_path, runs, capsys):
+    """The training of a trial is resumed, which takes no time; its line is not written again."""
+    results = tmp_path / "results.jsonl"
+    flags = ["--rows", "plain", "adaptive", "--transformations", "flips", "--seeds", 0, 1,
+             "--output-dir", tmp_path]
+    call(ablation, *flags)
+    first = ablation.read_results(results)
+    for _ in range(2):                             # the second time nothing is left to do
+        call(ablation, *flags, "--labels", 0.1, 0.01)
+    lines = ablation.read_results(results)
+    assert len(runs) == 8 and len(results.read_text().splitlines()) == 8
+    assert [line["finetune-1"] for line in lines] == [1.0, 2.5, 1.0, 2.5]
+    assert [line["finetune-10"] for line in lines] == [10.0, 11.5, 10.0, 11.5]
+    for line, old in zip(lines, first, strict=True):
+        assert {name: line[name] for name in old} == old
+    capsys.readouterr()
+    call(ablation, "--table", "--results", results)
+    said = capsys.readouterr().out
+    assert "| linear | gain | 10% of labels | gain | 1% of labels | gain | neg |\n" in said
+    assert "| 11.5 ± 0.0 | +1.5 ± 0.0 | 2.5 ± 0.0 | +1.5 ± 0.0 | 0.05 |\n" in said
 
 
 def test_gains_are_paired_by_seed_within_one_machine_and_generator():
@@ -219,6 +243,16 @@ def test_the_copies_are_what_the_autoencoder_keeps(tmp_path):
         assert error.argmin() == index and error.min() > 0
 
 
+def test_real_images_as_extra_samples_are_those_of_the_other_data_set(tmp_path):
+    data = tiny.save_images(tmp_path / "data", per_class=20)
+    other = tiny.save_images(tmp_path / "other", per_class=30)
+    args = SimpleNamespace(data_dir=data, limit=10, output_dir=tmp_path / "runs", real_dir=other)
+    folder = ablation.make_views(args, "real")
+    images = genview.load_images("cifar10", data, "train", 32)
+    extra = genview.load_extra(images, folder, "cifar10", 32)[0]
+    assert torch.equal(extra, genview.load_images("folder", other, "train", 32, 10).pixels)
+
+
 def test_another_image_of_the_same_class_is_never_the_image_itself():
     labels = torch.tensor([2, 0, 1, 0, 2, 2, 1, 0, 0, 2])
     partner = ablation.of_same_class(labels)
@@ -248,6 +282,20 @@ def test_a_failing_row_is_named(tmp_path, monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------- plot
+def test_gains_of_the_picture_are_of_the_machine_with_most_pairs():
+    def line(machine, row, seed, knn, **other):
+        setting = dict.fromkeys(ablation.Trial._fields, 0)
+        setting |= dict(dataset="cifar10", method="mocov2", model="mini", transformations="all",
+                        epochs=60)
+        return setting | dict(hardware=machine, row=row, seed=seed, knn=knn) | other
+    lines = [line("a", "plain", 0, 40), line("a", "adaptive", 0, 41),
+             line("b", "plain", 0, 40), line("b", "adaptive", 0, 42),
+             line("b", "plain", 1, 40), line("b", "adaptive", 1, 43),
+             line("b", "adaptive", 2, 99), line("c", "adaptive", 0, 50, epochs=150),
+             line("b", "plain", 0, 40, method="byol"), line("b", "smooth", 0, 40, method="byol")]
+    assert plot.gains_of(lines) == {("all", 60, "adaptive"): [2, 3]}
+
+
 def write_run(folder, label, *lines):
     folder.mkdir()
     (folder / "args.json").write_text(json.dumps({"label": label}))
