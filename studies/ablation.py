@@ -274,7 +274,8 @@ def evaluate(args, trial, folder):
     text = call(args.jobs, "eval_linear.py", **flags)
     scores = {name.lower(): float(score) for name, score in ACCURACY.findall(text)}
     for share in args.labels:
-        text = call(args.jobs, "eval_linear.py", protocol="finetune", labels=share, **flags)
+        text = call(args.jobs, "eval_linear.py", "--resume", protocol="finetune", labels=share,
+                    **flags)
         (_, score), = ACCURACY.findall(text)
         scores[finetuned(share)] = float(score)
     return scores

@@ -125,6 +125,7 @@ def runs(monkeypatch):
             gain = 1.5 if "adaptive" in args.checkpoint else 0
             stdout = f"kNN top-1 {40 + args.seed + gain}%\nlinear top-1 50.0%, top-5 90.0%\n"
             if args.protocol == "finetune":
+                assert args.resume                 # a killed one has left its last.pt
                 stdout = f"finetune top-1 {100 * args.labels + gain}%, top-5 90.0%\n"
         elif name == "generate_views.py":
             args = generate_views.parse_args(flags)
