@@ -267,7 +267,7 @@ def run_trial(args, trial):
 
 
 def evaluate(args, trial, folder):
-    """The scores of a training, as in SCORES: those of args.labels are fine-tuned."""
+    """{name in SCORES: accuracy} of a training; fine-tuned on each share of args.labels, too."""
     flags = dict(checkpoint=folder / "last.pt", seed=trial.seed)
     if trial.images is not None:
         flags["limit"] = trial.images

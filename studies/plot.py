@@ -44,8 +44,8 @@ def gains_of(lines):
 
 
 def draw_gains(found):
-    """Of gains_of: left by the kept transformations, right by the length of the training. Returns
-    the figure."""
+    """The figure: left the gains by the kept transformations, right by the length of the training.
+    found: see gains_of."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
