@@ -31,7 +31,7 @@ from support.files import claimed
 from support.networks import LARS
 from support.pretrained import MEAN_STD, load_backbone
 from support.processes import cores_of_process, setup, start_worker
-from support.schedules import cosine, tenth_from
+from support.schedules import cosine, for_batch, tenth_from
 from support.seeds import epoch_order, step_generator
 
 CROP_SCALE = (0.08, 1.0)      # part of the image's area in a crop: torchvision's default
@@ -201,39 +201,34 @@ def fit_classifier(model, optimizer, batches, steps, settings, autocast=nullcont
             run.after_epoch(epoch + 1, model, optimizer, mean, accuracies or {})
 
 
-def augmented(images, settings, world):
+def augmented(images, batch_size, settings, world):
     """For fit_classifier: a function of the epoch that yields this process's part of randomly
-    cropped and flipped pictures and labels; the steps of an epoch."""
+    cropped and flipped pictures and labels; the steps of an epoch. batch_size: see batch_of."""
     n = len(images.names)
-    batch_size = batch_of(settings, n, world.size) // world.size                  # of one process
-    steps = n // (batch_size * world.size)
+    own = batch_size // world.size                 # of this process
+    steps = n // batch_size
 
     def batches(epoch):
-        order = epoch_order(n, settings.seed, epoch)[:steps * batch_size * world.size]
-        order = order.view(steps, world.size, batch_size)[:, world.rank].flatten()
-        xs = pictures(images, order, settings.image_size, world, batch_size, settings.workers,
+        order = epoch_order(n, settings.seed, epoch)[:steps * batch_size]
+        order = order.view(steps, world.size, own)[:, world.rank].flatten()
+        xs = pictures(images, order, settings.image_size, world, own, settings.workers,
                       (settings.seed, epoch))
-        yield from zip(xs, images.labels[order].split(batch_size), strict=True)
+        yield from zip(xs, images.labels[order].split(own), strict=True)
     return batches, steps
 
 
-def batch_of(settings, n, processes=1):
+def batch_of(batch_size, n, processes=1):
     """The images in a step, of all processes together: at most all n labelled ones."""
     if n < max(2, processes):
         raise UserError(f"{n} labelled images are too few to fit a classifier (in {processes} "
                         f"processes)")
-    return max(1, min(settings.batch_size, n) // processes) * processes
+    return max(1, min(batch_size, n) // processes) * processes
 
 
-def scaled(lr, batch_size):
-    """A learning rate for 256 images grows linearly with the batch."""
-    return lr * batch_size / 256
-
-
-def rate_of_classifier(settings, batch_size):
+def rate_of_classifier(lr, batch_size):
     """Its learning rate, which it says."""
-    rate = scaled(settings.lr, batch_size)
-    say(f"learning rate of the classifier: {rate:g} ({settings.lr:g} for 256 images, the batch is "
+    rate = for_batch(lr, batch_size)
+    say(f"learning rate of the classifier: {rate:g} ({lr:g} for 256 images, the batch is "
         f"{batch_size})")
     return rate
 
@@ -241,7 +236,7 @@ def rate_of_classifier(settings, batch_size):
 def probe(dim, num_classes, settings, batch_size, device):
     """A linear classifier and its optimiser."""
     head = zero_linear(dim, num_classes)
-    rate = rate_of_classifier(settings, batch_size)
+    rate = rate_of_classifier(settings.lr, batch_size)
     if settings.optimizer == "lars":    # its steps are 0.001 |w| long: weights of 0 would not do
         torch.nn.init.normal_(head.weight, std=0.01, generator=step_generator(settings.seed))
         return head.to(device), LARS(head.parameters(), rate, weight_decay=0.0)
@@ -252,7 +247,7 @@ def linear_on_features(features, labels, num_classes, settings, run=None):
     """A linear classifier of features computed once (N, D), standardised for the training and
     divided by sqrt(D), which makes them about unit length: one learning rate suits all checkpoints.
     Every process computes the same on its own."""
-    batch_size = batch_of(settings, len(features))
+    batch_size = batch_of(settings.batch_size, len(features))
     mean = features.mean(0)
     std = features.std(0)
     std = std.clamp_min(1e-2 * std.mean().item() + 1e-12)    # of features that hardly vary
@@ -277,7 +272,8 @@ def linear_on_features(features, labels, num_classes, settings, run=None):
 def linear_on_pictures(backbone, dim, images, settings, world, run=None, validation=None):
     """A linear classifier on augmented pictures, as usual on ImageNet. Freezes the backbone.
     validation: features and labels to score after each epoch, or None."""
-    batches, steps = augmented(images, settings, world)
+    batch_size = batch_of(settings.batch_size, len(images.names), world.size)
+    batches, steps = augmented(images, batch_size, settings, world)
 
     def features(epoch):
         for x, labels in batches(epoch):
@@ -292,7 +288,6 @@ def linear_on_pictures(backbone, dim, images, settings, world, run=None, validat
         z, labels = validation
         return top(head(z), labels)
     backbone.eval().requires_grad_(False)
-    batch_size = batch_of(settings, len(images.names), world.size)
     head, optimizer = probe(dim, images.num_classes, settings, batch_size, world.device)
     fit_classifier(head, optimizer, features, steps, settings, run=run, after_epoch=score,
                    processes=world.size)
@@ -309,17 +304,17 @@ def finetune(backbone, dim, images, settings, world, run=None):
     if hasattr(backbone, "encoder"):               # a vision transformer
         backbone.encoder.pos_embedding.requires_grad_(False)
     head = zero_linear(dim, images.num_classes).to(world.device)
-    batch_size = batch_of(settings, len(images.names), world.size)
-    backbone_rate = scaled(settings.backbone_lr, batch_size)
+    batch_size = batch_of(settings.batch_size, len(images.names), world.size)
+    backbone_rate = for_batch(settings.backbone_lr, batch_size)
     optimizer = torch.optim.SGD(                   # what gets no gradient is left alone
         [{"params": backbone.parameters(), "lr": backbone_rate},
-         {"params": head.parameters(), "lr": rate_of_classifier(settings, batch_size)}],
+         {"params": head.parameters(), "lr": rate_of_classifier(settings.lr, batch_size)}],
         momentum=0.9)
     query = torch.nn.Sequential(OrderedDict(backbone=backbone))    # last.pt's names in training
     model = torch.nn.Sequential(OrderedDict(query=query, head=head)).train()
     if world.size > 1 and world.device.type == "cuda":         # SyncBatchNorm needs GPUs
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    batches, steps = augmented(images, settings, world)
+    batches, steps = augmented(images, batch_size, settings, world)
     fit_classifier(model, optimizer, batches, steps, settings, world.autocast, run,
                    share_statistics, world.size)
     return head

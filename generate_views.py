@@ -36,6 +36,7 @@ from support.command_line import (
     UserError,
     duration,
     either,
+    in_short,
     progress,
     real,
     say,
@@ -132,15 +133,14 @@ def load_pipeline(model, dtype, device, solver="own"):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:                     # of three libraries
-        reason = " ".join(str(error).split())[:150]
         is_path = str(model).startswith((".", "/", "~")) or Path(model).exists()
         way = (f"where there is a network run `hf download {model} --exclude '*.ckpt'` and name "
                f"the folder it prints by --model")
         if is_path:
             way = "it must be a folder that save_pretrained has written, in safetensors"
         raise UserError(f"--model {model} could not be loaded as a StableUnCLIPImg2ImgPipeline "
-                        f"({type(error).__name__}: {reason}): {way}; train_moco.py --dataset "
-                        f"shapes needs no download") from None
+                        f"({in_short(error)}): {way}; train_moco.py --dataset shapes needs no "
+                        f"download") from None
     pipe.empty_prompt = prompt
     pipe.set_progress_bar_config(disable=True)
     if solver == "dpm":
@@ -179,7 +179,7 @@ def check(pipe, steps):
             return
         reason = f"it starts at step {first:g} of a schedule of {length}"
     except Exception as error:                     # each scheduler refuses in its own way
-        reason = " ".join(str(error).split())[:200] or f"its schedule has {length} steps"
+        reason = in_short(error) if str(error) else f"its schedule has {length} steps"
     raise UserError(f"--steps {steps} does not suit the model's {type(pipe.scheduler).__name__}: "
                     f"{reason}")
 
@@ -450,38 +450,38 @@ def image_seed(seed, name):
     return int.from_bytes(digest[:6], "little")
 
 
-def clip_foreground(args, pipe, images):
-    """v1 and alpha of CLIP's tokens: of --component, or fitted on images spread over the data set,
-    whatever --limit."""
-    indices = spaced(len(images.names), args.fit_images).tolist()
+def clip_foreground(pipe, images, fit_images, component=None, flip=False):
+    """v1 and alpha of CLIP's tokens: of the file component, or fitted on so many images spread over
+    the data set, whatever --limit."""
+    indices = spaced(len(images.names), fit_images).tolist()
     batches = progress(encode_all(pipe, images, indices), "fitting the foreground", "batch",
                        total=math.ceil(len(indices) / ENCODER_BATCH))
     tokens = (tokens for _, tokens, _ in batches)
     size = pipe.image_encoder.config.hidden_size
-    return genview.load_or_fit_foreground(tokens, len(indices), size, args.component,
-                                          args.flip_foreground)
+    return genview.load_or_fit_foreground(tokens, len(indices), size, component, flip)
 
 
 def share_foreground(args, pipe, images, world):
     """The foreground of this folder: found by the first process, once, and kept in foreground.npz.
-    Returns v1 (K,) and alpha, on the device."""
+    Returns v1 (K,), on the device, and alpha."""
     path = args.views_dir / "foreground.npz"
     if world.rank == 0 and not path.exists():
-        v1, alpha = clip_foreground(args, pipe, images)
+        v1, alpha = clip_foreground(pipe, images, args.fit_images, args.component,
+                                    args.flip_foreground)
         write_component(path, component=v1.cpu().numpy(), threshold=alpha, fraction=FRACTION,
                         encoder=args.model)
     world.wait()
     v1, alpha = read_component(path, pipe.image_encoder.config.hidden_size)
-    return v1.to(pipe.device), torch.as_tensor(alpha, device=pipe.device)
+    return v1.to(pipe.device), alpha
 
 
 # -------------------------------------------------------------------------------------- the preview
 def preview(args, pipe, view_maker, images):
     """Draws preview.png, a column an image: original, foreground map, views at all levels, the
     adaptive choice framed (the paper's Fig. 3)."""
-    v1, alpha = clip_foreground(args, pipe, images)
+    v1, alpha = clip_foreground(pipe, images, args.fit_images, args.component,
+                                args.flip_foreground)
     v1 = v1.to(pipe.device)
-    alpha = torch.as_tensor(alpha).to(pipe.device)
     cell = 128 if view_maker.save_size <= 128 else 224
     columns = []
     captions = []
@@ -566,14 +566,14 @@ def default_model(dataset):
     return "mini" if dataset.startswith("cifar") and genview.MINI.is_dir() else STABLE
 
 
-def precision_of(args, world):
-    """The dtype of all networks."""
-    if args.precision != "auto":
-        return getattr(torch, args.precision)
-    if world.device.type != "cuda":
+def precision_of(name, device):
+    """The dtype of all networks. name: --precision."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
         return torch.float32
     # Not the world's dtype: a training's --precision does not change its views.
-    return torch.bfloat16 if fast_dtype(world.device) == torch.bfloat16 else torch.float16
+    return torch.bfloat16 if fast_dtype(device) == torch.bfloat16 else torch.float16
 
 
 def make_view_maker(args, pipe, device):
@@ -594,7 +594,8 @@ def run(args, world):
     """Makes the views or draws the preview."""
     # Of any size: files are opened when they are needed.
     images = genview.load_images(args.dataset, args.data_dir, "train", image_size=math.inf)
-    pipe = load_pipeline(args.model, precision_of(args, world), world.device, args.solver)
+    dtype = precision_of(args.precision, world.device)
+    pipe = load_pipeline(args.model, dtype, world.device, args.solver)
     check(pipe, args.steps)
     if args.component:                             # an error in it comes before anything is written
         read_component(args.component, pipe.image_encoder.config.hidden_size)

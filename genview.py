@@ -26,7 +26,7 @@ from support.augment import (
     normalise,
     renormalise,
 )
-from support.command_line import UserError, progress, say
+from support.command_line import UserError, in_short, progress, say
 from support.data import IN_MEMORY_SIZE, SAME_FILES, Images, count_and_digest, spaced
 from support.files import read_component, refuse_placeholder, write_whole
 from support.pictures import sheet, to_image
@@ -154,34 +154,34 @@ class PairLoader:
 
     def epoch(self, epoch, start=0):
         """Yields V views, each (n, 3, S, S), from step start on: this process's part of a batch."""
-        return self.from_memory(epoch, start) if self.in_memory else self.from_files(epoch, start)
-
-    def from_memory(self, epoch, start):
-        height, width = self.pixels.shape[2:]
-        batches = self.plan.batches(epoch, start)
-        for step, (index, generated_first) in enumerate(batches, start):
+        if self.in_memory:
+            batches = self.plan.batches(epoch, start)
+        else:
+            self.sampler.set_epoch(epoch, start)
+            batches = self.reader
+        for step, batch in enumerate(batches, start):
             draws, orders = self.plan.draws(epoch, step, self.device)
-            index = index.to(self.device, non_blocking=True)
-            first = generated_first.to(self.device, non_blocking=True)[:, None, None, None]
-            image = self.pixels[index]                                              # X_i
-            generated = self.generated[index]                                       # X_i^+
-            pair = torch.where(first, generated, image), torch.where(first, image, generated)
+            crops = self.crop(*batch, draws) if self.in_memory else batch
             views = []
             for v, t in enumerate(self.augmentations):
-                boxes = augment.crop_boxes(draws[v].crop, height, width, t.scale)
-                crops = augment.crop(pair[v % 2], boxes, self.sizes[v])
-                views.append(augment_crops(crops / 255, draws[v], orders[v], t))
+                x = crops[v].to(self.device, non_blocking=True).float() / 255
+                views.append(augment_crops(x, draws[v], orders[v], t))
             yield views
 
-    def from_files(self, epoch, start):
-        self.sampler.set_epoch(epoch, start)
-        for step, crops in enumerate(self.reader, start):
-            draws, orders = self.plan.draws(epoch, step, self.device)
-            views = []
-            for v, t in enumerate(self.augmentations):
-                x = crops[v].to(self.device, non_blocking=True)
-                views.append(augment_crops(x.float() / 255, draws[v], orders[v], t))
-            yield views
+    def crop(self, index, generated_first, draws):
+        """V crops (n, 3, S, S) of images in memory; see BatchPlan."""
+        index = index.to(self.device, non_blocking=True)
+        generated_first = generated_first.to(self.device, non_blocking=True)[:, None, None, None]
+        image = self.pixels[index]                                                  # X_i
+        generated = self.generated[index]                                           # X_i^+
+        pair = (torch.where(generated_first, generated, image),
+                torch.where(generated_first, image, generated))
+        height, width = image.shape[2:]
+        crops = []
+        for v, t in enumerate(self.augmentations):
+            boxes = augment.crop_boxes(draws[v].crop, height, width, t.scale)
+            crops.append(augment.crop(pair[v % 2], boxes, self.sizes[v]))
+        return crops
 
 
 class BatchPlan(NamedTuple):
@@ -537,12 +537,6 @@ class FrozenEncoder(torch.nn.Module):
         if self.is_clip:
             return clip_tokens(getattr(self.model, "vision_model", self.model), hidden)
         return feature_map(hidden, patches_of(self.model, self.size))
-
-
-def in_short(error):
-    """First words of an error on one line, with its kind where it is another library's."""
-    words = " ".join(str(error).split())[:150]
-    return words if isinstance(error, UserError) else f"{type(error).__name__}: {words}"
 
 
 class PairQuality:

@@ -176,7 +176,8 @@ def perturb(scene: Scene, noise_level, generator: torch.Generator) -> Scene:
 
 
 class TokenEncoder(nn.Module):
-    """(n, 3, 32, 32) -> tokens (n, 64, 64): fine features of 8x8 cells and coarse ones of all."""
+    """(n, 3, S, S) -> tokens (n, 64, 64): fine features of 8x8 cells and coarse ones of all.
+    Pictures of another size than SIZE are resized to it."""
     def __init__(self, width: int = 64):
         super().__init__()
         def block(c_in, c_out, stride=1):
@@ -190,6 +191,8 @@ class TokenEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)  # as CLIP's post_layernorm
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != SIZE:                    # as genview.FrozenEncoder does
+            x = F.interpolate(x, size=(SIZE, SIZE), mode="bilinear", antialias=True)
         fine = self.fine(x)
         coarse = self.coarse(fine)
         coarse = coarse + self.everywhere(coarse.flatten(1))[..., None, None].relu()

@@ -8,7 +8,6 @@
 Legend of the shapes: N pairs of this process, S side of a view, D size of an embedding.
 """
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from quality_loss import negative_cosine
@@ -16,7 +15,7 @@ from support.command_line import script
 from support.data import IN_MEMORY_SIZE
 from support.networks import make_backbone
 from support.processes import setup
-from train_moco import Encoder, Momentum, embedding_spread, mlp, parse_args, train
+from train_moco import Encoder, Momentum, health, mlp, parse_args, train, unit
 
 
 class BYOL(Momentum):
@@ -39,7 +38,8 @@ class BYOL(Momentum):
         # |p - z|^2 = 2 - 2 cos for unit vectors: the paper's loss up to a constant. Both directions
         # carry the same w.
         loss = 2 * (negative_cosine(p1, z2, weights) + negative_cosine(p2, z1, weights))
-        return loss, readouts(p1, z2, z1)
+        targets = unit(z2)
+        return loss, health(unit(p1), targets, targets, embeddings=unit(z1), positives=1)
 
 
 class SimSiam(nn.Module):
@@ -67,19 +67,8 @@ class SimSiam(nn.Module):
         p1 = self.predictor(z1)                                                 # (N, D)
         p2 = self.predictor(z2)
         loss = 0.5 * (negative_cosine(p1, z2, weights) + negative_cosine(p2, z1, weights))
-        return loss, readouts(p1, z2, z1)
-
-
-@torch.no_grad()
-def readouts(prediction, target, other):
-    """Mean cosine of a prediction with its target (should rise) and with the targets of other
-    pairs; the spread of the embeddings."""
-    p = F.normalize(prediction.float(), dim=1)
-    z = F.normalize(target.float(), dim=1)
-    n = len(p)
-    pos = (p * z).sum(1).mean()
-    neg = (n * p.mean(0) @ z.mean(0) - pos) / max(n - 1, 1)
-    return {"pos": pos, "neg": neg, "std": embedding_spread(F.normalize(other.float(), dim=1))}
+        targets = unit(z2)
+        return loss, health(unit(p1), targets, targets, embeddings=unit(z1), positives=1)
 
 
 METHODS = {"byol": BYOL, "simsiam": SimSiam}

@@ -50,7 +50,7 @@ from support.data import check_classes, spaced
 from support.files import claimed, write_array
 from support.networks import LARS, make_backbone
 from support.processes import fast_dtype, setup
-from support.schedules import cosine, linear_warmup
+from support.schedules import cosine, for_batch, linear_warmup
 from support.seeds import step_generator
 from support.views import identity_of_views
 
@@ -138,13 +138,13 @@ class MoCoV2(Momentum):
 
     def forward(self, views, weights, world):
         view1, view2 = views
-        q = F.normalize(self.query(view1).float(), dim=1)                       # (N, D)
+        q = unit(self.query(view1))                                             # (N, D)
         with torch.no_grad():
-            k = F.normalize(self.key(view2).float(), dim=1)                     # (N, D)
+            k = unit(self.key(view2))                                           # (N, D)
         negatives = self.queue.clone()             # enqueue changes it before the backward pass
         loss = info_nce(q, k, negatives, temperature=self.temperature, weights=weights)
         self.enqueue(world.gather(k))
-        return loss, similarities(q, k, negatives)
+        return loss, health(q, k, negatives, embeddings=q)
 
     @torch.no_grad()
     def enqueue(self, keys):
@@ -167,11 +167,11 @@ class MoCoV3(Momentum):
 
     def forward(self, views, weights, world):
         view1, view2 = views
-        q1 = F.normalize(self.predictor(self.query(view1)).float())                      # (N, D)
-        q2 = F.normalize(self.predictor(self.query(view2)).float())
+        q1 = unit(self.predictor(self.query(view1)))                                     # (N, D)
+        q2 = unit(self.predictor(self.query(view2)))
         with torch.no_grad():
-            k1 = world.gather(F.normalize(self.key(view1).float()))                  # (all N, D)
-            k2 = world.gather(F.normalize(self.key(view2).float()))
+            k1 = world.gather(unit(self.key(view1)))                                 # (all N, D)
+            k2 = world.gather(unit(self.key(view2)))
         t = self.temperature
         offset = world.rank * len(q1)              # where this process's keys begin
         # Both directions carry the same w. 2t, as in MoCo v3, keeps the gradient's size for any t.
@@ -179,27 +179,35 @@ class MoCoV3(Momentum):
             info_nce_in_batch(q1, k2, temperature=t, weights=weights, offset=offset)
             + info_nce_in_batch(q2, k1, temperature=t, weights=weights, offset=offset))
         own_keys = k2[offset:offset + len(q1)]
-        return loss, similarities(q1, own_keys, k2, positives=1)
+        return loss, health(q1, own_keys, k2, embeddings=q1, positives=1)
 
 
 METHODS = {"mocov2": MoCoV2, "mocov3": MoCoV3}
 METHOD_NAMES = dict(mocov2="MoCo v2", mocov3="MoCo v3", byol="BYOL", simsiam="SimSiam", swav="SwAV")
 
 
+def unit(z):
+    """Embeddings (N, D) at length 1, in float32."""
+    return F.normalize(z.float(), dim=1)
+
+
 @torch.no_grad()
-def similarities(q, k, keys, positives=0):
-    """Health read-outs: spread, and the mean cosine of positive pairs (should rise) and of others
-    (should stay near 0). keys: all that q is compared with beside k; positives: how many of them
-    are of the query's own pair."""
+def health(q, k, keys, embeddings, positives=0):
+    """Health read-outs of unit embeddings.
+
+    Args:
+        q, k: the two of each pair, (N, D); pos, their mean cosine, should rise.
+        keys: all that q is compared with; neg, the mean cosine with those of other pairs, should
+            stay near 0.
+        embeddings: of one view, (N, D); std, their spread, is 1 where they point everywhere and 0
+            after a collapse.
+        positives: how many of the keys are of the query's own pair.
+    """
     pos = (q * k).sum(1).mean()
     all_pairs = (q.mean(0) * keys.mean(0)).sum()               # mean cosine of all queries and keys
     neg = (len(keys) * all_pairs - positives * pos) / (len(keys) - positives)
-    return {"pos": pos, "neg": neg, "std": embedding_spread(q)}
-
-
-def embedding_spread(z):
-    """Spread of unit embeddings (N, D): std times sqrt(D); 1: they point everywhere, 0: one way."""
-    return z.std(0).mean() * z.shape[1] ** 0.5
+    std = embeddings.std(0).mean() * embeddings.shape[1] ** 0.5
+    return {"pos": pos, "neg": neg, "std": std}
 
 
 # ----------------------------------------------------------------------------------------- the step
@@ -237,8 +245,7 @@ OPTIMIZERS = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.opti
 
 
 def make_optimizer(method, name, weight_decay):
-    """name: a key of OPTIMIZERS. method.constant_lr: modules kept at the peak rate (SimSiam's
-    predictor)."""
+    """name: a key of OPTIMIZERS."""
     constant = set()
     for module in getattr(method, "constant_lr", []):
         constant |= set(module.parameters())
@@ -258,9 +265,11 @@ def learning_rate(epoch, epochs, warmup, peak, end=0.0):
 
 # ----------------------------------------------------------------------------------------- the loop
 def train(args, world, methods=METHODS):
-    """Trains, evaluates, writes the run's folder, which is claimed before the work. methods: {name:
-    class}; class(args) is a module with .query, .chance, update(fraction) and forward(views,
-    weights, world)."""
+    """Trains, evaluates, writes the run's folder, which is claimed before the work.
+
+    methods: {name: class}; class(args) is a module with .query, .chance, update(fraction) and
+    forward(views, weights, world); it may have .constant_lr, modules that stay at the peak rate.
+    """
     with claimed(args.output_dir, world):
         images, test = load_data(args)
         args = limit_queue(args, len(images.names))
@@ -272,15 +281,16 @@ def train(args, world, methods=METHODS):
         run.resume()
         encoder = load_encoder(args)       # what is wrong with it is said before views are made
         generated, coverage, component = prepare_views(args, images, world, encoder)
-        quality_of = prepare_quality(args, images, world, encoder, component)
+        quality_of = None
+        if args.quality != "off":
+            component = find_component(args, images, world, encoder, component)
+            quality_of = make_quality(args, encoder, component, world)
         loader = make_loader(args, images, generated, world)
         trained = make_ready(method, loader, args, world, fresh=run.is_new)
         left_out = images.left_out + (test.left_out if test else 0)
         run.begin(loader.steps, label(args, coverage, left_out), identity_of_loaded(args, encoder))
         if quality_of and run.main:
-            # Not flipped: prepare_quality flips it at every start.
-            sign = -1 if args.flip_foreground else 1
-            write_array(run.folder / "component.npy", sign * quality_of.component)
+            write_array(run.folder / "component.npy", component)
         accuracy = None
         for epoch in range(run.start_epoch, args.epochs):
             train_epoch(epoch, loader, trained, optimizer, quality_of, run)
@@ -296,8 +306,8 @@ def train(args, world, methods=METHODS):
 def train_epoch(epoch, loader, method, optimizer, quality_of, run):
     """One epoch, from where the run goes on."""
     args = run.args
-    peak_rate = args.lr * args.batch_size / 256    # --lr and --final-lr are for 256 images
-    end_rate = (args.final_lr or 0) * args.batch_size / 256
+    peak_rate = for_batch(args.lr, args.batch_size)
+    end_rate = for_batch(args.final_lr or 0, args.batch_size)
     method.train()
     start = run.begin_epoch(epoch)
     for step, views in enumerate(loader.epoch(epoch, start), start):
@@ -368,17 +378,13 @@ def load_data(args):
 def limit_queue(args, count):
     """Returns the flags; with --dataset folder the queue of ImageNet's recipe is cut to a tenth of
     the images. A line is said of any other queue that is larger."""
-    if not args.queue:
-        return args
-    usual = recipes.training(args.dataset, args.method, args.arch, args.epochs, args.batch_size)
-    by_recipe = args.queue == usual.get("queue")
-    most = max(count // 10 // args.batch_size, 1) * args.batch_size
-    if args.dataset == "shapes" and not args.limit:            # its recipe is for all its images
-        return args
+    for_all_shapes = args.dataset == "shapes" and not args.limit   # its recipe is for all of them
     tolerated = math.ceil(count / 10 / args.batch_size) * args.batch_size
-    if args.queue <= max(most, tolerated):
+    if not args.queue or for_all_shapes or args.queue <= tolerated:
         return args
-    if args.dataset == "folder" and by_recipe:
+    most = max(count // 10 // args.batch_size, 1) * args.batch_size
+    usual = recipes.training(args.dataset, args.method, args.arch, args.epochs, args.batch_size)
+    if args.dataset == "folder" and args.queue == usual.get("queue"):
         say(f"--queue {most}: at most a tenth of the {count} images")
         return argparse.Namespace(**vars(args) | {"queue": most})
     say(f"*** --queue {args.queue} for {count} images: it holds older features of the same images; "
@@ -461,19 +467,23 @@ def shapes_views(encoder, noise, seed, count):
     return views[spaced(len(views), count)], component
 
 
-def prepare_quality(args, images, world, encoder, component):
-    """quality_of, see train_step, or None. component: v1 where it is known; else a resumed run has
-    it in a file, or it is that of --component, or fitted."""
-    if args.quality == "off":
-        return None
+def find_component(args, images, world, encoder, component):
+    """v1 of the encoder's features, before --flip-foreground. component: v1 where it is known; else
+    a resumed run has it in a file, or it is that of --component, or fitted."""
+    if component is not None:
+        return component
+    kept = Path(args.resume).with_name("component.npy") if args.resume else None
     encoder = encoder.to(world.device, memory_format=torch.channels_last)
-    if component is None:
-        kept = Path(args.resume).with_name("component.npy") if args.resume else None
-        component = genview.component_of_encoder(encoder, images, args.image_size, world,
-                                                 args.component, kept, args.workers)
-    component = -component if args.flip_foreground else component
+    return genview.component_of_encoder(encoder, images, args.image_size, world, args.component,
+                                        kept, args.workers)
+
+
+def make_quality(args, encoder, component, world):
+    """quality_of, see train_step."""
+    encoder = encoder.to(world.device, memory_format=torch.channels_last)
     if args.compile:
         encoder.compile()
+    component = -component if args.flip_foreground else component
     return genview.PairQuality(encoder, component.to(world.device))
 
 
@@ -543,7 +553,8 @@ def parse_args(methods=METHODS, description=None, argv=None):
     resolve_views(args)
     with_views = args.views_dir != "none" and args.views == "pair"
     args.quality = args.quality or ("exact" if with_views else "off")
-    args.encoder = args.encoder or ("mini" if args.image_size <= 32 else "clip")
+    if args.dataset != "shapes":
+        args.encoder = args.encoder or ("mini" if args.image_size <= 32 else "clip")
     runs.check_batch(args.batch_size)
     if args.queue and args.queue % args.batch_size:
         fits = args.queue // args.batch_size * args.batch_size or args.batch_size
@@ -561,6 +572,9 @@ def resolve_views(args):
     where they are, or none."""
     if args.dataset == "shapes" and args.views_dir not in ("auto", "none"):
         raise UserError("--dataset shapes makes its views itself: --views-dir can only be none")
+    if args.dataset == "shapes" and (args.encoder or args.component):
+        raise UserError("--dataset shapes trains an encoder of its own: leave --encoder and "
+                        "--component out")
     if args.noise != "adaptive" and args.dataset != "shapes":
         raise UserError("--noise is for --dataset shapes; for other data generate_views.py sets it")
     is_new = runs.begins_new(args.output_dir, args.resume)

@@ -19,7 +19,7 @@ from quality_loss import sinkhorn, swapped_prediction
 from support.command_line import UserError, script
 from support.networks import VITS, make_backbone
 from support.processes import setup
-from train_moco import Encoder, mlp, parse_args, similarities, train
+from train_moco import Encoder, health, mlp, parse_args, train
 
 
 class SwAV(nn.Module):
@@ -71,7 +71,7 @@ class SwAV(nn.Module):
         z1, z2 = z.detach().chunk(len(views))[:2]
         if self.queue_fills:
             self.enqueue(torch.stack([world.gather(z1), world.gather(z2)]))
-        return loss, similarities(z1, z2, z2, positives=1)
+        return loss, health(z1, z2, z2, embeddings=z1, positives=1)
 
     @torch.no_grad()
     def codes(self, scores, world):

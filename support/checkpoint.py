@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from support.command_line import Terminated, UserError, say
+from support.command_line import Terminated, UserError, in_short, say
 from support.files import write_whole
 from support.pretrained import load_checkpoint
 from support.processes import STOP_SIGNALS, compare
@@ -76,10 +76,9 @@ class Checkpoint:
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:150]
-            raise UserError(f"{self.loaded_path} does not fit this training ({reason}): it is "
-                            f"damaged, or of another version of this code; go on with that one, or "
-                            f"begin a new run in another --output-dir") from None
+            raise UserError(f"{self.loaded_path} does not fit this training ({in_short(error)}): "
+                            f"it is damaged, or of another version of this code; go on with that "
+                            f"one, or begin a new run in another --output-dir") from None
 
     def _compare_processes(self, path, before):
         if before != self.world.size:

@@ -27,6 +27,12 @@ class Terminated(Exception):
 
 
 # ------------------------------------------------------------------------------- errors as one line
+def in_short(error):
+    """First words of an error on one line, with its kind where it is another library's."""
+    words = " ".join(str(error).split())[:150]
+    return words if isinstance(error, UserError) else f"{type(error).__name__}: {words}"
+
+
 def script(main):
     """Runs a script's main function and turns errors that a user can cause into one line."""
     for stream in (sys.stdout, sys.stderr):        # consoles that lack a letter show its number

@@ -2,6 +2,11 @@
 import math
 
 
+def for_batch(rate, batch_size):
+    """A learning rate given for 256 images grows linearly with the batch (Goyal et al. 2017)."""
+    return rate * batch_size / 256
+
+
 def linear_warmup(peak, done, length):
     """Rises from 0 to the peak in a warm-up of this length; done: in the same unit."""
     return peak * done / length if done < length else peak

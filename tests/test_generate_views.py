@@ -324,10 +324,8 @@ def test_release_component_fixed_noise_and_larger_views(world, pipe, images):
 
 
 def test_flip_takes_the_other_side(pipe, images):
-    args = Namespace(component=None, flip_foreground=False, fit_images=10)
-    v1, _ = gv.clip_foreground(args, pipe, images)
-    args.flip_foreground = True
-    flipped, alpha = gv.clip_foreground(args, pipe, images)
+    v1, _ = gv.clip_foreground(pipe, images, 10)
+    flipped, alpha = gv.clip_foreground(pipe, images, 10, flip=True)
     assert torch.equal(flipped, -v1)
     tokens = torch.cat([t for _, t, _ in gv.encode_all(pipe, images, spaced(24, 10).tolist())])
     p = gv.foreground_proportion(tokens, flipped, alpha)
@@ -340,8 +338,7 @@ def test_maps_that_show_only_the_place_are_named(monkeypatch, capsys, place, war
     monkeypatch.setattr(gv, "encode_all",
                         lambda *_: [(None, part, None) for part in tokens.split(8)])
     pipe = Namespace(image_encoder=Namespace(config=Namespace(hidden_size=8)))
-    args = Namespace(component=None, flip_foreground=False, fit_images=40)
-    gv.clip_foreground(args, pipe, Images(["x"] * 40, torch.zeros(40), 1))
+    gv.clip_foreground(pipe, Images(["x"] * 40, torch.zeros(40), 1), 40)
     assert ("depend on the place" in capsys.readouterr().out) == warned
 
 
@@ -378,7 +375,7 @@ def test_a_scheduler_says_why_it_refuses(world, monkeypatch):
     def refuse(steps):
         raise ValueError(f"{steps} are not good\nfor me")
     monkeypatch.setattr(pipe.scheduler, "set_timesteps", refuse)
-    with pytest.raises(UserError, match="^--steps 7 .*Scheduler: 7 are not good for me$"):
+    with pytest.raises(UserError, match="^--steps 7 .*Scheduler: ValueError: 7 are not good for me$"):
         gv.check(pipe, 7)
 
 
