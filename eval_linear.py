@@ -433,21 +433,24 @@ def evaluate(settings, backbone, dim, world):
     train = load("train")
     test = load("test")
     check_classes(train, settings.data_dir, ": a classifier needs two classes")
+    left_out = train.left_out + test.left_out
+    if settings.protocol == "finetune":
+        train = labelled(train, settings)
     with claimed(settings.output_dir, world):
-        run = Evaluation(settings, world, backbone, train, train.left_out + test.left_out)
+        run = Evaluation(settings, world, backbone, train, test, left_out)
         follow_protocol(settings, backbone, dim, train, test, world, run)
 
 
 def follow_protocol(settings, backbone, dim, train, test, world, run):
-    """Fits on the images train; computes and reports the accuracies on the images test."""
+    """Fits on the images train, all of them labelled; computes and reports the accuracies on the
+    images test."""
     def features(images):
         return extract_features(backbone, images, settings.image_size, world,
                                 workers=settings.workers)
     n = len(train.names)
     if settings.protocol == "finetune":
-        train = labelled(train, settings)
         head = finetune(backbone, dim, train, settings, world, run)
-        run.report("finetune", len(train.names), top(head(features(test)), test.labels), head)
+        run.report("finetune", n, top(head(features(test)), test.labels), head)
     elif settings.protocol == "linear" and not settings.augment:
         x = features(train)
         test_x = features(test)

@@ -44,7 +44,7 @@ from support.command_line import (
     whole,
 )
 from support.data import IN_MEMORY_SIZE, read_images, spaced
-from support.files import read_component, write_component, write_whole
+from support.files import digest_of_file, read_component, write_component, write_whole
 from support.pictures import sheet, square, to_image
 from support.processes import cores_of_process, fast_dtype, setup
 from support.views import ViewFolder, file_mark
@@ -299,7 +299,7 @@ def make_view_set(args, pipe, view_maker, images, world):
     images of one level."""
     suffix = ".png" if view_maker.save_size <= IN_MEMORY_SIZE else ".jpg"         # png: lossless
     folder = ViewFolder(args.views_dir, suffix, world.rank)
-    folder.prepare(settings_of(args, view_maker, pipe), images, world)
+    folder.prepare(settings_of(args, view_maker, pipe), args.dataset, images, world)
     v1, alpha = share_foreground(args, pipe, images, world)
     mine = spaced(len(images.names), args.limit).tolist()[world.rank::world.size]
     todo, changed, there = find_missing(folder, images, mine)
@@ -423,13 +423,12 @@ def make_missing(dataset, data_dir, limit, images, world):
 
 def settings_of(args, view_maker, pipe):
     """What must not change within a folder of views."""
-    names = "dataset model noise solver seed flip_foreground component fit_images".split()
+    names = "model noise solver seed flip_foreground component fit_images".split()
     settings = {name: getattr(args, name) for name in names} | view_maker.settings
-    component = Path(args.component).read_bytes() if args.component else b""
     return settings | {"save_size": view_maker.save_size,
                        "precision": str(pipe.unet.dtype).removeprefix("torch."),
                        "weights": digest_of_weights(pipe),
-                       "component_file": hashlib.sha256(component).hexdigest()[:12]}
+                       "component_file": digest_of_file(args.component)}
 
 
 def digest_of_weights(pipe):

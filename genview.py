@@ -30,9 +30,9 @@ from support.command_line import UserError, in_short, progress, say
 from support.data import IN_MEMORY_SIZE, SAME_FILES, Images, count_and_digest, spaced
 from support.files import read_component, refuse_placeholder, write_whole
 from support.pictures import sheet, to_image
-from support.processes import compare, start_worker
+from support.processes import compare, compare_each, start_worker
 from support.seeds import epoch_order, step_generator
-from support.views import find_views, views_into_memory
+from support.views import find_views, identity_of_views, views_into_memory
 
 FIT_IMAGES = 10_000           # images that the foreground component is fitted on (release)
 FRACTION = 0.4                # of all tokens that is foreground; sets alpha, Eq. 7 (release)
@@ -264,35 +264,43 @@ class CropsOfFiles(Dataset):
         return crops
 
 
+class Generated(NamedTuple):
+    """What was loaded from --views-dir, or made by the world of shapes."""
+    views: object = None            # the X_i^+ as PairLoader takes them, or load_extra's samples
+    coverage: str = ""              # where not all images have one: how many, in words
+    identity: dict = {}             # what tells them from others, {name: value}
+
+
 def load_views(images, views_dir, dataset, skip_bad=False, workers=0):
-    """The generated views as PairLoader takes them, and for how many of the images there is one."""
+    """The generated views of a folder -> Generated."""
     paths = find_views(images, views_dir, dataset)
-    found = [name for name, path in zip(images.names, paths, strict=True) if path]
-    compare("generated views", count_and_digest(found), SAME_FILES)
+    identity = identity_of_views(views_dir, images.names, paths)
+    compare_each(identity, SAME_FILES)
     if images.pixels is not None:
         generated, bad = views_into_memory(images, paths, skip_bad, workers)
     else:
         bad = data.unreadable(paths, workers) if skip_bad else {}
         generated = [None if i in bad else path for i, path in enumerate(paths)]
-    missing = len(bad) + len(paths) - len(found)
-    text = f"generated views of {len(paths) - missing} of {len(paths)} images from {views_dir}"
+    missing = len(bad) + paths.count(None)
+    of = f" of {len(paths) - missing} of {len(paths)} images"
+    text = f"generated views{of} from {views_dir}"
     if missing:
         text = f"*** {text}; the other {missing} use themselves"
     say(text)
-    return generated, len(paths) - missing
+    return Generated(generated, of if missing else "", identity)
 
 
 def load_extra(images, views_dir, dataset, image_size, skip_bad=False, workers=0):
-    """--views extra: further images, (M, 3, S, S) uint8 or M paths: the views of these images in a
-    folder of generate_views.py, all the images of any other folder. And how many of them cannot be
-    read."""
+    """--views extra -> Generated, further images, (M, 3, S, S) uint8 or M paths: the views of these
+    images in a folder of generate_views.py, all the images of any other folder."""
     if Path(views_dir, "settings.json").exists():
         paths = [path for path in find_views(images, views_dir, dataset) if path]
     else:
         paths = data.image_files(views_dir)
     if not paths:
         raise UserError(f"{views_dir} holds no images for --views extra")
-    compare("extra images", count_and_digest([path.name for path in paths]), SAME_FILES)
+    identity = identity_of_views(views_dir, [path.name for path in paths], paths)
+    compare_each(identity, SAME_FILES)
     # Absolute: images.root / name is then the name itself.
     names = [str(path.resolve()) for path in paths]
     extra = Images(names, torch.zeros(len(paths)), 0, root=Path())
@@ -301,7 +309,9 @@ def load_extra(images, views_dir, dataset, image_size, skip_bad=False, workers=0
     elif skip_bad:
         extra = data.without_unreadable(extra, workers)
     say(f"{len(extra.names)} further training samples from {views_dir}")
-    return extra.names if images.pixels is None else extra.pixels, extra.left_out
+    left_out = f" ({extra.left_out} unreadable ones left out)" if extra.left_out else ""
+    views = extra.names if images.pixels is None else extra.pixels
+    return Generated(views, left_out, identity)
 
 
 def expand(images, extra):

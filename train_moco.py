@@ -47,12 +47,11 @@ from support.augment import normalise
 from support.checkpoint import digest
 from support.command_line import Parser, UserError, either, real, say, script, whole
 from support.data import check_classes, spaced
-from support.files import claimed, write_array
+from support.files import claimed, digest_of_file, write_array
 from support.networks import LARS, make_backbone
 from support.processes import fast_dtype, setup
 from support.schedules import cosine, for_batch, linear_warmup
 from support.seeds import step_generator
-from support.views import identity_of_views
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -280,15 +279,16 @@ def train(args, world, methods=METHODS):
         run = runs.Run(args, world, method, optimizer, images)
         run.resume()
         encoder = load_encoder(args)       # what is wrong with it is said before views are made
-        generated, coverage, component = prepare_views(args, images, world, encoder)
+        generated, component = prepare_views(args, images, world, encoder)
         quality_of = None
         if args.quality != "off":
             component = find_component(args, images, world, encoder, component)
             quality_of = make_quality(args, encoder, component, world)
-        loader = make_loader(args, images, generated, world)
+        loader = make_loader(args, images, generated.views, world)
         trained = make_ready(method, loader, args, world, fresh=run.is_new)
         left_out = images.left_out + (test.left_out if test else 0)
-        run.begin(loader.steps, label(args, coverage, left_out), identity_of_loaded(args, encoder))
+        run.begin(loader.steps, label(args, generated.coverage, left_out),
+                  identity_of_loaded(args, generated, encoder))
         if quality_of and run.main:
             write_array(run.folder / "component.npy", component)
         accuracy = None
@@ -416,40 +416,29 @@ def load_encoder(args):
 
 
 def prepare_views(args, images, world, encoder):
-    """Returns the generated views (--views extra: the further samples; None: plain pairs); in words
-    how many of the images have one, "" for all; and v1, for shapes alone, on which the noise of its
+    """Returns Generated, empty for plain pairs; and v1, for shapes alone, on which the noise of its
     views depends."""
     if args.dataset == "shapes" and encoder:
-        generated, component = shapes_views(encoder, args.noise, args.seed, len(images.names))
+        views, component = shapes_views(encoder, args.noise, args.seed, len(images.names))
         if args.views_dir == "none":               # the quality of plain pairs
-            generated = None
-        return generated, "", component
-    generated, coverage = views_from_disk(args, images, world)
-    return generated, coverage, None
-
-
-def folder_of_views(args):
-    """Where the generated views of a data set on the disk lie."""
-    if args.views_dir == "auto":
-        return genview.default_views_dir(args.dataset, args.data_dir)
-    return args.views_dir
+            views = None
+        return genview.Generated(views), component
+    return views_from_disk(args, images, world), None
 
 
 def views_from_disk(args, images, world):
-    """The first two of prepare_views. Makes those that are missing, where this run is to."""
+    """Generated, see prepare_views. Makes the views that are missing, where this run is to."""
     if args.views_dir == "none":
-        return None, ""
+        return genview.Generated()
     if args.views_dir == "auto":
         make_missing(args.dataset, args.data_dir, args.limit, images, world)
-    views_dir = folder_of_views(args)
+        views_dir = genview.default_views_dir(args.dataset, args.data_dir)
+    else:
+        views_dir = args.views_dir
     if args.views == "extra":
-        extra, bad = genview.load_extra(images, views_dir, args.dataset, args.image_size,
-                                        args.skip_bad, args.workers)
-        return extra, f" ({bad} unreadable ones left out)" if bad else ""
-    generated, count = genview.load_views(images, views_dir, args.dataset, args.skip_bad,
-                                          args.workers)
-    n = len(images.names)
-    return generated, f" of {count} of {n} images" if count < n else ""
+        return genview.load_extra(images, views_dir, args.dataset, args.image_size, args.skip_bad,
+                                  args.workers)
+    return genview.load_views(images, views_dir, args.dataset, args.skip_bad, args.workers)
 
 
 def shapes_views(encoder, noise, seed, count):
@@ -487,18 +476,18 @@ def make_quality(args, encoder, component, world):
     return genview.PairQuality(encoder, component.to(world.device))
 
 
-def identity_of_loaded(args, encoder):
-    """What tells these views and this encoder from others under the same flags, {name: value}."""
-    if args.dataset == "shapes":                   # made and trained at each start
-        return {}
-    loaded = identity_of_views(folder_of_views(args))
-    if encoder:
-        loaded["weights of --encoder"] = digest(encoder)
-    return loaded
+def identity_of_loaded(args, generated, encoder):
+    """What tells these views and this encoder from others, {name: value}: their content, as flags
+    can spell one folder in several ways."""
+    if args.dataset == "shapes" or not encoder:    # that of shapes is trained at each start
+        return generated.identity
+    return generated.identity | {
+        "weights of --encoder": f"{digest(encoder)}, pictures of {encoder.size} pixels",
+        "content of --component": digest_of_file(args.component)}
 
 
 def make_loader(args, images, generated, world):
-    """The pairs to train on. generated: see prepare_views."""
+    """The pairs to train on. generated: Generated.views."""
     steps = len(images.names) // args.batch_size   # extra samples add no steps
     if args.views == "extra":
         images = genview.expand(images, generated)
@@ -593,8 +582,7 @@ def resolve_views(args):
 
 
 def label(args, coverage="", left_out=0):
-    """What a run is, in words. coverage: see prepare_views; left_out: images that cannot be read.
-    """
+    """What a run is, in words. coverage: see Generated; left_out: images that cannot be read."""
     name = METHOD_NAMES[args.method]
     if args.views_dir == "none":
         name = f"plain {name}, no generated views"

@@ -11,8 +11,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
-OUT_OF_MEMORY = ("out of memory: lower --batch-size or the size of the images; "
-                 "an interrupted run goes on with --resume")
+OUT_OF_MEMORY = "out of memory: lower --batch-size or the size of the images"
 
 
 class UserError(Exception):
@@ -128,22 +127,33 @@ def _explain_torch(error):
 
 
 def _report(message, status):
-    if dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0:   # once a machine
+    of_several = "WORLD_SIZE" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+    if dist.is_initialized() or not of_several:    # once a machine
         print(f"error: {message}", file=sys.stderr)
     return status
 
 
 # --------------------------------------------------------------------------- messages and progress
+def from_environment(name, default):
+    """The whole number that torchrun or another launcher has put into the environment."""
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"the environment says {name}={text}, which is no whole number: unset it, "
+                        f"or start the processes with torchrun") from None
+
+
 def say(text):
     """Prints, flushed, in the first process only."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if from_environment("RANK", 0) == 0:
         print(text, flush=True)
 
 
 def progress(items, text, unit, **options):
     """A progress bar with rate and time left; in a log file one line every half minute instead."""
     from tqdm import tqdm
-    visible = sys.stderr is not None and int(os.environ.get("RANK", 0)) == 0
+    visible = sys.stderr is not None and from_environment("RANK", 0) == 0
     if visible and not sys.stderr.isatty():
         options |= dict(mininterval=30, maxinterval=30, delay=30,
                         bar_format="{desc}: {n_fmt}/{total_fmt} {rate_fmt} {remaining} left\n")

@@ -1,4 +1,5 @@
 """Image folders and CIFAR on the disk -> Images."""
+import errno
 import functools
 import hashlib
 import os
@@ -12,7 +13,7 @@ import torch
 import torchvision
 from torch.utils.data import DataLoader, Dataset
 
-from support.command_line import UserError, progress, say
+from support.command_line import UserError, from_environment, progress, say
 from support.pictures import open_image, square, to_image, to_tensor
 from support.processes import gather_objects, place_of_process, start_worker, wait
 
@@ -86,7 +87,7 @@ def read_cifar(dataset, data_dir, split):
     turn = 2
     if rank == 0:
         turn = 0
-    elif int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    elif from_environment("LOCAL_RANK", 0) == 0:
         turn = 1
     for _ in range(turn):
         wait()
@@ -94,6 +95,8 @@ def read_cifar(dataset, data_dir, split):
         data = reader(data_dir, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
         archive = Path(data_dir, reader.filename)
+        if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.ENOSPC:
+            raise                                  # its own line names the file
         if archive.exists():
             raise UserError(f"{archive} is damaged: remove it to have it downloaded") from None
         raise UserError(f"{dataset} is not in {data_dir} and could not be downloaded "
@@ -168,7 +171,8 @@ def folder_of_split(root, split):
         if (root / name).is_dir():
             return root / name
     raise UserError(f"no images for the {split} split: {root} needs train/ and val/ or test/ below "
-                    f"it, a folder a class (--data-dir; --knn-every 0 needs no test)")
+                    f"it, a folder a class (--data-dir; a training with --knn-every 0 needs no "
+                    f"test)")
 
 
 def unlabelled(root, folder, split, loose, others):
@@ -185,7 +189,7 @@ def unlabelled(root, folder, split, loose, others):
     elif others:
         found = f"; {len(others)} files such as {others[0]} are not read"
     raise UserError(f"{folder} holds no images in class folders{found} "
-                    f"(--knn-every 0 trains without labels)")
+                    f"(a training with --knn-every 0 needs none)")
 
 
 def is_ours(name):
@@ -196,9 +200,11 @@ def is_ours(name):
 def sort_out(folder):
     """The image files and the other files in a folder and below it, behind links to folders, too:
     two sorted lists of paths relative to it."""
+    def refuse(error):
+        raise error                                # os.walk would leave the folder out
     pictures = []
     others = []
-    for base, folders, found in os.walk(folder, followlinks=True):
+    for base, folders, found in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not leads_back(Path(base, name))]
         inside = Path(base).relative_to(folder)
         ours = all(is_ours(part) for part in inside.parts)

@@ -6,13 +6,14 @@ import torch
 
 from support.checkpoint import Checkpoint, digest, identity_of
 from support.command_line import UserError, say
-from support.data import SAME_FILES
+from support.data import SAME_FILES, count_and_digest
 from support.files import read_settings, write_json, write_whole
 from support.processes import compare_each
 
 # Settings that may differ when an evaluation is resumed. Digests of the backbone and of the images'
-# names take the place of the first two.
-FREE = {"checkpoint", "data_dir", "output_dir", "resume", "device", "workers", "skip_bad"}
+# names take the place of the first three.
+FREE = {"checkpoint", "data_dir", "labels_file", "output_dir", "resume", "device", "workers",
+        "skip_bad"}
 
 
 def folder_of(settings):
@@ -29,9 +30,9 @@ def folder_of(settings):
 class Evaluation:
     """One evaluation, in a folder that its process has claimed. Only the first process writes; all
     processes call the same methods."""
-    def __init__(self, settings, world, backbone, images, left_out=0):
-        """UserError where the folder holds something else. left_out: files that could not be
-        read."""
+    def __init__(self, settings, world, backbone, train, test, left_out=0):
+        """UserError where the folder holds something else. train, test: the images that it fits on
+        and scores; left_out: files that could not be read."""
         self.settings = settings
         self.left_out = left_out
         self.world = world
@@ -40,7 +41,8 @@ class Evaluation:
         self.results = {}
         identity = identity_of(settings, FREE)
         identity["backbone"] = digest(backbone)
-        identity["images"] = images.source
+        identity["images"] = count_and_digest(train.names)
+        identity["test images"] = count_and_digest(test.names)
         # As JSON gives it back: tuples are lists there.
         self.identity = json.loads(json.dumps(identity))
         compare_each(self.identity, SAME_FILES)

@@ -1,10 +1,12 @@
 """Files that appear whole or not at all, settings, and component files."""
 import contextlib
+import hashlib
 import json
 import os
 import re
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,8 @@ def write_whole(path, write, sync=False):
     Raises UserError where the file cannot be written; the file that was there stays.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    short = zlib.crc32(os.fsencode(path.name))     # names may be as long as a file system allows
+    temporary = path.with_name(f"{short:08x}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)          # a symbolic link of this name is not followed
@@ -47,6 +50,12 @@ def write_whole(path, write, sync=False):
 
 def write_json(path, content):
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def digest_of_file(path):
+    """A short hash of a file's content; path None: of nothing."""
+    content = Path(path).read_bytes() if path else b""
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def not_written(path, why):

@@ -64,14 +64,14 @@ def eight_bits(image):
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.asarray(image)
-    sixteen = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
-    top = 65535 if sixteen else scale_of(values)
-    return Image.fromarray((values / (top / 255)).round().clip(0, 255).astype(np.uint8))
+    scaled = values / (scale_of(values) / 255)
+    return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
 
 
 def scale_of(values):
-    """What stands for white in integers or floats of 32 bits: 1, 255 or 65535, the first that the
-    values do not exceed. ValueError where none fits: the picture would be black or white."""
+    """What stands for white in integers or floats of more than 8 bits: 1, 255 or 65535, the first
+    that the values do not exceed. ValueError where none fits: the picture would be black or white.
+    """
     least = values.min()
     most = values.max()
     for top in (1, 255, 65535):

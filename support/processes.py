@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from support.command_line import UserError
+from support.command_line import UserError, from_environment, in_short
 
 # Flags that name files, which may lie elsewhere on another machine.
 PATHS = {"data_dir", "views_dir", "output_dir", "resume", "checkpoint", "encoder", "component",
@@ -142,20 +142,13 @@ def setup(device=None, patience=datetime.timedelta(minutes=30), precision=None,
     elif chosen.type == "cpu":
         _keep_memory()
         torch.backends.cuda.enable_flash_sdp(False)   # also of CPUs: small ViTs train twice as fast
-    rank = int(os.environ.get("RANK", 0))
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or 1)
-    if "WORLD_SIZE" not in os.environ and tasks > 1 and "SLURM_PROCID" in os.environ:
-        raise UserError(f"SLURM starts {tasks} tasks, each of which would train alone: start one "
-                        f"task a machine, with torchrun in it (srun --ntasks-per-node 1 torchrun)")
-    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-               if name not in os.environ]
-    if missing and (size > 1 or rank > 0):
-        raise UserError(f"the environment says process {rank} of {size}, but not "
-                        f"{', '.join(missing)}: start several processes with torchrun, or unset "
-                        f"RANK and WORLD_SIZE")
+    rank, size = _place_by_launcher()
     if size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=patience)
+        try:
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=patience)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"the {size} processes do not find each other by MASTER_ADDR and "
+                            f"MASTER_PORT ({in_short(error)}): start them with torchrun") from None
     if args:
         compare_flags(args)
     dtype = fast_dtype(chosen)
@@ -167,16 +160,39 @@ def setup(device=None, patience=datetime.timedelta(minutes=30), precision=None,
     return World(rank, size, chosen, dtype, scaler)
 
 
+def _place_by_launcher():
+    """Rank of this process, number of all, as torchrun says it; UserError where it was not torchrun
+    that started several."""
+    rank = from_environment("RANK", 0)
+    size = from_environment("WORLD_SIZE", 1)
+    tasks = from_environment("SLURM_STEP_NUM_TASKS", from_environment("SLURM_NTASKS", 1))
+    if "SLURM_PROCID" not in os.environ:           # a shell of salloc
+        tasks = 1
+    tasks = max(tasks, from_environment("OMPI_COMM_WORLD_SIZE", 1))
+    if "WORLD_SIZE" not in os.environ and tasks > 1:
+        raise UserError(f"SLURM or MPI starts {tasks} tasks, each of which would train alone: "
+                        f"start one task a machine, with torchrun in it (srun --ntasks-per-node 1 "
+                        f"torchrun), or one task in all")
+    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+               if name not in os.environ]
+    alone = rank == 0 and size == 1
+    if not alone and (missing or not 0 <= rank < size):
+        lacks = f", but not {', '.join(missing)}" if missing else ""
+        raise UserError(f"the environment says process {rank} of {size}{lacks}: start several "
+                        f"processes with torchrun, or unset RANK and WORLD_SIZE")
+    return rank, size
+
+
 def _choose_device(device):
     available = "mps" if torch.backends.mps.is_available() else "cpu"
     kind = device or ("cuda" if torch.cuda.is_available() else available)
     try:
-        local = int(os.environ.get("LOCAL_RANK", 0))
+        local = from_environment("LOCAL_RANK", 0)
         chosen = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
         torch.empty(1, device=chosen)
         if chosen.type not in ("cuda", "mps", "cpu"):
             raise RuntimeError("not supported")
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        processes = from_environment("LOCAL_WORLD_SIZE", 1)
         if chosen.type == "cuda" and torch.cuda.device_count() < processes:
             raise RuntimeError(f"{torch.cuda.device_count()} GPUs for {processes} processes")
     except (RuntimeError, AssertionError) as error:
@@ -210,7 +226,7 @@ def cores_of_process():
     """The cores of this process, at most 16: as many processes read its images by default."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return min(16, max(1, cores // max(1, from_environment("LOCAL_WORLD_SIZE", 1))))
 
 
 def start_worker(_):

@@ -6,7 +6,6 @@ script draws or keeps there.
 import datetime
 import json
 import math
-import os
 import textwrap
 import time
 from pathlib import Path
@@ -14,14 +13,24 @@ from pathlib import Path
 import torch
 
 from support.checkpoint import Checkpoint, SaveTimes, identity_of
-from support.command_line import UserError, duration, progress, real, say, say_above, whole
-from support.data import IN_MEMORY_SIZE, SAME_FILES
+from support.command_line import (
+    UserError,
+    duration,
+    from_environment,
+    progress,
+    real,
+    say,
+    say_above,
+    whole,
+)
+from support.data import IN_MEMORY_SIZE, SAME_FILES, count_and_digest
 from support.files import append, keep_lines, write_json, write_whole
 from support.processes import compare, compare_each, cores_of_process
 
-# Flags that may differ when a run is resumed: they do not change its result.
+# Flags that may differ when a run is resumed: they do not change its result, or digests of what
+# they name take their place.
 FREE = {"data_dir", "output_dir", "resume", "device", "compile", "workers", "skip_bad", "knn_every",
-        "knn_images", "log_every", "save_minutes"}
+        "knn_images", "log_every", "save_minutes", "encoder", "component"}
 HEALTHY_NEG = 0.25    # mean cosine of negatives above which a run is warned
 TIMED_STEPS = 10      # whose time tells how long a run will take, after the first, which is slow
 LONG = 2 * 3600       # seconds from which on a smaller run is named, of small images on a CPU
@@ -51,7 +60,7 @@ def add_flags(parser):
 
 def check_batch(batch_size):
     """UserError where the processes cannot divide the batch or it is too small for batch norm."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = max(1, from_environment("WORLD_SIZE", 1))
     if batch_size % processes:
         raise UserError(f"--batch-size {batch_size} cannot be divided among {processes} "
                         f"processes: give a multiple")
@@ -118,6 +127,7 @@ class Run:
         self.method = method
         self.optimizer = optimizer
         self.num_images = len(images.names)
+        self.images = count_and_digest(images.names)
         self.main = world.rank == 0
         self.folder = Path(world.gather_objects(args.output_dir)[0])     # its name holds the time
         if self.main:
@@ -130,8 +140,9 @@ class Run:
         settings = identity_of(self.args, FREE)
         views_dir = settings.pop("--views-dir", "none")                  # views may move, too
         identity = {"with views": views_dir != "none"} | settings        # the cause comes first
-        identity["number of images"] = self.num_images + images.left_out
-        identity["images"] = images.source         # their names, not their place: data may move
+        # Their names, not their place: data may move. With those that cannot be read: a run may go
+        # on without a picture that broke.
+        identity["images"] = images.source
         return identity
 
     @property
@@ -158,6 +169,9 @@ class Run:
                 self.world.scaler.load_state_dict(state["scaler"])
             self.start_epoch = int(state["epoch"])
             self.start_step = int(state["step"])
+        if state.get("images", self.images) != self.images:
+            say(f"*** {path} is of a run of {state['images']}, here are {self.images}: other "
+                f"batches from here on, so not the same result")
 
     def begin(self, steps, label, loaded):
         """Opens the folder once all is loaded. steps: of an epoch; label: the run in words; loaded:
@@ -275,7 +289,8 @@ class Run:
             write_whole(self.folder / "backbone.pt", lambda path: torch.save(backbone, path))
         self.checkpoint.save(
             model=state, optimizer=self.optimizer.state_dict(), epoch=epoch, step=step,
-            statistics=statistics, scaler=self.world.scaler.state_dict(), args=vars(self.args))
+            statistics=statistics, scaler=self.world.scaler.state_dict(), images=self.images,
+            args=vars(self.args))
         self.save_times.saved(self.checkpoint.path, "the same command with --resume")
 
     def end(self):

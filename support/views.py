@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.command_line import UserError, say
-from support.data import SAME_FILES, read_squares_into, sort_out, spaced
+from support.data import SAME_FILES, count_and_digest, is_ours, read_squares_into, sort_out, spaced
 from support.files import append, read_settings, sweep, write_json, write_whole
 from support.processes import compare_each
 
@@ -15,8 +15,8 @@ COMPARED = 500        # pictures that are compared with those that views were ma
 FILE_PART = 1 << 16   # bytes of a file that enter its checksum
 
 # Settings of a folder that may change: other spellings of a model and a component, whose digests
-# are settings, too, and the set of images that was last there.
-FREE = {"model", "component", "source"}
+# are settings, too, and the set of images that was last there, which is compared by its files.
+FREE = {"model", "component", "source", "dataset"}
 
 
 def find_views(images, views_dir, dataset):
@@ -48,18 +48,28 @@ def find_views(images, views_dir, dataset):
                 f" are not those that the views in {views_dir} were made of: generate_views.py "
                 f"makes these again")
     paths = [files.get(key) for key in keys]
+    if images.root and views_dir.resolve() in {images.root.resolve(),
+                                               (images.root / "train").resolve()}:
+        raise UserError(f"{views_dir} holds the images themselves, not views of them: name the "
+                        f"folder that generate_views.py made, or --views-dir none")
     if not any(paths):
         raise UserError(f"{views_dir} holds no views of these images: none of its {len(files)} "
                         f"images has the name of one of {len(keys)} such as {images.names[0]}")
     return paths
 
 
-def identity_of_views(folder):
+def identity_of_views(folder, names, paths):
     """What tells the views in a folder from others, {name: value}: the settings they were made
-    with; {} where the folder has none, as of the release."""
+    with, where the folder has any (the release's has not); the images' names and marks of some of
+    the files. paths: of each image's view, or None."""
     path = Path(folder, "settings.json")
     settings = read_settings(path) if path.exists() else {}
-    return {f"{name} of the views": value for name, value in settings.items() if name not in FREE}
+    identity = {f"{name} of the views": x for name, x in settings.items() if name not in FREE}
+    found = [i for i, path in enumerate(paths) if path]
+    compared = [found[i] for i in spaced(len(found), COMPARED)]
+    marks = count_and_digest([mark_of(paths[i]) for i in compared])
+    identity["generated views"] = f"{count_and_digest([names[i] for i in found])}; files {marks}"
+    return identity
 
 
 def check_same_set(folder, made_for, images, dataset):
@@ -82,7 +92,8 @@ def check_same_set(folder, made_for, images, dataset):
         same = 2 * len(changed) <= len(sample)
     else:                                          # an old manifest: by the names
         same = known and len(known) >= 0.9 * min(len(lines), len(names))
-    if made_for.get("dataset", dataset) != dataset or (names_differ and not same):
+    other_set = images.root is None and made_for.get("dataset", dataset) != dataset
+    if other_set or (names_differ and not same):
         raise UserError(f"{folder} holds no views of these images: it is made for "
                         f"{made_for.get('dataset')}, {made_for.get('source')}, here is {dataset}, "
                         f"{images.source}; name another --views-dir")
@@ -92,9 +103,11 @@ def check_same_set(folder, made_for, images, dataset):
 def file_mark(images, name):
     """What tells an image file from another of the same name: its size in bytes and a checksum of
     its middle. "": it cannot be read; None: images that are no files."""
-    if images.root is None:
-        return None
-    path = images.root / name
+    return None if images.root is None else mark_of(images.root / name)
+
+
+def mark_of(path):
+    """See file_mark."""
     if not path.is_file():                         # a pipe would be waited for
         return ""
     try:
@@ -173,7 +186,7 @@ class ViewFolder:
     def path(self, name):
         return self.folder / Path(name).with_suffix(self.suffix)
 
-    def prepare(self, settings, images, world):
+    def prepare(self, settings, dataset, images, world):
         """Starts the folder or goes on with it; UserError where it holds anything else. settings:
         what all of its views have in common."""
         seen = {}
@@ -190,16 +203,17 @@ class ViewFolder:
                                          "writes with --limit 1 and an empty --views-dir")
             self.check_settings(before, settings)
             if self.manifest.exists():
-                check_same_set(self.folder, before, images, settings["dataset"])
+                check_same_set(self.folder, before, images, dataset)
         elif self.folder.is_dir():
             others = [entry.name for entry in os.scandir(self.folder)
-                      if entry.name != "preview.png" and not entry.name.endswith(".tmp")]
+                      if entry.name != "preview.png" and is_ours(entry.name)
+                      and not entry.name.endswith(".tmp")]
             if others:
                 raise UserError(f"{self.folder} is not empty ({others[0]}) and no views folder of "
                                 f"this script; name another --views-dir")
         world.wait()                               # all processes look before one writes
         if world.rank == 0:
-            new = settings | before | {"source": images.source}
+            new = settings | before | {"source": images.source, "dataset": dataset}
             if new != before:
                 write_json(path, new)
             sweep(self.folder.rglob("*.tmp"))

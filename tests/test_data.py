@@ -2,6 +2,7 @@
 pixels, views of pictures that have changed."""
 import json
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -142,12 +143,20 @@ def test_a_class_of_which_nothing_can_be_read_is_named(folder, capsys):
         load_images("folder", folder, "train", 99, limit=1, skip_bad=True)
 
 
-def test_a_run_may_go_on_without_a_picture_that_broke(folder, tmp_path):
+def test_a_run_may_go_on_without_a_picture_that_broke(folder, tmp_path, capsys):
+    """And with it again; both are said."""
     flags = ["--views-dir=none", "--knn-every=0"]
     train(folder, tmp_path / "run", *flags)
-    (folder / "train/cat/0002.png").write_bytes(b"no picture")
+    broken = folder / "train/cat/0002.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(b"no picture")
     label = train(folder, tmp_path / "run", *flags, "--resume", "--skip-bad")
     assert label.endswith(", 1 unreadable images left out")
+    count = len(list((folder / "train").rglob("*.png")))
+    assert f"of a run of {count} images" in capsys.readouterr().out
+    broken.write_bytes(whole)
+    train(folder, tmp_path / "run", *flags, "--resume", "--skip-bad")
+    assert f"of a run of {count} images" not in capsys.readouterr().out
 
 
 def test_processes_leave_out_the_same(folder, tmp_path):
@@ -194,7 +203,7 @@ def test_workers_read_what_one_process_reads(folder, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------ pixels
 @pytest.mark.parametrize("values, top", [
     (np.float32, 1), (np.float32, 255), (np.float32, 65535), (np.int32, 255), (np.int32, 65535),
-    (np.uint16, 65535), (np.uint8, 255)])
+    (np.uint16, 65535), (np.uint16, 255), (np.uint8, 255)])
 def test_pixels_of_any_depth_are_the_same_picture(values, top, tmp_path):
     grey = np.linspace(0, 255, 64).round().reshape(8, 8)
     content = grey * top / 255 if values is np.float32 else (grey * top / 255).round()
@@ -210,6 +219,12 @@ def test_values_of_no_known_scale_are_refused(values, tmp_path):
     Image.fromarray(np.array([values] * 2, np.float32)).save(tmp_path / "x.tif")
     with pytest.raises(UserError, match="x.tif cannot be read .*fit neither 0 to 1"):
         open_image(tmp_path / "x.tif")
+
+
+def test_twelve_bits_in_sixteen_are_refused_and_not_black(tmp_path):
+    Image.fromarray(np.array([[0, 4000]] * 2, np.uint16)).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match="x.png cannot be read .*fit neither 0 to 1"):
+        open_image(tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
@@ -270,6 +285,25 @@ def test_what_is_no_file_is_refused_in_one_line(tmp_path):
         assert reason in str(error.value) and "\n" not in str(error.value)
     images = data.Images(["pipe.jpg"], torch.zeros(1), 1, root=tmp_path)
     assert views_on_disk.file_mark(images, "pipe.jpg") == ""
+
+
+def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch, capsys):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refuse)
+    line = refusal(capsys, data.sort_out, folder)
+    assert re.fullmatch("Permission denied: .*dog", line)
+
+
+def test_a_name_as_long_as_a_disk_allows(folder, tmp_path):
+    name = 251 * "x"
+    (folder / "train/cat/0000.png").rename(folder / f"train/cat/{name}.png")
+    generate(folder, tmp_path / "views")
+    assert (tmp_path / f"views/train/cat/{name}.png").exists()
 
 
 def test_links_that_lead_back_are_not_followed(folder, tmp_path):
@@ -367,6 +401,24 @@ def test_views_of_another_set_are_refused(copy, tmp_path, capsys):
         assert "made for folder, 12 images" in line and "here is folder, 14 images" in line
         assert "name another --views-dir" in line and "remove" not in line
     assert all(path.read_bytes() == content for path, content in views.items())
+
+
+def test_views_of_a_folder_are_those_of_imagenet_in_it(copy, tmp_path, capsys):
+    """As long as the files are the same; others' disks have folders of their own in them."""
+    (tmp_path / "new/lost+found").mkdir(parents=True)
+    generate(copy / "data", tmp_path / "new", "--limit=2", "--dataset=imagenet")
+    generate(copy / "data", tmp_path / "new")
+    capsys.readouterr()
+    (copy / "data/test").rename(copy / "data/val")
+    label = train(copy / "data", tmp_path / "run", "--views-dir", copy / "views", "--knn-every=0",
+                  "--dataset=imagenet", "--quality=off")
+    assert label == "MoCo v2 + GenView's views"
+
+
+def test_the_images_are_no_views_of_themselves(folder, tmp_path, capsys):
+    for views in (folder, folder / "train"):
+        assert "holds the images themselves" in refusal(
+            capsys, train, folder, tmp_path / "run", "--views-dir", views)
 
 
 def test_an_old_manifest_is_accepted(copy, tmp_path, capsys):

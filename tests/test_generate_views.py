@@ -375,7 +375,7 @@ def test_a_scheduler_says_why_it_refuses(world, monkeypatch):
     def refuse(steps):
         raise ValueError(f"{steps} are not good\nfor me")
     monkeypatch.setattr(pipe.scheduler, "set_timesteps", refuse)
-    with pytest.raises(UserError, match="^--steps 7 .*Scheduler: ValueError: 7 are not good for me$"):
+    with pytest.raises(UserError, match="^--steps 7 .*Scheduler: .*7 are not good for me$"):
         gv.check(pipe, 7)
 
 

@@ -174,7 +174,7 @@ def test_further_samples_that_one_machine_lacks_are_named(world, tmp_path):
             Image.new("RGB", (32, 32)).save(folder / f"{i}.png")
         works.append(training(world, tmp_path / "run", "--views", "extra", "--views-dir", folder))
     assert end(*start_two(works, tmp_path)) == [2, 2]
-    assert re.search("finds extra images: 2 images.*process 0: 3", (tmp_path / "0").read_text())
+    assert re.search("finds generated views: 2 images.*process 0: 3", (tmp_path / "0").read_text())
 
 
 # ------------------------------------------------------------------------------ one run, one folder
@@ -219,11 +219,39 @@ def test_a_run_does_not_go_on_with_other_views_or_another_encoder(world, tmp_pat
     write_json(tmp_path / "views/settings.json", settings | {"noise": 100})
     assert "noise of the views is adaptive there and 100 here" in refusal(capsys, resumed)
     write_json(tmp_path / "views/settings.json", settings | {"model": "b"})
+    (tmp_path / "views").rename(tmp_path / "moved")
+    flags[1] = tmp_path / "moved"
+    flags[3] = f"{clip}/"
+    resumed = training(world, tmp_path / "run", *flags, "--resume")
     resumed()
+    view = next((tmp_path / "moved").rglob("*.png"))
+    content = view.read_bytes()
+    shutil.copy(world / "images/train/cat/0000.png", view)
+    assert "generated views is 32 images" in refusal(capsys, resumed)
+    view.unlink()
+    assert "generated views is 32 images" in refusal(capsys, resumed)
+    view.write_bytes(content)
     before = (tmp_path / "run/last.pt").read_bytes()
     tiny.clip_vision_model(seed=1).save_pretrained(clip)
     assert "weights of --encoder is" in refusal(capsys, resumed)
     assert (tmp_path / "run/last.pt").read_bytes() == before
+
+
+def test_an_evaluation_does_not_go_on_with_other_labels_or_test_images(world, tmp_path, capsys):
+    data = shutil.copytree(world / "images", tmp_path / "images")
+    names = [f"train/{kind}/000{i}.png" for kind in ("cat", "dog") for i in range(6)]
+    (tmp_path / "labels").write_text("\n".join(names))
+    flags = ["--data-dir", data, "--labels-file", tmp_path / "labels"]
+    evaluation(world, tmp_path / "run", *flags)()
+    (tmp_path / "labels").rename(tmp_path / "moved")
+    flags[3] = tmp_path / "moved"
+    again = evaluation(world, tmp_path / "run", *flags, "--resume")
+    again()
+    (tmp_path / "moved").write_text("\n".join(names[:-1]))
+    assert "images is 12 images" in refusal(capsys, again)
+    (tmp_path / "moved").write_text("\n".join(names))
+    next(data.glob("test/*/*")).unlink()
+    assert "test images is 32 images" in refusal(capsys, again)
 
 
 def test_a_run_that_was_faster_is_not_overwritten(world, tmp_path, capsys, monkeypatch):
@@ -262,9 +290,37 @@ def test_a_file_that_is_no_checkpoint_of_a_run_is_named(world, tmp_path, capsys)
 def test_tasks_of_srun_without_torchrun_are_named(monkeypatch, capsys):
     for name, value in dict(SLURM_NTASKS="4", SLURM_PROCID="1").items():
         monkeypatch.setenv(name, value)
-    assert "SLURM starts 4 tasks, each of which would train alone" in refusal(capsys, setup, "cpu")
+    assert "starts 4 tasks, each of which would train alone" in refusal(capsys, setup, "cpu")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")          # of this step, of a job of four
     assert setup("cpu").size == 1
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")          # mpirun
+    assert "starts 2 tasks, each of which would train alone" in refusal(capsys, setup, "cpu")
+
+
+PORT = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+
+
+@pytest.mark.parametrize("environment, said", [
+    ({"RANK": "x"}, "RANK=x, which is no whole number"),
+    ({"WORLD_SIZE": ""}, "WORLD_SIZE=, which is no whole number"),
+    ({"RANK": "1", "LOCAL_RANK": "1"}, "process 1 of 1, but not WORLD_SIZE"),
+    (PORT | {"RANK": "2", "MASTER_PORT": "1"}, "process 2 of 2: start"),
+    (PORT | {"MASTER_PORT": "x"}, "do not find each other by MASTER_ADDR"),
+    (PORT | {"MASTER_PORT": "70000"}, "do not find each other by MASTER_ADDR")])
+def test_an_environment_that_no_launcher_makes_is_named(environment, said, monkeypatch, capsys):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert said in refusal(capsys, setup, "cpu")
+
+
+def test_an_error_before_the_processes_meet_is_said_once_a_machine(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        script(fail)
+    assert not capsys.readouterr().err
+    monkeypatch.delenv("WORLD_SIZE")               # left over in a shell
+    assert "no good" in refusal(capsys, fail)
 
 
 # ------------------------------------------------------------------------------ what ends a process
