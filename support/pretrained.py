@@ -66,7 +66,7 @@ VIT_NAMES = [                                      # of all layouts, applied in 
 OTHER_PARTS = r"((pro|pred|queue|decoder|mask|head_)\w*|fc|heads?|classifier|pooler)(\.|$)"
 # What torch.compile, FSDP and activation checkpointing add to names, and DataParallel to a block's.
 WRAPPERS = (r"\b(_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\.|"
-            r"(?<=\.\d\.)module\.")
+            r"(?<=\d\.)module\.")
 # Words in a prefix: of several backbones the lowest is taken, the one that its authors evaluate.
 ROLES = {"teacher": 1, "student": 2, "k": 3, "key": 3, "momentum": 3, "target": 3, "ema": 3}
 HARMLESS = (                  # objects that mmengine, Lightning, DINO and timm save beside weights
@@ -81,7 +81,7 @@ class StandIn:
         return OrderedDict() if cls.__name__.lower().endswith("dict") else object.__new__(cls)
 
     def __setstate__(self, state):
-        pass
+        self.is_network = isinstance(state, dict) and "_parameters" in state
 
 
 def load_checkpoint(path):
@@ -135,6 +135,9 @@ def reason_of(error):
         return foreign[0].strip()
     if "deserializing header" in str(error):       # safetensors'
         return error
+    unpickler = re.search(r"WeightsUnpickler error:\s*(\S.*)", str(error))
+    if unpickler:
+        return unpickler[1]
     return "torch.save did not write it, or it is damaged"
 
 
@@ -166,8 +169,16 @@ def foreign_object(error):
 def how_to_strip(path, checkpoint, refused):
     """What the file holds that is not read, and the command that takes it out."""
     parts = checkpoint if isinstance(checkpoint, dict) else {}
-    keys = [key for key in parts if any(name in repr(parts[key]) for name in refused)]
-    strip = "".join(f"del c[{key!r}]; " for key in keys) or "c = c.state_dict(); "
+    keys = []
+    strip = ""
+    for key, part in parts.items():
+        if getattr(part, "is_network", False):
+            keys.append(key)
+            strip += f"c[{key!r}] = c[{key!r}].state_dict(); "
+        elif any(name.removeprefix("builtins.") in repr(part) for name in refused):
+            keys.append(key)
+            strip += f"del c[{key!r}]; "
+    strip = strip or "c = c.state_dict(); "
     return (f"{path} holds {', '.join(refused)} under {keys or 'no key'}, which is not read. If "
             f"you trust it, strip that: python -c \"import torch; c = torch.load('{path}', "
             f"weights_only=False); {strip}torch.save(c, 'new.pth')\"")
@@ -239,14 +250,16 @@ def load_backbone(path, arch=None, heads=None, branch=None, mean_std=None):
 
 
 def check_kinds(found):
-    """UserError where a tensor does not hold plain real numbers, as after quantisation."""
+    """UserError where a tensor does not hold plain real numbers, as after quantisation, or only a
+    part of them, as FSDP's DTensor."""
     for key, x in found.state.items():
         plain = x.is_floating_point() and x.layout == torch.strided and not x.is_meta
+        plain = plain and type(x) in (torch.Tensor, torch.nn.Parameter)
         if not plain and not key.endswith("num_batches_tracked"):
             kind = str(x.dtype).removeprefix("torch.")
-            raise UserError(f"{found.path} holds {key} as {kind}, {x.layout} on {x.device}, which "
-                            f"is no plain tensor of real numbers: take the checkpoint before it "
-                            f"was quantised or converted")
+            raise UserError(f"{found.path} holds {key} as {type(x).__name__} of {kind}, {x.layout} "
+                            f"on {x.device}, which is no plain tensor of real numbers: save the "
+                            f"full state dict, before it is quantised or converted")
 
 
 def flatten(value, name="", depth=6):

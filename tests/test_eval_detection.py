@@ -396,10 +396,27 @@ def test_a_box_beside_its_mask_is_named(coco, tmp_path, bbox, packed):
     if bbox is None:
         assert len(eval_detection.Coco(folder, "val").objects(10)) == 1
         return
-    message = r"annotation 1 has \[.*\] as bbox .* but a mask in \[200(.0)?, 200.*: correct"
+    message = r"annotation number 1 has \[.*\] as bbox .* but a mask in \[200(.0)?, 200.*: correct"
     if bbox == in_parts_of_the_picture:            # of at most a pixel: left out, as in COCO
         message = "hold no object"
     with pytest.raises(UserError, match=message):
+        eval_detection.Coco(folder, "val")
+
+
+def test_corners_of_large_central_objects_are_named_but_not_one_odd_box(coco, tmp_path):
+    def edit(content):
+        square_at(60, 280, packed=False)(content)
+        content["annotations"] = [dict(content["annotations"][0], id=i) for i in range(5)]
+    folder = edited(coco, tmp_path, edit)
+    path = folder / "annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"][2]["bbox"] = [10, 10, 20, 20]
+    path.write_text(json.dumps(content))
+    assert len(eval_detection.Coco(folder, "val").objects(10)) == 5
+    for entry in content["annotations"]:
+        entry["bbox"] = [60, 60, 340, 340]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="and so have others: correct the boxes"):
         eval_detection.Coco(folder, "val")
 
 

@@ -1,6 +1,7 @@
 """support/pretrained.py: other people's layouts give the features that their own networks give.
 The layouts are written by hand, as the origin's code saves them; the weights are random."""
 import argparse
+import collections
 import gzip
 import os
 import re
@@ -18,7 +19,7 @@ from torchvision.transforms.functional import normalize
 
 from support.command_line import UserError
 from support.networks import make_backbone, sine_positions
-from support.pretrained import MEAN_STD, SIZES, load_backbone, shapes_of_arch
+from support.pretrained import MEAN_STD, SIZES, check_kinds, load_backbone, shapes_of_arch
 
 timm, SIZE = pytest.importorskip("timm"), 32           # two by two patches of 16 pixels
 WIDTH = 48                                             # of vit_small here, with its 12 layers
@@ -248,6 +249,13 @@ def test_wrappers_inside_a_name_are_taken_out(word, tmp_path):
     assert settings["arch"] == "resnet18" and (backbone.conv1.weight == 1).all()
 
 
+def test_wrapped_blocks_of_two_digits_are_read(tmp_path):
+    state = blank(make_backbone("resnet101", 224)[0])
+    wrapped = {re.sub(r"(layer\d\.\d+\.)", r"\1module.", key): x for key, x in state.items()}
+    torch.save(wrapped, tmp_path / "x.pth")
+    assert load_backbone(tmp_path / "x.pth")[2]["arch"] == "resnet101"
+
+
 @pytest.mark.parametrize("change, kind", [
     (lambda x: x.to(torch.int8), "int8"), (lambda x: x.to("meta"), "on meta"),
     (lambda x: x.clone().to_sparse(), "sparse_coo"), (lambda x: x.to(torch.complex64), "complex64"),
@@ -257,7 +265,7 @@ def test_what_is_no_plain_tensor_is_named(change, kind, tmp_path):
     state = blank(make_backbone("resnet18", 224)[0])
     state["conv1.weight"] = change(state["conv1.weight"])
     torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(UserError, match=f"x.pth holds conv1.weight as .*{kind}.*: take the check"):
+    with pytest.raises(UserError, match=f"x.pth holds conv1.weight as .*{kind}.*: save the full"):
         load_backbone(tmp_path / "x.pth")
 
 
@@ -272,6 +280,14 @@ def test_safetensors_is_known_by_its_content(tmp_path):
     save_file({key: x.contiguous() for key, x in blank(make_backbone("resnet18", 224)[0]).items()},
               tmp_path / "x.pth")
     assert load_backbone(tmp_path / "x.pth")[2]["arch"] == "resnet18"
+
+
+def test_a_part_of_a_tensor_is_named():
+    """FSDP saves DTensors, of which each process may hold a part."""
+    part = type("DTensor", (torch.Tensor,), {})
+    found = types.SimpleNamespace(path="x.pth", state={"a": torch.ones(2).as_subclass(part)})
+    with pytest.raises(UserError, match="x.pth holds a as DTensor of float32"):
+        check_kinds(found)
 
 
 def in_archive(path):
@@ -289,6 +305,23 @@ def in_archive(path):
 def test_other_files_are_called_what_they_are(write, message, tmp_path):
     write(tmp_path / "x.pth")
     with pytest.raises(UserError, match=f"^[^\n]*cannot be loaded [^\n]*{message}[^\n]*$"):
+        load_backbone(tmp_path / "x.pth")
+
+
+def test_the_command_that_strips_keeps_the_weights(tmp_path):
+    """Of a whole network in the place of its weights, and of an object beside them."""
+    network = make_backbone("resnet18", 224)[0]
+    torch.save({"model": network, "x": slice(3)}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="holds .* under .'model', 'x'., which") as error:
+        load_backbone(tmp_path / "x.pth")
+    command = re.search('-c "(.*)"', str(error.value))[1]
+    exec(command.replace("new.pth", str(tmp_path / "new.pth")))
+    assert load_backbone(tmp_path / "new.pth")[2]["arch"] == "resnet18"
+
+
+def test_torchs_own_reason_is_given(tmp_path):
+    torch.save({"x": collections.deque([1])}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="Can only append to lists, but got .*deque"):
         load_backbone(tmp_path / "x.pth")
 
 

@@ -16,6 +16,7 @@ import tiny
 import torch
 import transformers
 from running import CPU, call, end, refusal, start_two
+from safetensors.torch import load_file, save_file
 
 import generate_views
 import genview
@@ -448,9 +449,40 @@ def test_an_encoder_whose_file_lacks_weights_is_refused(tmp_path):
     assert genview.FrozenEncoder(folder).size == 48
 
 
-def test_a_pointer_in_the_place_of_an_encoders_weights_is_named(tmp_path):
+def without(folder, word):
+    """Takes the tensors whose names hold the word out of a folder's model.safetensors."""
+    path = folder / "model.safetensors"
+    state = {name: x for name, x in load_file(path).items() if word not in name}
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def test_an_encoder_without_queries_or_statistics_is_refused(tmp_path):
+    """The fast kernel of attention hides NaN in queries; batch norm's statistics are no parameters.
+    """
+    (tmp_path / "vit").mkdir()
+    _, folder = vit_folder(tmp_path / "vit")
+    without(tmp_path / "vit", "query")
+    with pytest.raises(UserError, match="its file lacks 4 weights, such as .*q_proj"):
+        genview.FrozenEncoder(folder)
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
+    transformers.ResNetModel(config).save_pretrained(tmp_path / "resnet")
+    without(tmp_path / "resnet", "running_")
+    with pytest.raises(UserError, match="its file lacks .* weights, such as .*running_"):
+        genview.FrozenEncoder(str(tmp_path / "resnet"))
+
+
+def test_features_that_are_not_finite_are_named_before_the_fit():
+    part = torch.ones(2, 4, 8)
+    part[1, 2, 3] = float("inf")
+    with pytest.raises(UserError, match="of some images are not finite: --precision float32"):
+        genview.collect_tokens([part[:1], part[1:]], 2)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_in_the_place_of_an_encoders_weights_is_named(name, tmp_path):
     _, folder = vit_folder(tmp_path)
-    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(UserError, match="is a git-lfs pointer.*: name another folder by --enc"):
         genview.FrozenEncoder(folder)
 
