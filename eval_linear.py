@@ -379,7 +379,7 @@ def parse_args(argv=None):
     add("--augment", action=argparse.BooleanOptionalAction, help="linear: crops and flips in every "
         "epoch, features not standardised: set --lr too")
     add = parser.add_argument_group("runtime").add_argument
-    add("--output-dir", help="default: <folder of the checkpoint>/<protocol>")
+    add("--output-dir", help="default: <folder of the checkpoint>/<protocol>, such as finetune-10")
     add("--resume", action="store_true", help="go on from the output folder's last.pt")
     add("--device", help="cuda, mps or cpu (default: the first that is available)")
     add("--workers", type=whole(), default=cores_of_process(), help="that read files")

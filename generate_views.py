@@ -519,13 +519,14 @@ def parse_args(argv=None):
     add("--dataset", choices=sorted(set(genview.DATA_DIRS) - {"shapes"}), required=True,
         help="shapes makes its views while training")
     add("--data-dir", help="where the data lies; CIFAR is downloaded there")
-    add("--views-dir", help="where the views go; default: views/<dataset>")
+    add("--views-dir", help="where the views go; default: views/<dataset>, or the folder's name")
     add("--limit", type=whole(1), help="make views of so many images only, evenly spaced")
     add("--save-size", type=whole(1), help="side of saved views; default: CIFAR 32, else up to 512")
     add = parser.add_argument_group("GenView").add_argument
     add("--model", help=f"hub id or folder of a StableUnCLIPImg2ImgPipeline, or mini (weights/); "
                         f"default: mini for CIFAR, else {STABLE}")
-    add("--noise", type=either("adaptive", whole(0, 999)), default="adaptive", help="or 0 to 999")
+    add("--noise", type=either("adaptive", whole(0, 999)), default="adaptive",
+        help="adaptive, or a level from 0 to 999 for all images")
     add("--solver", choices=["own", "dpm"], default="own", help="the model's own, or DPM-Solver++")
     add("--steps", type=whole(1), help="denoising steps; default: 20 as the release, mini: 2")
     add("--guidance", type=real(0, 1e4), help="its scale; default: 10 as the release, mini: 1.25")

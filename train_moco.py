@@ -388,7 +388,7 @@ def limit_queue(args, count):
         say(f"--queue {most}: at most a tenth of the {count} images")
         return argparse.Namespace(**vars(args) | {"queue": most})
     say(f"*** --queue {args.queue} for {count} images: it holds older features of the same images; "
-        f"use at most a tenth, --queue {most}")
+        f"use --queue {most}")
     return args
 
 
@@ -509,8 +509,8 @@ def make_parser(methods, description):
     add = parser.add_argument_group("GenView").add_argument
     add("--method", choices=sorted(methods), default=next(iter(methods)), help="picks the recipe")
     add("--views-dir", default="auto",
-        help="folder of generated views, or none; auto, the default: where generate_views.py puts "
-             "them; for CIFAR those that are missing there are made first")
+        help="folder of generated views, or none; auto: where generate_views.py puts them; for "
+             "CIFAR those that are missing there are made first")
     add("--views", choices=["pair", "extra"], default="pair",
         help="pair: a generated view in each pair; extra: the paper's comparison, the images of "
              "--views-dir (any folder) as further training samples")

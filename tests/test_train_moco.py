@@ -372,7 +372,8 @@ def wrong(views_folder, encoder_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wrong")
     np.savez(folder / "seven.npz", component=np.ones(7, np.float32), threshold=0.0)
     shutil.copytree(views_folder, folder / "others")
-    (folder / "others/settings.json").write_text('{"dataset": "imagenet"}')
+    source = '{"dataset": "imagenet", "source": "9 images, names 0"}'
+    (folder / "others/settings.json").write_text(source)
     (folder / "cifar/train").mkdir(parents=True)
     shutil.copy(next(views_folder.rglob("*.png")), folder / "cifar/train/00000.png")
     return {"empty": folder, "seven": folder / "seven.npz", "clip": encoder_folder,
@@ -489,7 +490,7 @@ def test_a_flag_that_an_old_checkpoint_lacks_is_not_compared(finished, tmp_path,
     ("--dataset imagenet", 1_281_167, 65536, ""), ("--dataset cifar10", 10_000, 1024, ""),
     ("--dataset cifar10", 5_000, 1024, "*** --queue 1024 for 5000 images"),
     ("--dataset shapes", 4096, 2048, ""),
-    ("--dataset shapes --limit 256", 256, 2048, "at most a tenth, --queue 128")])
+    ("--dataset shapes --limit 256", 256, 2048, "use --queue 128")])
 def test_the_queue_holds_at_most_a_tenth_of_the_images(flags, images, queue, line, capsys):
     """In a folder ImageNet's is shortened; elsewhere, or where it is given, it is named."""
     args = parse(*flags.split(), "--views-dir", "none")
