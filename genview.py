@@ -31,9 +31,9 @@ from support.command_line import UserError, in_short, progress, say
 from support.data import IN_MEMORY_SIZE, SAME_FILES, Images, count_and_digest, spaced
 from support.files import read_component, refuse_placeholder, write_whole
 from support.pictures import sheet, to_image
-from support.processes import compare, compare_each, start_worker
+from support.processes import compare, start_worker
 from support.seeds import epoch_order, step_generator
-from support.views import find_views, identity_of_views, views_into_memory
+from support.views import content_of_views, find_views, identity_of_views, views_into_memory
 
 FIT_IMAGES = 10_000           # images that the foreground component is fitted on (release)
 FRACTION = 0.4                # of all tokens that is foreground; sets alpha, Eq. 7 (release)
@@ -269,14 +269,15 @@ class Generated(NamedTuple):
     """What was loaded from --views-dir, or made by the world of shapes."""
     views: object = None            # the X_i^+ as PairLoader takes them, or load_extra's samples
     coverage: str = ""              # where not all images have one: how many, in words
-    identity: dict = {}             # what tells them from others, {name: value}
+    identity: dict = {}             # the settings they were made with, {name: value}
+    content: str = ""               # what tells these files from others
 
 
 def load_views(images, views_dir, dataset, skip_bad=False, workers=0):
     """The generated views of a folder -> Generated."""
     paths = find_views(images, views_dir, dataset)
-    identity = identity_of_views(views_dir, images.names, paths)
-    compare_each(identity, SAME_FILES)
+    content = content_of_views(images.names, paths)
+    compare("generated views", content, SAME_FILES)
     if images.pixels is not None:
         generated, bad = views_into_memory(images, paths, skip_bad, workers)
     else:
@@ -288,7 +289,8 @@ def load_views(images, views_dir, dataset, skip_bad=False, workers=0):
     if missing:
         text = f"*** {text}; the other {missing} use themselves"
     say(text)
-    return Generated(generated, of if missing else "", identity)
+    identity = identity_of_views(views_dir)
+    return Generated(generated, of if missing else "", identity, content)
 
 
 def load_extra(images, views_dir, dataset, image_size, skip_bad=False, workers=0):
@@ -300,8 +302,8 @@ def load_extra(images, views_dir, dataset, image_size, skip_bad=False, workers=0
         paths = data.image_files(views_dir)
     if not paths:
         raise UserError(f"{views_dir} holds no images for --views extra")
-    identity = identity_of_views(views_dir, [path.name for path in paths], paths)
-    compare_each(identity, SAME_FILES)
+    content = content_of_views([path.name for path in paths], paths)
+    compare("extra images", content, SAME_FILES)
     # Absolute: images.root / name is then the name itself.
     names = [str(path.resolve()) for path in paths]
     extra = Images(names, torch.zeros(len(paths)), 0, root=Path())
@@ -312,7 +314,7 @@ def load_extra(images, views_dir, dataset, image_size, skip_bad=False, workers=0
     say(f"{len(extra.names)} further training samples from {views_dir}")
     left_out = f" ({extra.left_out} unreadable ones left out)" if extra.left_out else ""
     views = extra.names if images.pixels is None else extra.pixels
-    return Generated(views, left_out, identity)
+    return Generated(views, left_out, identity_of_views(views_dir), content)
 
 
 def expand(images, extra):

@@ -288,7 +288,7 @@ def train(args, world, methods=METHODS):
         trained = make_ready(method, loader, args, world, fresh=run.is_new)
         left_out = images.left_out + (test.left_out if test else 0)
         run.begin(loader.steps, label(args, generated.coverage, left_out),
-                  identity_of_loaded(args, generated, encoder))
+                  identity_of_loaded(args, generated, encoder), generated.content)
         if quality_of and run.main:
             write_array(run.folder / "component.npy", component)
         accuracy = None

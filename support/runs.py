@@ -127,7 +127,8 @@ class Run:
         self.method = method
         self.optimizer = optimizer
         self.num_images = len(images.names)
-        self.images = count_and_digest(images.names)
+        self.content = {"images": count_and_digest(images.names)}
+        self.content_before = {}                   # of the run that is resumed
         self.main = world.rank == 0
         self.folder = Path(world.gather_objects(args.output_dir)[0])     # its name holds the time
         if self.main:
@@ -169,15 +170,25 @@ class Run:
                 self.world.scaler.load_state_dict(state["scaler"])
             self.start_epoch = int(state["epoch"])
             self.start_step = int(state["step"])
-        if state.get("images", self.images) != self.images:
-            say(f"*** {path} is of a run of {state['images']}, here are {self.images}: other "
-                f"batches from here on, so not the same result")
+        self.content_before = state.get("content", {})
 
-    def begin(self, steps, label, loaded):
-        """Opens the folder once all is loaded. steps: of an epoch; label: the run in words; loaded:
-        {name: value}, what else all processes, a run and its continuation share."""
+    def begin(self, steps, label, loaded, views):
+        """Opens the folder once all is loaded.
+
+        Args:
+            steps: of an epoch.
+            label: the run in words.
+            loaded: {name: value}, what else all processes, a run and its continuation share.
+            views: what tells the generated views from others; a run may go on with others.
+        """
         compare_each(loaded, SAME_FILES)
         self.checkpoint.extend_identity(loaded)
+        self.content["generated views"] = views
+        for name, now in self.content.items():
+            before = self.content_before.get(name, now)
+            if before != now:
+                say(f"*** {name}: the run that goes on had {before}, here are {now}: not the same "
+                    f"result as without the interruption")
         self.steps = steps
         self.label = label
         self.save_times = SaveTimes(self.args.save_minutes, self.world)
@@ -289,7 +300,7 @@ class Run:
             write_whole(self.folder / "backbone.pt", lambda path: torch.save(backbone, path))
         self.checkpoint.save(
             model=state, optimizer=self.optimizer.state_dict(), epoch=epoch, step=step,
-            statistics=statistics, scaler=self.world.scaler.state_dict(), images=self.images,
+            statistics=statistics, scaler=self.world.scaler.state_dict(), content=self.content,
             args=vars(self.args))
         self.save_times.saved(self.checkpoint.path, "the same command with --resume")
 

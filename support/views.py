@@ -58,18 +58,21 @@ def find_views(images, views_dir, dataset):
     return paths
 
 
-def identity_of_views(folder, names, paths):
+def identity_of_views(folder):
     """What tells the views in a folder from others, {name: value}: the settings they were made
-    with, where the folder has any (the release's has not); the images' names and marks of some of
-    the files. paths: of each image's view, or None."""
+    with; {} where the folder has none, as of the release."""
     path = Path(folder, "settings.json")
     settings = read_settings(path) if path.exists() else {}
-    identity = {f"{name} of the views": x for name, x in settings.items() if name not in FREE}
+    return {f"{name} of the views": value for name, value in settings.items() if name not in FREE}
+
+
+def content_of_views(names, paths):
+    """What tells these views from others, in words: how many there are, their images' names, marks
+    of some of the files. paths: of each image's view, or None."""
     found = [i for i, path in enumerate(paths) if path]
     compared = [found[i] for i in spaced(len(found), COMPARED)]
     marks = count_and_digest([mark_of(paths[i]) for i in compared])
-    identity["generated views"] = f"{count_and_digest([names[i] for i in found])}; files {marks}"
-    return identity
+    return f"{count_and_digest([names[i] for i in found])}, content of {marks.split()[-1]}"
 
 
 def check_same_set(folder, made_for, images, dataset):

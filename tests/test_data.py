@@ -153,10 +153,10 @@ def test_a_run_may_go_on_without_a_picture_that_broke(folder, tmp_path, capsys):
     label = train(folder, tmp_path / "run", *flags, "--resume", "--skip-bad")
     assert label.endswith(", 1 unreadable images left out")
     count = len(list((folder / "train").rglob("*.png")))
-    assert f"of a run of {count} images" in capsys.readouterr().out
+    assert f"*** images: the run that goes on had {count} images" in capsys.readouterr().out
     broken.write_bytes(whole)
     train(folder, tmp_path / "run", *flags, "--resume", "--skip-bad")
-    assert f"of a run of {count} images" not in capsys.readouterr().out
+    assert f"images: the run that goes on had {count - 1} images" in capsys.readouterr().out
 
 
 def test_processes_leave_out_the_same(folder, tmp_path):
