@@ -1,5 +1,7 @@
 """What the scripts of this project share: data sets by name, pairs of views, the frozen encoder.
 
+A view is P_i, augmented; generated is X_i^+, the picture that a view may be made of.
+
 Legend of the shapes: N images, n pairs of a batch in this process (N in the training scripts), V
 views of each, S side of a view in pixels, T tokens (positions of a feature map), K features of a
 token.
@@ -267,13 +269,13 @@ class CropsOfFiles(Dataset):
 
 class Generated(NamedTuple):
     """What was loaded from --views-dir, or made by the world of shapes."""
-    views: object = None            # the X_i^+ as PairLoader takes them, or load_extra's samples
+    pictures: object = None         # the X_i^+ as PairLoader takes them, or load_extra's samples
     coverage: str = ""              # where not all images have one: how many, in words
     identity: dict = {}             # the settings they were made with, {name: value}
     content: str = ""               # what tells these files from others
 
 
-def load_views(images, views_dir, dataset, skip_bad=False, workers=0):
+def load_generated(images, views_dir, dataset, skip_bad=False, workers=0):
     """The generated views of a folder -> Generated."""
     paths = find_views(images, views_dir, dataset)
     content = content_of_views(images.names, paths)

@@ -48,7 +48,7 @@ from support.checkpoint import digest
 from support.command_line import Parser, UserError, either, real, say, script, whole
 from support.data import check_classes, spaced
 from support.files import claimed, digest_of_file, write_array
-from support.networks import LARS, make_backbone
+from support.networks import LARS, VITS, make_backbone
 from support.processes import fast_dtype, setup
 from support.schedules import cosine, for_batch, linear_warmup
 from support.seeds import step_generator
@@ -156,7 +156,7 @@ class MoCoV2(Momentum):
 class MoCoV3(Momentum):
     """MoCo v3 (Chen et al. 2021): negatives from the batch, a predictor, both directions."""
     def __init__(self, args):
-        vit = args.arch.startswith("vit")          # one layer more, and a norm after the predictor
+        vit = args.arch in VITS                    # one layer more, and a norm after the predictor
         hidden = [args.hidden] * (2 if vit else 1)
         super().__init__(args, lambda features: mlp([features, *hidden, args.dim], norm=True,
                                                     last_norm=True))
@@ -279,12 +279,12 @@ def train(args, world, methods=METHODS):
         run = runs.Run(args, world, method, optimizer, images)
         run.resume()
         encoder = load_encoder(args)       # what is wrong with it is said before views are made
-        generated, component = prepare_views(args, images, world, encoder)
+        generated, component = prepare_generated(args, images, world, encoder)
         quality_of = None
         if args.quality != "off":
             component = find_component(args, images, world, encoder, component)
             quality_of = make_quality(args, encoder, component, world)
-        loader = make_loader(args, images, generated.views, world)
+        loader = make_loader(args, images, generated.pictures, world)
         trained = make_ready(method, loader, args, world, fresh=run.is_new)
         left_out = images.left_out + (test.left_out if test else 0)
         run.begin(loader.steps, label(args, generated.coverage, left_out),
@@ -415,7 +415,7 @@ def load_encoder(args):
     return genview.FrozenEncoder(args.encoder)
 
 
-def prepare_views(args, images, world, encoder):
+def prepare_generated(args, images, world, encoder):
     """Returns Generated, empty for plain pairs; and v1, for shapes alone, on which the noise of its
     views depends."""
     if args.dataset == "shapes" and encoder:
@@ -423,11 +423,11 @@ def prepare_views(args, images, world, encoder):
         if args.views_dir == "none":               # the quality of plain pairs
             views = None
         return genview.Generated(views), component
-    return views_from_disk(args, images, world), None
+    return generated_from_disk(args, images, world), None
 
 
-def views_from_disk(args, images, world):
-    """Generated, see prepare_views. Makes the views that are missing, where this run is to."""
+def generated_from_disk(args, images, world):
+    """Generated, see prepare_generated. Makes the views that are missing, where this run is to."""
     if args.views_dir == "none":
         return genview.Generated()
     if args.views_dir == "auto":
@@ -438,7 +438,7 @@ def views_from_disk(args, images, world):
     if args.views == "extra":
         return genview.load_extra(images, views_dir, args.dataset, args.image_size, args.skip_bad,
                                   args.workers)
-    return genview.load_views(images, views_dir, args.dataset, args.skip_bad, args.workers)
+    return genview.load_generated(images, views_dir, args.dataset, args.skip_bad, args.workers)
 
 
 def shapes_views(encoder, noise, seed, count):
@@ -487,7 +487,7 @@ def identity_of_loaded(args, generated, encoder):
 
 
 def make_loader(args, images, generated, world):
-    """The pairs to train on. generated: Generated.views."""
+    """The pairs to train on. generated: Generated.pictures."""
     steps = len(images.names) // args.batch_size   # extra samples add no steps
     if args.views == "extra":
         images = genview.expand(images, generated)
