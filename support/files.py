@@ -27,8 +27,8 @@ def write_whole(path, write, sync=False):
     Raises UserError where the file cannot be written; the file that was there stays.
     """
     path = Path(path)
-    short = zlib.crc32(os.fsencode(path.name))     # names may be as long as a file system allows
-    temporary = path.with_name(f"{short:08x}.{os.getpid()}.tmp")
+    digest = zlib.crc32(os.fsencode(path.name))    # a name may be as long as the disk allows
+    temporary = path.with_name(f"{path.name[:40]}.{digest:08x}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)          # a symbolic link of this name is not followed

@@ -299,7 +299,7 @@ def test_bad_folders(change, trains, generates, world, tmp_path):
             refused(name, world, tmp_path / name, data_dir=tmp_path / "images", limit=1000)
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"dataset": 3}', "\x00"])
+@pytest.mark.parametrize("text", ["[]", "{", '{"noise": 3}', "\x00"])
 def test_bad_settings_of_a_views_folder(text, world, tmp_path):
     (tmp_path / "settings.json").write_text(text)
     for name in ("train_moco", "generate_views"):
