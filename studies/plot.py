@@ -13,14 +13,14 @@ if not __package__:
     sys.stderr.write("error: call it from the root of the repository: python -m studies.plot\n")
     sys.exit(2)
 
-from studies.ablation import CONTROLLED, ROWS, by_setting, gains, half_interval, read_results
+from studies.ablation import ROWS, by_setting, gains, half_interval, read_results
 from support.command_line import Parser, UserError, script
 from support.files import log_lines, read_settings, write_whole
 
-GAINING = [row for row in CONTROLLED if row != "plain"]
+GAINING = ("copies", "smooth", "noise0", "noise200", "noise400", "adaptive")
 # The curves over the length of the training: kept transformations, row, colour.
-LENGTHS = [("flips+crops", "adaptive", "C3"), ("flips+crops", "smooth", "C1"),
-           ("all", "adaptive", "C4")]
+LENGTHS = [("flips+crops", "adaptive", "C5"), ("flips+crops", "smooth", "C1"),
+           ("all", "adaptive", "C6")]
 # A panel each: name in log.jsonl, title.
 QUANTITIES = {"loss": "loss (dashed: chance level)", "knn": "kNN top-1, %",
               "pos": "pos: cosine of positives", "neg": "neg: mean cosine of negatives",
@@ -73,7 +73,7 @@ def draw_transformations(panel, found):
         panel.plot([], [], "o", color=f"C{shift}", label=ROWS[row].name)   # for the legend alone
         for column, name in enumerate(names):
             if (name, epochs, row) in found:
-                draw_mean(panel, column + 0.2 * shift - 0.3, found[name, epochs, row],
+                draw_mean(panel, column + 0.13 * shift - 0.33, found[name, epochs, row],
                           color=f"C{shift}")
     panel.set_xticks(range(len(names)), names)
     panel.set_title(f"kept transformations, {epochs} epochs", fontsize=10)
