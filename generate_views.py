@@ -118,6 +118,7 @@ def load_pipeline(model, dtype, device, solver="own"):
     of the denoising, own or dpm (DPM-Solver++, second order). UserError where it cannot be loaded.
     """
     import diffusers
+    import transformers
     quieten()
     model = genview.mini() if model == "mini" else model
     new = tuple(int(part) for part in diffusers.__version__.split(".")[:2]) >= (0, 42)
@@ -126,7 +127,12 @@ def load_pipeline(model, dtype, device, solver="own"):
     if weights and all(".fp16" in name for name in weights):       # in one file or several
         kind["variant"] = "fp16"
     try:                                           # safetensors: no pickled code
-        pipe = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(model, **kind)
+        encoder, report = transformers.CLIPVisionModelWithProjection.from_pretrained(
+            model, subfolder="image_encoder", output_loading_info=True, **kind)
+        if report["missing_keys"]:                 # transformers would draw them at random
+            raise UserError(f"its image encoder lacks {len(report['missing_keys'])} weights")
+        pipe = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(
+            model, image_encoder=encoder, **kind)
         pipe.to(device)
         with torch.inference_mode():               # the condition is the image: no words
             prompt = pipe.encode_prompt("", pipe.device, 1, False)[0]     # (1, words, features)

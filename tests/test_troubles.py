@@ -276,6 +276,13 @@ def test_a_pipeline_in_half_precision_files_is_read(pipeline_folder, tmp_path):
         assert torch.equal(one, other)
 
 
+def test_a_pipeline_whose_encoder_lacks_weights_is_refused(pipeline_folder, tmp_path):
+    model = shutil.copytree(pipeline_folder, tmp_path / "model")
+    without(Path(model, "image_encoder"), "visual_projection")
+    with pytest.raises(UserError, match="its image encoder lacks 1 weights.*: it must be a folder"):
+        generate_views.load_pipeline(str(model), torch.float32, torch.device("cpu"))
+
+
 def test_a_model_that_is_not_there_is_named(pipeline_folder, tmp_path):
     (tmp_path / "one.safetensors").touch()
     for name in ("generatr", "one.safetensors"):
