@@ -200,14 +200,18 @@ def is_ours(name):
 def sort_out(folder):
     """The image files and the other files in a folder and below it, behind links to folders, too:
     two sorted lists of paths relative to it."""
-    def refuse(error):
-        raise error                                # os.walk would leave the folder out
+    def of_the_set(path):
+        return all(is_ours(part) for part in Path(path).relative_to(folder).parts)
+
+    def cannot_list(error):                        # os.walk itself would leave the folder out
+        if of_the_set(error.filename):
+            raise error
     pictures = []
     others = []
-    for base, folders, found in os.walk(folder, onerror=refuse, followlinks=True):
+    for base, folders, found in os.walk(folder, onerror=cannot_list, followlinks=True):
         folders[:] = [name for name in folders if not leads_back(Path(base, name))]
         inside = Path(base).relative_to(folder)
-        ours = all(is_ours(part) for part in inside.parts)
+        ours = of_the_set(base)
         for name in found:
             if ours and is_ours(name) and Path(name).suffix.lower() in SUFFIXES:
                 pictures.append(inside / name)
