@@ -268,6 +268,7 @@ def train(args, world, methods=METHODS):
 
     methods: {name: class}; class(args) is a module with .query, .chance, update(fraction) and
     forward(views, weights, world); it may have .constant_lr, modules that stay at the peak rate.
+    A new one also needs a row in recipes.py and a name in METHOD_NAMES.
     """
     with claimed(args.output_dir, world):
         images, test = load_data(args)

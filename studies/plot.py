@@ -85,7 +85,7 @@ def draw_lengths(panel, found):
         lengths = sorted(epochs for kept, epochs, of in found if (kept, of) == (name, row))
         x = [epochs + 2 * (shift - 1) for epochs in lengths]       # bars beside each other
         means = [statistics.mean(found[name, epochs, row]) for epochs in lengths]
-        panel.plot(x, means, color=colour, label=f"{name}: {ROWS[row].name}")
+        panel.plot(x, means, "--", color=colour, label=f"{name}: {ROWS[row].name}")
         for place, epochs in zip(x, lengths, strict=True):
             draw_mean(panel, place, found[name, epochs, row], color=colour)
     panel.set_xticks(sorted({epochs for _, epochs, _ in found}))
