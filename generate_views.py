@@ -121,12 +121,8 @@ def load_pipeline(model, dtype, device, solver="own"):
     import transformers
     quieten()
     model = genview.mini() if model == "mini" else model
-    new = tuple(int(part) for part in diffusers.__version__.split(".")[:2]) >= (0, 42)
-    kind = {"dtype" if new else "torch_dtype": dtype, "use_safetensors": True}
-    weights = [file.name for file in Path(model, "unet").glob("*.safetensors")]
-    if weights and all(".fp16" in name for name in weights):       # in one file or several
-        kind["variant"] = "fp16"
-    try:                                           # safetensors: no pickled code
+    kind = kind_of_weights(model, dtype)
+    try:
         encoder, report = transformers.CLIPVisionModelWithProjection.from_pretrained(
             model, subfolder="image_encoder", output_loading_info=True, **kind)
         if report["missing_keys"]:                 # transformers would draw them at random
@@ -154,6 +150,18 @@ def load_pipeline(model, dtype, device, solver="own"):
     if own_size(pipe) > IN_MEMORY_SIZE:
         pipe.vae.enable_slicing()                  # decodes one by one
     return pipe
+
+
+def kind_of_weights(model, dtype):
+    """Which files from_pretrained shall read, and in which dtype: its keywords."""
+    import diffusers
+    new = tuple(int(part) for part in diffusers.__version__.split(".")[:2]) >= (0, 42)
+    kind = {"dtype" if new else "torch_dtype": dtype}
+    kind["use_safetensors"] = True                 # no pickled code
+    weights = [file.name for file in Path(model, "unet").glob("*.safetensors")]
+    if weights and all(".fp16" in name for name in weights):       # in one file or several
+        kind["variant"] = "fp16"
+    return kind
 
 
 def own_size(pipe):

@@ -283,6 +283,7 @@ def train(args, world, methods=METHODS):
         generated, component = prepare_generated(args, images, world, encoder)
         quality_of = None
         if args.quality != "off":
+            encoder.to(world.device, memory_format=torch.channels_last)
             component = find_component(args, images, world, encoder, component)
             quality_of = make_quality(args, encoder, component, world)
         loader = make_loader(args, images, generated.pictures, world)
@@ -463,14 +464,12 @@ def find_component(args, images, world, encoder, component):
     if component is not None:
         return component
     kept = Path(args.resume).with_name("component.npy") if args.resume else None
-    encoder = encoder.to(world.device, memory_format=torch.channels_last)
     return genview.component_of_encoder(encoder, images, args.image_size, world, args.component,
                                         kept, args.workers)
 
 
 def make_quality(args, encoder, component, world):
     """quality_of, see train_step."""
-    encoder = encoder.to(world.device, memory_format=torch.channels_last)
     if args.compile:
         encoder.compile()
     component = -component if args.flip_foreground else component
