@@ -136,10 +136,13 @@ GAIN = [                                           # --preset gain
 
 
 def call(jobs, *command, **flags):
-    """Runs a script beside jobs - 1 others and returns its output; UserError where it fails."""
+    """Runs a script beside jobs - 1 others and returns its output; UserError where it fails.
+
+    They share the cores, unless OMP_NUM_THREADS says how many threads each may use.
+    """
     command = [*command, *(f"--{name.replace('_', '-')}={flags[name]}" for name in flags)]
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    env = {"OMP_NUM_THREADS": str(threads)} | os.environ
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["no message"]

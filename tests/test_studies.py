@@ -188,6 +188,15 @@ def test_scores_of_fine_tuning_are_added_to_trials_that_are_there(tmp_path, runs
     assert "| 11.5 ± 0.0 | +1.5 ± 0.0 | 2.5 ± 0.0 | +1.5 ± 0.0 | 0.05 |\n" in said
 
 
+def test_jobs_share_the_cores_unless_the_user_says_how_many_threads(monkeypatch):
+    monkeypatch.setattr(ablation.os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    threads = ["-c", "import os; print(os.environ['OMP_NUM_THREADS'])"]
+    assert ablation.call(2, *threads) == "4\n"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert ablation.call(2, *threads) == "1\n"
+
+
 def test_gains_are_paired_by_seed_within_one_machine_and_generator():
     """A run without a plain one of its seed does not count; 95%: t 4.30 of 3 values."""
     setting = dict.fromkeys(ablation.Trial._fields, "") | {"method": "mocov2"}
