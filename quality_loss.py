@@ -1,6 +1,7 @@
 r"""GenView's quality-driven contrastive loss (ECCV 2024, arXiv 2403.12003), pure functions.
 
-This file needs nothing but PyTorch: copy it. Three lines turn a contrastive loss into GenView's:
+This file needs nothing but PyTorch, 2.6 or newer: copy it. Three lines turn a contrastive loss into
+GenView's:
 
     with torch.no_grad():                                             # E: any frozen encoder
         quality, _, _ = pair_quality(E(view1), E(view2), component)   # feature maps (N, T, K)
@@ -28,7 +29,8 @@ from torch import Tensor
 
 def without_autocast(function):
     """Decorator: no autocast. ValueError where an argument that is annotated as Tensor is none."""
-    parameters = inspect.signature(function).parameters
+    # eval_str: with `from __future__ import annotations` above a copy they are text.
+    parameters = inspect.signature(function, eval_str=True).parameters
     names = list(parameters)
     tensors = [name for name in names if parameters[name].annotation is Tensor]
 
@@ -74,10 +76,14 @@ def _seen(x):
     return str(x) if isinstance(x, (int, float, tuple)) else type(x).__name__
 
 
+def _is_number(x):
+    return hasattr(x, "__float__")
+
+
 def _positive(temperature):
     """A number above 0, or a learnable one: a tensor that holds one number."""
     if not torch.is_tensor(temperature):
-        return temperature > 0
+        return _is_number(temperature) and temperature > 0
     if temperature.numel() != 1 or torch.compiler.is_compiling():
         return temperature.numel() == 1
     try:
@@ -86,10 +92,11 @@ def _positive(temperature):
         return True
 
 
-def _reduce(x, group, operation=dist.ReduceOp.SUM):
-    """x reduced over all ranks of a process group, in place; None: this process alone."""
+def _reduce(x, group, operation="SUM"):
+    """x reduced over all ranks of a process group, in place; None: this process alone. operation:
+    a name of ReduceOp, which some builds of PyTorch lack."""
     if group is not None:
-        dist.all_reduce(x, operation, group=group)
+        dist.all_reduce(x, getattr(dist.ReduceOp, operation), group=group)
     return x
 
 
@@ -164,8 +171,9 @@ def quality_weights(quality: Tensor, gamma=1.0, group=None):
     >>> quality_weights(torch.tensor([0.0, 0.6931472]))                      # exp(q) = 1, 2
     tensor([0.6667, 1.3333])
     """
-    _check(quality.ndim == 1 and len(quality), "quality must be (N,)", quality)
-    largest = _reduce((gamma * quality).max(), group, dist.ReduceOp.MAX)    # against overflow
+    _check(quality.ndim == 1 and len(quality) and _is_number(gamma),
+           "quality must be (N,), gamma a number", quality, gamma)
+    largest = _reduce((gamma * quality).max(), group, "MAX")    # against overflow
     w = torch.exp(gamma * quality - largest)                                    # (N,)
     n, total = _reduce(torch.stack([torch.full_like(largest, len(w)), w.sum()]), group)
     return n * w / total                       # w_i = n exp(gamma q_i) / sum_j exp(gamma q_j)
@@ -275,11 +283,11 @@ def sinkhorn(scores: Tensor, epsilon=0.05, iterations=3, group=None):
     >>> sinkhorn(torch.tensor([[1., 0.], [0.9, 0.]]), epsilon=1.0).sum(0).round(decimals=2)
     tensor([1., 1.])
     """
-    _check(scores.ndim == 2 and scores.numel() and epsilon > 0, "wanted scores (N, P), epsilon > 0",
-           scores, epsilon)
+    _check(scores.ndim == 2 and scores.numel() and _positive(epsilon),
+           "wanted scores (N, P), epsilon > 0", scores, epsilon)
     log_q = scores / epsilon                                                    # (N, P)
     for _ in range(iterations):
-        largest = _reduce(log_q.amax(0), group, dist.ReduceOp.MAX)    # log-sum-exp of the columns
+        largest = _reduce(log_q.amax(0), group, "MAX")    # log-sum-exp of the columns
         total = _reduce(torch.exp(log_q - largest).sum(0), group)
         log_q = log_q - largest - total.log()                                   # columns
         log_q = log_q.log_softmax(1)                                            # rows

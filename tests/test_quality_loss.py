@@ -373,6 +373,17 @@ def test_what_is_no_tensor_is_named(function, count, options):
                     function(*places, **by_name, **options)
 
 
+@pytest.mark.parametrize("function, count, name", [
+    (ql.quality_weights, 1, "gamma"), (ql.sinkhorn, 1, "epsilon"), (N, 3, "temperature"),
+    (B, 2, "temperature"), (S, 2, "temperature")])
+def test_what_is_no_number_is_named(function, count, name):
+    shape = (4,) if count == 1 else (4, 2)
+    shape = {S: (2, 4, 3), ql.sinkhorn: (4, 2)}.get(function, shape)
+    for wrong in (None, "0.1"):
+        with pytest.raises(ValueError, match=f"{name}.*, got .*{type(wrong).__name__}$"):
+            function(*[torch.zeros(shape)] * count, **{name: wrong})
+
+
 def test_a_map_over_arrays_does_not_end_in_silence():
     with pytest.raises(ValueError, match="quality must be a tensor, got ndarray"):
         list(map(ql.quality_weights, [np.zeros(2)]))
@@ -561,6 +572,19 @@ def test_the_file_copied_alone_works(tmp_path):
     ours, threshold = ql.fit_foreground(planted()[0], (7, 7))
     torch.testing.assert_close(component, ours)
     assert alpha == pytest.approx(threshold)
+
+
+def test_a_copy_below_annotations_as_text_and_without_distributed(monkeypatch):
+    """`from __future__ import annotations` keeps annotations as text; some builds of PyTorch have
+    no ReduceOp."""
+    monkeypatch.delattr(torch.distributed, "ReduceOp")
+    copied = {"__name__": "copy_of_the_loss"}
+    source = "from __future__ import annotations\n" + (ROOT / "quality_loss.py").read_text()
+    exec(compile(source, "copy_of_the_loss.py", "exec"), copied)
+    quality = torch.tensor([0.0, 0.6931472])
+    torch.testing.assert_close(copied["quality_weights"](quality), ql.quality_weights(quality))
+    with pytest.raises(ValueError, match="quality must be a tensor, got ndarray"):
+        copied["quality_weights"](quality.numpy())
 
 
 DOCUMENTED = sorted(path.stem for path in ROOT.glob("*.py") if ">>> " in path.read_text())
