@@ -20,7 +20,7 @@ from support.checkpoint import Checkpoint, SaveTimes, digest, identity_of
 from support.coco import read_annotations
 from support.command_line import Parser, UserError, progress, real, say, script, whole
 from support.data import IN_MEMORY_SIZE, SAME_FILES, count_and_digest
-from support.files import append, claimed, keep_lines
+from support.files import append, claimed, digest_of_file, keep_lines
 from support.pictures import open_image, to_tensor
 from support.pretrained import MEAN_STD, load_backbone
 from support.processes import compare, cores_of_process, setup, start_worker
@@ -37,9 +37,9 @@ LEAST_FOR_NORM = 8       # pictures that batch norm needs; where it sees fewer i
 SHORT_SIDES = (640, 672, 704, 736, 768, 800)    # one is drawn; evaluation: 800
 LONG_SIDE = 1333
 
-# Flags that may differ when a training goes on. A digest of the backbone takes the place of the
-# first three.
-FREE = {"backbone", "arch", "branch", "output_dir", "save_minutes", "log_every", "device",
+# Flags that may differ when a training goes on. Digests of the backbone and of the annotations take
+# the place of the first four.
+FREE = {"backbone", "arch", "branch", "data_dir", "output_dir", "save_minutes", "log_every", "device",
         "workers"}
 
 
@@ -52,6 +52,7 @@ class Coco(Dataset):
             raise UserError("COCO's format needs pycocotools: pip install pycocotools") from None
         self.folder = Path(data_dir, f"{split}2017")
         path = Path(data_dir, "annotations", f"instances_{split}2017.json")
+        self.annotations = path
         if not (path.is_file() and self.folder.is_dir()):
             raise UserError(f"{path} or {self.folder}/ is missing: download {split}2017.zip and "
                             "annotations_trainval2017.zip from cocodataset.org and unpack them")
@@ -86,7 +87,8 @@ class Coco(Dataset):
         bad = [p for p in paths if not (p.is_file() and p.stat().st_size)]
         if bad:
             raise UserError(f"{len(bad)} of the {len(paths)} pictures that {path} names are "
-                            f"missing or empty, such as {bad[0]}: unpack the pictures there")
+                            f"missing or empty, such as {bad[0]}: unpack the pictures there, or "
+                            f"remove their entries from it")
 
     def objects(self, image_id):
         """Annotations of single objects (no crowds) that have an extent."""
@@ -183,7 +185,8 @@ def batches(count, args, world, start):
 def train(model, data, args, world):
     """Fine-tunes the model for --steps steps; goes on from --output-dir's last.pt."""
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-4)
-    identity = identity_of(args, FREE) | {"backbone": digest(model.backbone.body)}
+    identity = identity_of(args, FREE) | {"backbone": digest(model.backbone.body),
+                                          "annotations": digest_of_file(data.annotations)}
     checkpoint = Checkpoint(Path(args.output_dir, "last.pt"), identity, world,
                             regrouped="other random draws of sides, proposals and flips, so "
                                       "not the same result")

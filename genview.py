@@ -35,13 +35,14 @@ from support.files import read_component, refuse_placeholder, write_whole
 from support.pictures import sheet, to_image
 from support.processes import compare, start_worker
 from support.seeds import epoch_order, step_generator
-from support.views import content_of_views, find_views, identity_of_views, views_into_memory
+from support.views import content_of_files, find_views, identity_of_views, views_into_memory
 
 FIT_IMAGES = 10_000           # images that the foreground component is fitted on (release)
 FRACTION = 0.4                # of all tokens that is foreground; sets alpha, Eq. 7 (release)
 RGB = (0, 1, 2)               # the order of the channels of views
 OTHER_TOKENS = 20             # class and register tokens at most: DINOv2 has 5, timm up to 17
 MINI = Path(__file__).with_name("weights") / "mini-unclip"    # by studies/train_generator.py
+CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 DATA_DIRS = {"shapes": "data", "cifar10": "data", "cifar100": "data", "imagenet": "data/imagenet",
              "folder": None}                       # where they lie by default
 
@@ -72,6 +73,11 @@ def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=None,
         images = data.read_cifar(dataset, data_dir, split)
     else:
         images = data.find_files(Path(data_dir), split)
+    wanted = CIFAR_CLASSES.get(dataset, images.num_classes)
+    if images.num_classes != wanted:
+        raise UserError(f"{data_dir} has {images.num_classes} class folders, {dataset} has "
+                        f"{wanted} classes: --dataset folder takes any pictures, another "
+                        f"--data-dir gets the download")
     images = images._replace(source=count_and_digest(images.names))
     if limit is not None:
         images = images.at_most(limit)
@@ -278,7 +284,7 @@ class Generated(NamedTuple):
 def load_generated(images, views_dir, dataset, skip_bad=False, workers=0):
     """The generated views of a folder -> Generated."""
     paths = find_views(images, views_dir, dataset)
-    content = content_of_views(images.names, paths)
+    content = content_of_files(images.names, paths)
     compare("generated views", content, SAME_FILES)
     if images.pixels is not None:
         generated, bad = views_into_memory(images, paths, skip_bad, workers)
@@ -304,7 +310,7 @@ def load_extra(images, views_dir, dataset, image_size, skip_bad=False, workers=0
         paths = data.image_files(views_dir)
     if not paths:
         raise UserError(f"{views_dir} holds no images for --views extra")
-    content = content_of_views([path.name for path in paths], paths)
+    content = content_of_files([path.name for path in paths], paths)
     compare("extra images", content, SAME_FILES)
     # Absolute: images.root / name is then the name itself.
     names = [str(path.resolve()) for path in paths]

@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 
 OUT_OF_MEMORY = "out of memory: lower --batch-size or the size of the images"
+NAMES_OF_OUT_OF_MEMORY = (    # of the system and of CUDA's libraries, which find no room to begin
+    "allocate memory|CUDA error: out of memory|CUBLAS_STATUS_(NOT_INITIALIZED|ALLOC_FAILED)|"
+    "CUDNN_STATUS_NOT_INITIALIZED|unable to find an engine")
 
 
 class UserError(Exception):
@@ -27,8 +30,11 @@ class Terminated(Exception):
 
 # ------------------------------------------------------------------------------- errors as one line
 def in_short(error):
-    """First words of an error on one line, with its kind where it is another library's."""
-    words = " ".join(str(error).split())[:150]
+    """An error on one line, of a long one begin and end, with its kind where it is another
+    library's."""
+    words = " ".join(str(error).split())
+    if len(words) > 180:
+        words = f"{words[:110]} ... {words[-65:]}"
     return words if isinstance(error, UserError) else f"{type(error).__name__}: {words}"
 
 
@@ -94,6 +100,8 @@ def _explain(error):
     if isinstance(error, OSError):                 # a full disk, a folder without write permission
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{where}", 2
+    if isinstance(error, ImportError):
+        return f"{in_short(error)}: pip install -r requirements.txt", 2
     if isinstance(error, MemoryError):
         return OUT_OF_MEMORY, 2
     if isinstance(error, KeyboardInterrupt):
@@ -108,21 +116,27 @@ def _explain(error):
 def _explain_torch(error):
     """One line and exit status for PyTorch's errors that a user can cause, None for others."""
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text:
+    if isinstance(error, torch.OutOfMemoryError) or re.search(NAMES_OF_OUT_OF_MEMORY, text):
         return OUT_OF_MEMORY, 2
-    if "shared memory" in text:
+    if re.search("Too many open files|ancdata", text):
+        return "too many open files: raise their number (ulimit -n), or --workers 0", 2
+    if re.search(r"out of shared memory|shared memory ?(\(shm\)|file|object)", text):
         return ("the shared memory of the processes that read images (/dev/shm) is too small: "
                 "enlarge it (docker run --shm-size 8g), or --workers 0"), 2
     if re.search(r"No working C\+\+ compiler|Failed to find C compiler", text):
         return ("torch.compile needs a C++ compiler: install one (g++), or train without "
                 "--compile"), 2
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile fails ({in_short(error)}): train without --compile", 2
     if "DataLoader worker (pid" in text:
         return ("a process that reads images was killed, perhaps because memory ran out: lower "
                 "--workers"), 1
     lost = re.search("peer|gloo|NCCL|[Cc]onnection|[Tt]imed out", text)
     if dist.is_initialized() and lost:
+        reason = text.strip().splitlines()[-1][:150]
         return (f"process {dist.get_rank()} stops because another one ended or does not answer: "
-                f"its own message says why; the same command goes on, training with --resume"), 1
+                f"its own message says why, or this one ({reason}); the same command goes on, "
+                f"training with --resume"), 1
     return None
 
 

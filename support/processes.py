@@ -189,14 +189,15 @@ def _choose_device(device):
     try:
         local = from_environment("LOCAL_RANK", 0)
         chosen = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-        torch.empty(1, device=chosen)
+        torch.zeros(1, device=chosen).add(1).item()    # not every GPU has code in this PyTorch
         if chosen.type not in ("cuda", "mps", "cpu"):
             raise RuntimeError("not supported")
         processes = from_environment("LOCAL_WORLD_SIZE", 1)
-        if chosen.type == "cuda" and torch.cuda.device_count() < processes:
-            raise RuntimeError(f"{torch.cuda.device_count()} GPUs for {processes} processes")
+        gpus = torch.cuda.device_count() if kind == "cuda" else 1        # cuda:1 is one
+        if chosen.type == "cuda" and gpus < processes:
+            raise RuntimeError(f"{gpus} GPUs for {processes} processes")
     except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0].split(": ")[0]
+        why = str(error).splitlines()[0]
         raise UserError(f"--device {kind} is not available ({why}): use cuda, mps or cpu") from None
     return chosen
 

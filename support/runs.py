@@ -26,6 +26,7 @@ from support.command_line import (
 from support.data import IN_MEMORY_SIZE, SAME_FILES, count_and_digest
 from support.files import append, keep_lines, write_json, write_whole
 from support.processes import compare, compare_each, cores_of_process
+from support.views import content_of_files
 
 # Flags that may differ when a run is resumed: they do not change its result, or digests of what
 # they name take their place.
@@ -102,7 +103,8 @@ def refuse_taken(folder, resume):
     last = folder / "last.pt"
     goes_on = resume and Path(resume).resolve() == last.resolve()
     if last.exists() and not goes_on:
-        raise UserError(f"{folder} holds a run already: go on with --resume, or name another "
+        way = f"--resume {last}" if resume else "--resume"
+        raise UserError(f"{folder} holds a run already: go on with {way}, or name another "
                         f"--output-dir")
 
 
@@ -114,7 +116,10 @@ def _newest_checkpoint(output_dir, name):
     if not found:
         raise UserError(f"no runs/{name}-*/last.pt to resume: name one by --resume PATH, or begin "
                         f"a new run without --resume")
-    return str(max(found, key=lambda path: path.stat().st_mtime))
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    if len(found) > 1:
+        say(f"--resume {newest}: the newest of {len(found)} such runs")
+    return str(newest)
 
 
 # ------------------------------------------------------------------------------------------ the run
@@ -127,7 +132,7 @@ class Run:
         self.method = method
         self.optimizer = optimizer
         self.num_images = len(images.names)
-        self.content = {"images": count_and_digest(images.names)}
+        self.content = {"images": self._content(images)}
         self.content_before = {}                   # of the run that is resumed
         self.main = world.rank == 0
         self.folder = Path(world.gather_objects(args.output_dir)[0])     # its name holds the time
@@ -145,6 +150,11 @@ class Run:
         # on without a picture that broke.
         identity["images"] = images.source
         return identity
+
+    def _content(self, images):
+        if images.root is None:
+            return count_and_digest(images.names)
+        return content_of_files(images.names, [images.root / name for name in images.names])
 
     @property
     def is_new(self):
@@ -330,5 +340,10 @@ class Run:
         path = self.checkpoint.path
         good = f"; the last good checkpoint: {path}" if path.exists() else ""
         rate = self.optimizer.param_groups[0]["lr"]
-        return (f"the {what} is not finite at step {step}: lower --lr or raise --temperature "
-                f"(learning rate {rate:.3g}){good}")
+        ways = ["lower --lr"]
+        if self.args.temperature:
+            ways.append("raise --temperature")
+        if self.world.dtype == torch.float16:
+            ways.insert(0, "--precision float32")
+        return (f"the {what} is not finite at step {step}: {' or '.join(ways)} (learning rate "
+                f"{rate:.3g}){good}")

@@ -66,9 +66,9 @@ def identity_of_views(folder):
     return {f"{name} of the views": value for name, value in settings.items() if name not in FREE}
 
 
-def content_of_views(names, paths):
-    """What tells these views from others, in words: how many there are, their images' names, marks
-    of some of the files. paths: of each image's view, or None."""
+def content_of_files(names, paths):
+    """What tells these pictures from others, in words: how many there are, the names of their
+    images, marks of some of the files. paths: of each image's picture, or None."""
     found = [i for i, path in enumerate(paths) if path]
     compared = [found[i] for i in spaced(len(found), COMPARED)]
     marks = count_and_digest([mark_of(paths[i]) for i in compared])

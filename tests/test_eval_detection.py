@@ -113,6 +113,13 @@ def test_trains_and_evaluates(coco, backbone, tmp_path, monkeypatch, capsys):
     torch.save(other, tmp_path / "other.pt")
     with pytest.raises(UserError, match="is of another run"):       # not another backbone's figures
         detect(monkeypatch, *flags, "--backbone", tmp_path / "other.pt")
+    moved = shutil.copytree(coco, tmp_path / "moved")
+    flags[3] = moved
+    detect(monkeypatch, *flags)                    # goes on elsewhere, not with other annotations
+    path = moved / "annotations/instances_train2017.json"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(UserError, match="is of another run: annotations is"):
+        detect(monkeypatch, *flags)
 
 
 def test_a_picture_that_one_machine_lacks_is_named(coco, backbone, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import train_byol
 import train_moco
 import train_swav
 from quality_loss import info_nce, pair_quality, quality_weights
+from support import runs
 from support.networks import LARS
 from support.processes import setup
 
@@ -444,6 +446,7 @@ def test_a_loss_or_network_that_is_not_finite(image_folder, tmp_path, capsys, mo
         line = refusal(capsys, run, *small(image_folder, last.parent, "--epochs", 3,
                                            "--knn-every", 9))
         assert f"{what} is not finite at step {number}" in line and str(last) in line
+        assert "lower --lr or raise --temperature (learning rate" in line
         state = torch.load(last, weights_only=True)
         assert (state["epoch"], state["step"]) == (0, 3)
 
@@ -457,6 +460,17 @@ def finished(image_folder, tmp_path_factory):
     return flags, folder / "last.pt"
 
 
+def test_the_advice_for_numbers_that_are_not_finite_has_flags_of_the_method():
+    """BYOL has no temperature; float16 may overflow at any rate."""
+    run = types.SimpleNamespace(
+        args=types.SimpleNamespace(temperature=None),
+        world=types.SimpleNamespace(dtype=torch.float16),
+        checkpoint=types.SimpleNamespace(path=Path("none/last.pt")),
+        optimizer=types.SimpleNamespace(param_groups=[{"lr": 0.5}]))
+    assert runs.Run._not_finite(run, "loss", 3) == (
+        "the loss is not finite at step 3: --precision float32 or lower --lr (learning rate 0.5)")
+
+
 def test_resume_of_another_run(finished, capsys):
     flags, last = finished
     before = last.read_bytes()
@@ -465,6 +479,8 @@ def test_resume_of_another_run(finished, capsys):
     assert "another run: --arch is resnet10_narrow there and resnet34 here" in line
     line = refusal(capsys, run, *flags, "--epochs", 4, "--resume")
     assert "--epochs is 3 there and 4 here" in line
+    line = refusal(capsys, run, *flags, "--resume", last.with_name("backbone.pt"))
+    assert f"go on with --resume {last}" in line
     assert last.read_bytes() == before
 
 

@@ -17,6 +17,7 @@ import torch
 import transformers
 from running import CPU, call, end, refusal, start_two
 from safetensors.torch import load_file, save_file
+from torch._dynamo.exc import TorchDynamoException
 
 import generate_views
 import genview
@@ -39,12 +40,55 @@ def flags(folder, data_dir, *more):
 @pytest.mark.parametrize("error, text", [
     (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"), "--shm-size 8g"),
     (RuntimeError("No working C++ compiler found in torch._inductor"), "needs a C++ compiler"),
+    (RuntimeError("unable to open shared memory object </torch_1>: Too many open files (24)"),
+     "ulimit -n"),
+    (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
+    (RuntimeError("CUDA error: out of memory"), "lower --batch-size"),
+    (RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+     "lower --batch-size"),
+    (ModuleNotFoundError("No module named 'diffusers'"), "pip install -r requirements.txt"),
+    (TorchDynamoException("fatal error: Python.h: No such file"), "train without --compile"),
     (UserError("Traceback of a worker\n  file\nsupport.command_line.UserError: x.png is broken"),
      "x.png is broken")])
 def test_what_went_wrong_is_one_line(error, text, capsys):
     def work():
         raise error
     assert text in refusal(capsys, work)
+
+
+def test_what_went_wrong_in_several_processes(monkeypatch):
+    """NCCL names a cause of any process so: what it says is shown."""
+    monkeypatch.setattr(command_line.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(command_line.dist, "get_rank", lambda: 1)
+    error = RuntimeError("NCCL error in: x.cpp:1\nLast error:\nDuplicate GPU detected : rank 1")
+    line, status = command_line._explain(error)
+    assert "process 1 stops" in line and "(Duplicate GPU detected : rank 1)" in line and status == 1
+
+
+def test_long_errors_of_libraries_keep_their_end():
+    """Where the reason often stands."""
+    line = command_line.in_short(RuntimeError("Failed to import\n" + "x " * 200 + "the cause"))
+    assert line.startswith("RuntimeError: Failed to import x") and line.endswith(" the cause")
+    assert len(line) < 200
+
+
+@pytest.mark.parametrize("device, processes, reason", [
+    ("cuda:0", 2, "1 GPUs for 2 processes"), ("cuda", 3, "2 GPUs for 3 processes"),
+    ("cuda", 2, "CUDA error: no kernel image is available")])
+def test_gpus_that_cannot_be_used(device, processes, reason, monkeypatch):
+    """A GPU that this PyTorch has no code for gives memory and fails at the first operation."""
+    class OnGPU:
+        def add(self, _):
+            if "kernel" in reason:
+                raise RuntimeError(reason + "\nCompile with ...")
+            return torch.zeros(1)
+    monkeypatch.setattr(torch, "zeros", lambda *_, zeros=torch.zeros, device=None:
+                        OnGPU() if device else zeros(1))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    with pytest.raises(UserError) as error:
+        setup(device)
+    assert f"--device {device} is not available ({reason}): use" in str(error.value)
 
 
 def test_half_a_distributed_environment_is_named(monkeypatch):
@@ -74,10 +118,24 @@ def test_data_may_move_before_a_resume(tmp_path, capsys):
     call(train_moco, *flags(tmp_path / "run", images))
     moved = shutil.move(images, tmp_path / "there")
     call(train_moco, *flags(tmp_path / "run", moved, "--resume"))
+    assert "not the same result" not in capsys.readouterr().out
     first = next(tmp_path.glob("there/train/*/*.png"))
+    pixels = first.read_bytes()
+    shutil.copy(max(first.parent.glob("*.png")), first)        # another picture of its name
+    call(train_moco, *flags(tmp_path / "run", moved, "--resume"))
+    assert "*** images: the run that goes on had 24 images" in capsys.readouterr().out
+    first.write_bytes(pixels)
     first.rename(first.with_name("other.png"))
     with pytest.raises(UserError, match="another run: images is 24 images"):
         call(train_moco, *flags(tmp_path / "run", moved, "--resume"))
+
+
+def test_a_folder_in_the_place_of_cifar_has_its_classes(tmp_path, capsys):
+    """Else any pictures that lie in data/train would be taken for it."""
+    images = tiny.save_images(tmp_path)
+    line = refusal(capsys, call, train_moco, "--dataset=cifar100", "--data-dir", images,
+                   "--device=cpu", "--output-dir", tmp_path / "run")
+    assert "2 class folders, cifar100 has 100 classes: --dataset folder" in line
 
 
 def test_training_without_labels(tmp_path, capsys):
