@@ -37,10 +37,10 @@ LEAST_FOR_NORM = 8       # pictures that batch norm needs; where it sees fewer i
 SHORT_SIDES = (640, 672, 704, 736, 768, 800)    # one is drawn; evaluation: 800
 LONG_SIDE = 1333
 
-# Flags that may differ when a training goes on. Digests of the backbone and of the annotations take
-# the place of the first four.
-FREE = {"backbone", "arch", "branch", "data_dir", "output_dir", "save_minutes", "log_every", "device",
-        "workers"}
+# Flags that may differ when a training goes on. Digests of the backbone and of the annotations
+# take the place of the first four.
+FREE = {"backbone", "arch", "branch", "data_dir", "output_dir", "save_minutes", "log_every",
+        "device", "workers"}
 
 
 class Coco(Dataset):

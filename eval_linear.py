@@ -400,9 +400,8 @@ def resolve(args, trained_with, made_for=None):
     of_run = trained_with if same else {}
     settings.data_dir = genview.data_dir_of(settings.dataset,
                                             args.data_dir or of_run.get("data_dir"))
-    small = settings.dataset in ("shapes", "cifar10", "cifar100")
-    size = args.image_size or made_for or of_run.get("image_size")
-    settings.image_size = size or (32 if small else 224)
+    # The network decides, not the data: one for large pictures sees small ones enlarged.
+    settings.image_size = args.image_size or made_for or trained_with["image_size"]
     if made_for not in (None, settings.image_size):
         raise UserError(f"{args.checkpoint} is a vision transformer for pictures of {made_for} "
                         f"pixels: leave --image-size out")

@@ -74,10 +74,10 @@ def load_images(dataset, data_dir, split, image_size, limit=None, skip_bad=None,
     else:
         images = data.find_files(Path(data_dir), split)
     wanted = CIFAR_CLASSES.get(dataset, images.num_classes)
-    if images.num_classes != wanted:
-        raise UserError(f"{data_dir} has {images.num_classes} class folders, {dataset} has "
-                        f"{wanted} classes: --dataset folder takes any pictures, another "
-                        f"--data-dir gets the download")
+    if images.num_classes != wanted and split == "train":
+        say(f"*** {data_dir}/train is read as {dataset}, which has {wanted} classes, not "
+            f"{images.num_classes}: --dataset folder is for other pictures, another --data-dir "
+            f"for the download")
     images = images._replace(source=count_and_digest(images.names))
     if limit is not None:
         images = images.at_most(limit)

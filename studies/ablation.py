@@ -36,7 +36,7 @@ from genview import load_images
 from recipes import GENERATION
 from studies.eval_generator import reconstruct
 from support.command_line import Parser, UserError, say, script, whole
-from support.files import append, write_whole
+from support.files import append, log_lines, write_whole
 from support.pictures import to_image
 from support.processes import fast_dtype, setup
 from support.seeds import step_generator
@@ -172,7 +172,7 @@ def make_control(args, kind, images):
     if kind == "class":
         return images.pixels[of_same_class(images.labels)]
     if kind == "real":
-        return load_images("folder", args.real_dir, "train", 32, args.limit).pixels
+        return real_images(args).pixels
     pipe = load_pipeline(args.model, torch.float32, setup().device)
     copies = reconstruct(pipe, images.pixels)
     if kind == "copies":
@@ -180,6 +180,15 @@ def make_control(args, kind, images):
     paths = find_views(images, make_views(args, "adaptive"), "cifar10")
     views, _ = views_into_memory(images, paths)
     return smooth(images.pixels, copies, views)
+
+
+def real_images(args):
+    """As many further images as there are training images."""
+    images = load_images("folder", args.real_dir, "train", 32, args.limit)
+    if len(images.names) < args.limit:
+        raise UserError(f"--real-dir {args.real_dir} has {len(images.names)} images, {args.limit} "
+                        f"are needed (--limit)")
+    return images
 
 
 def of_same_class(labels):
@@ -312,11 +321,15 @@ def hardware():
 
 # -------------------------------------------------------------------------------------- the table
 def read_results(path):
-    """Finished trials, as dicts. A further line of the same trial and machine adds its scores."""
+    """Finished trials, as dicts. A further line of the same trial and machine adds its scores.
+    UserError where the file holds anything else."""
     found = {}
-    for text in path.read_text().splitlines() if path.exists() else []:
-        line = json.loads(text)
-        key = trial_of(line), line["hardware"]
+    for _, line in log_lines(path) if path.exists() else ():
+        try:
+            key = trial_of(line), line["hardware"]
+        except KeyError as missing:
+            raise UserError(f"{path} has a line without {missing}: it holds no trials of "
+                            f"studies.ablation") from None
         found[key] = line | found.get(key, {})
     return list(found.values())
 
@@ -334,8 +347,19 @@ def gains(lines, row, score):
 
 
 def half_interval(values):
-    """Half of the 95% interval of the mean of 2 to 10 values."""
-    return T95[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+    """Half of the 95% interval of the mean of two values or more."""
+    return student_t95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def student_t95(degrees):
+    """The t that 95% of the values of Student's distribution do not exceed in size."""
+    if degrees <= len(T95):
+        return T95[degrees - 1]
+    # A series in 1 / degrees (Abramowitz and Stegun, 26.7.5); from 10 degrees on to two decimals.
+    z = 1.96
+    first = (z ** 3 + z) / 4
+    second = (5 * z ** 5 + 16 * z ** 3 + 3 * z) / 96
+    return z + first / degrees + second / degrees ** 2
 
 
 def by_setting(lines):

@@ -22,7 +22,7 @@ from genview import FRACTION, load_images
 from quality_loss import fit_foreground
 from recipes import GENERATION
 from support import augment, data, files, networks
-from support.command_line import Parser, progress, real, say, script, whole
+from support.command_line import Parser, UserError, progress, real, say, script, whole
 from support.pictures import sheet, to_image
 from support.processes import setup
 
@@ -152,10 +152,21 @@ def foreground_table(judge, pixels, a, label):
     return markdown(*rows)
 
 
+def refuse_other_sizes(pipe, name):
+    """UserError where the generator is not for small pictures, see train_generator."""
+    config = pipe.image_encoder.config
+    grid = config.image_size // config.patch_size
+    if (gv.own_size(pipe), config.image_size, grid) != (32, 32, 8):
+        raise UserError(f"--model {name} makes {gv.own_size(pipe)} pixels and looks at "
+                        f"{config.image_size} in {grid} x {grid} patches: this study judges "
+                        f"generators of 32 x 32 pixels and 8 x 8 patches")
+
+
 def evaluate(args, world):
     """Writes samples.png. Returns the tables, Markdown."""
     how = {"steps": args.steps, "guidance": args.guidance}
     pipe = gv.load_pipeline(args.model, torch.float32, world.device)
+    refuse_other_sizes(pipe, args.model)
     images = load_images("cifar10", args.data_dir, "test", 32, args.images)
     n = len(images.names)
     pixels = images.pixels.to(world.device)

@@ -16,7 +16,7 @@ from quality_loss import fit_foreground, pair_quality
 from recipes import GENERATION
 from studies.eval_generator import markdown, views_of
 from support.augment import normalise
-from support.command_line import Parser, say, script, whole
+from support.command_line import Parser, UserError, say, script, whole
 from support.processes import setup
 from support.seeds import step_generator
 
@@ -35,6 +35,11 @@ def partners(labels, same_class, generator):
     others = torch.arange(len(labels))
     fits = (labels[:, None] == labels[order]) == same_class                     # (N, N)
     fits &= others[:, None] != order
+    alone = (~fits.any(1)).sum().item()
+    if alone:
+        raise UserError(f"{alone} of the {len(labels)} images have no other one of "
+                        f"{'the same' if same_class else 'another'} class: more --images, or data "
+                        f"with classes")
     start = torch.randint(len(labels), (len(labels), 1), generator=generator)
     rank = (others - start) % len(labels)                                       # a random first
     return order[rank.masked_fill(~fits, len(labels)).argmin(1)]
@@ -58,6 +63,8 @@ def evaluate(args, world):
     pipe = gv.load_pipeline("mini", torch.float32, world.device)
     images = load_images("cifar10", args.data_dir, "train", 32, args.images)
     n = len(images.names)
+    for same_class in (False, True):               # said before the work
+        partners(images.labels, same_class, step_generator(args.seed))
     encoder = FrozenEncoder("mini").to(world.device)                            # E
 
     def features(pixels):

@@ -35,7 +35,7 @@ from studies.eval_generator import draw_samples
 from support import augment, files
 from support.checkpoint import Checkpoint
 from support.command_line import Parser, UserError, progress, say, script, whole
-from support.data import spaced
+from support.data import check_classes, spaced
 from support.processes import setup
 from support.schedules import cosine, linear_warmup
 from support.seeds import step_generator
@@ -355,6 +355,7 @@ def train(args, world):
     checkpoint, state = open_checkpoint(args, world)
     learn = partial(train_part, args=args, world=world, checkpoint=checkpoint, state=state)
     images = load_images(args.dataset, args.data_dir, "train", SIZE, args.limit)
+    check_classes(images, args.data_dir, ": the second part learns to tell classes")
     pixels, labels = with_mirrored(images.pixels.to(world.device), images.labels.to(world.device),
                                    args.steps * args.batch_size)
     torch.manual_seed(args.seed)                               # of the initial weights

@@ -71,6 +71,8 @@ def append(path, text):
         file = os.open(path, flags, 0o644)
         try:
             written = os.write(file, content)
+            if written < len(content):             # a part would spoil the next line, too
+                os.ftruncate(file, os.lseek(file, 0, os.SEEK_CUR) - written)
         finally:
             os.close(file)
     except OSError as error:

@@ -32,7 +32,7 @@ SIZES = VITS | {                                   # width, layers, heads
 }
 ANCHORS = {                                        # anchor: layout
     "layer1.0.conv1.weight": "torchvision",
-    "4.0.conv1.weight": "positions",               # lightly's: a Sequential
+    **{f"{place}.0.conv1.weight": "positions" for place in (2, 3, 4)},     # a Sequential
     "conv_proj.weight": "torchvision",
     "patch_embed.proj.weight": "timm",
     "patch_embed.projection.weight": "mmpretrain",
@@ -40,14 +40,6 @@ ANCHORS = {                                        # anchor: layout
 }
 # Prefixes to try where there is no anchor (a small network of ours).
 NO_ANCHOR = ("model.query.backbone.", "state_dict.backbone.", "backbone.", "state_dict.", "")
-RESNET_NAMES = [                                   # of the layout "positions": (pattern, name)
-    (r"^0\.", "conv1."),
-    (r"^1\.", "bn1."),
-    (r"^4\.", "layer1."),
-    (r"^5\.", "layer2."),
-    (r"^6\.", "layer3."),
-    (r"^7\.", "layer4."),
-]
 VIT_NAMES = [                                      # of all layouts, applied in turn
     (r"^embeddings\.", ""),
     (r"^cls_token$", "class_token"),
@@ -76,9 +68,12 @@ HARMLESS = (                  # objects that mmengine, Lightning, DINO and timm 
 
 # ------------------------------------------------------------------------------- reading, safely
 class StandIn:
-    """Takes the place of an object of another program: none of its code runs."""
-    def __new__(cls, *args):                       # PyTorch fills no other mapping
-        return OrderedDict() if cls.__name__.lower().endswith("dict") else object.__new__(cls)
+    """Takes the place of an object of another program: none of its code runs. Mappings, such as
+    configurations, become dicts: PyTorch fills no others."""
+    is_dict = False
+
+    def __new__(cls, *args):
+        return OrderedDict() if cls.is_dict else object.__new__(cls)
 
     def __setstate__(self, state):
         self.is_network = isinstance(state, dict) and "_parameters" in state
@@ -101,7 +96,8 @@ def load_checkpoint(path):
     except Exception as error:      # OSError, UnpicklingError, RuntimeError, EOFError, KeyError
         raise UserError(f"{path} cannot be loaded as a checkpoint ({reason_of(error)}); "
                         f"name a last.pt or backbone.pt by its path") from None
-    refused = [name for name in foreign if not re.fullmatch(HARMLESS, name)]
+    refused = [name for name, kind in foreign.items()
+               if not (re.fullmatch(HARMLESS, name) or kind.is_dict)]
     if refused:
         raise UserError(how_to_strip(path, checkpoint, refused))
     return checkpoint
@@ -119,7 +115,13 @@ def check_archive(path, begin):
     if not zipfile.is_zipfile(path):
         raise ValueError("its end is missing: download it again")
     archive = zipfile.ZipFile(path)
-    if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+    names = archive.namelist()
+    if any("/code/" in name for name in names):
+        raise ValueError("it is TorchScript: keep its weights by torch.save(torch.jit.load(path)."
+                         "state_dict(), 'new.pth')")
+    if names and all(name.endswith(".npy") for name in names):
+        raise ValueError("it is NumPy's archive of arrays, such as JAX's weights")
+    if not any(name.endswith("/data.pkl") for name in names):
         raise ValueError("it is an archive of other files: unpack it")
     damaged = archive.testzip()                    # torch.load reads no checksums
     if damaged:
@@ -154,7 +156,8 @@ def read(path):
             if name is None or name in stand_ins:
                 raise
         module, _, last = name.rpartition(".")
-        stand_ins[name] = type(last, (StandIn,), {"__module__": module})
+        kind = {"__module__": module, "is_dict": bool(re.search("(dict|CfgNode)$", last, re.I))}
+        stand_ins[name] = type(last, (StandIn,), kind)
 
 
 def foreign_object(error):
@@ -179,9 +182,10 @@ def how_to_strip(path, checkpoint, refused):
             keys.append(key)
             strip += f"del c[{key!r}]; "
     strip = strip or "c = c.state_dict(); "
+    quoted = str(path).replace("'", "\\'")
     return (f"{path} holds {', '.join(refused)} under {keys or 'no key'}, which is not read. If "
-            f"you trust it, strip that: python -c \"import torch; c = torch.load('{path}', "
-            f"weights_only=False); {strip}torch.save(c, 'new.pth')\"")
+            f"you trust it, strip that where its program is installed: python -c \"import torch; "
+            f"c = torch.load('{quoted}', weights_only=False); {strip}torch.save(c, 'new.pth')\"")
 
 
 # ---------------------------------------------------------------------------------- the backbone
@@ -225,7 +229,8 @@ def load_backbone(path, arch=None, heads=None, branch=None, mean_std=None):
         branch: part of the prefix to take, where there are several backbones: "student".
     Returns:
         backbone, D, settings: "arch", "heads" (None: a ResNet), "mean" and "std" (three numbers
-        each), "mean_std" (their name in MEAN_STD), and those of a training run of ours.
+        each), "mean_std" (their name in MEAN_STD), "image_size", that it was trained on or is
+        usual for its layers, and those of a training run of ours.
     """
     found = find_backbone(path, load_checkpoint(path), branch)
     args = settings_of_run(found)
@@ -246,7 +251,7 @@ def load_backbone(path, arch=None, heads=None, branch=None, mean_std=None):
     with_heads = f" with {heads} heads (--heads)" if heads else ""
     say(f"{path}: {arch}{with_heads} under '{found.prefix}'; {'; '.join(found.notes)}")
     settings = {"arch": arch, "heads": heads, "mean": mean, "std": std, "mean_std": name}
-    return backbone, dim, args | settings
+    return backbone, dim, {"image_size": size_of(found.state, arch)[1]} | args | settings
 
 
 def check_kinds(found):
@@ -314,18 +319,28 @@ def role_of(prefix):
 def rename(tensors, prefix, layout):
     """A backbone's tensors under torchvision's names. Query, key and value, which other layouts
     keep apart, get one name: they are stacked, in this order."""
-    patterns = RESNET_NAMES if layout == "positions" else VIT_NAMES
+    patterns = names_of_places(tensors, prefix) if layout == "positions" else VIT_NAMES
     keys = sorted(tensors, key=lambda key: not re.search(r"\.q(uery|_proj)\.", key))
     stacks = {}
     for key in keys:
         name = key.removeprefix(prefix)
-        if not key.startswith(prefix) or re.match(OTHER_PARTS, name):
+        if not key.startswith(prefix):
             continue
         for pattern, replacement in patterns:
             name = re.sub(pattern, replacement, name)
+        if re.match(OTHER_PARTS, name):
+            continue
         stacks.setdefault(name, []).append(tensors[key])
     return {name: torch.cat(stack) if len(stack) > 1 else stack[0]
             for name, stack in stacks.items()}
+
+
+def names_of_places(tensors, prefix):
+    """The names of a ResNet's parts in a Sequential, [(pattern, name)]: lightly's has the stages at
+    4 to 7, MoCo's for CIFAR, which has no max-pooling, at 3 to 6."""
+    first = min(place for place in (2, 3, 4) if f"{prefix}{place}.0.conv1.weight" in tensors)
+    stages = [(rf"^{first + i}\.", f"layer{i + 1}.") for i in range(4)]
+    return [(r"^0\.", "conv1."), (r"^1\.", "bn1."), *stages, (r"^\d+\.", "fc.")]
 
 
 # ------------------------------------------------------------------------------ its architecture
@@ -364,13 +379,14 @@ def choose_heads(found, arch, given):
 
 
 def usual_heads(found, arch):
-    """A ViT-S has 6 heads in timm, DINO, DeiT and MAE, 12 in moco-v3, the release and here."""
+    """A ViT-S has 6 heads in timm, DINO, DeiT and MAE, 12 in moco-v3, also mmpretrain's and the
+    release's, and here."""
     positions = found.state["encoder.pos_embedding"][0]
     # moco-v3's fixed positions: none of the class token, then the row in the first half.
     quarter = positions.shape[1] // 4
     fixed = not (positions[:1].any() or positions[2:3, :quarter].any())
     of_moco_v3 = fixed or re.search("(base|momentum)_encoder", found.prefix)
-    if arch == "vit_small" and found.layout in ("timm", "transformers") and not of_moco_v3:
+    if arch == "vit_small" and found.layout != "torchvision" and not of_moco_v3:
         return 6
     return SIZES[arch][2]
 

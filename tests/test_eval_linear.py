@@ -338,8 +338,18 @@ def test_the_runs_own_limit_and_recipe(folder, tmp_path, capsys):
         assert (given.lr, given.batch_size) == (0.1, batch)
         assert "***" not in capsys.readouterr().out and given.limit is None
         assert (given.optimizer, given.epochs, given.drops) == ("lars", 90, [])
-    ev.resolve(ev.parse_args(["--checkpoint=x", "--dataset=imagenet"]), {"arch": "resnet50"})
+    of_others = {"arch": "resnet50", "image_size": 224}
+    ev.resolve(ev.parse_args(["--checkpoint=x", "--dataset=imagenet"]), of_others)
     assert "does not say its method: MoCo v3's probe for resnet50" in capsys.readouterr().out
+
+
+def test_the_network_decides_on_the_size_of_the_pictures():
+    """One that was trained on large pictures does not see CIFAR's at 32 pixels."""
+    args = ev.parse_args(["--checkpoint=x", "--dataset=cifar10"])
+    for size in (224, 32):
+        assert ev.resolve(args, {"arch": "resnet50", "image_size": size}).image_size == size
+    args.image_size = 64
+    assert ev.resolve(args, {"arch": "resnet50", "image_size": 224}).image_size == 64
 
 
 class Killed(BaseException):

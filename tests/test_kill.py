@@ -268,6 +268,8 @@ def test_generation_on_a_full_disk(world, tmp_path):
     for size, full in ((1500, r"views/train/(?:cat|dog)/\d+\.png"), (3500, r"manifest\.jsonl")):
         assert end(start(lambda size=size: (limit_files(size), work()), said)) == 2
         assert re.search(full + DISK, said.read_text())
+        manifest = tmp_path / "views/manifest.jsonl"           # nothing half-written stays in it
+        assert not manifest.exists() or manifest.read_bytes()[-1:] in (b"", b"\n")
         with open(tmp_path / "views/manifest.jsonl", "a") as file:
             file.write("[]\n" * 600)               # ignored; now it will be larger than a view
     assert end(start(work)) == 0

@@ -29,11 +29,13 @@ HUB.HistoryBuffer = type("HistoryBuffer", (), {"__module__": HUB.__name__})
 ORIGIN = {"release": "clip", "release ViT": "clip", "hub": "half"}      # the others: imagenet
 TWO = {"MoCo v2", "moco-v3", "DINO", "BYOL", "lightly", "lightly ViT", "solo-learn", "release"}
 RESNETS = dict.fromkeys(("torchvision", "timm", "MoCo v2", "moco-v3", "DINO", "SwAV", "SimSiam",
-                         "BYOL", "lightly", "solo-learn", "Lightning", "release"))
+                         "BYOL", "lightly", "MoCo for CIFAR", "solo-learn", "Lightning",
+                         "release"))
 VITS = {"timm": 6, "moco-v3": 12, "DINO": 6, "lightly ViT": 6, "solo-learn": 6, "Lightning": 6,
-        "DeiT": 6, "MAE": 6, "moco-v3 for DeiT": 12, "release ViT": 12, "mmpretrain": 12,
+        "DeiT": 6, "MAE": 6, "moco-v3 for DeiT": 12, "release ViT": 12, "mmpretrain": 6,
         "torchvision ViT": 12, "hub": 6, "transformers": 6}
 POSITIONS = "^conv1=0 ^bn1=1 ^layer1=4 ^layer2=5 ^layer3=6 ^layer4=7"
+WITHOUT_POOLING = "^conv1=0 ^bn1=1 ^layer1=3 ^layer2=4 ^layer3=5 ^layer4=6"
 MMPRETRAIN = r"""^blocks=layers \.norm(\d)=.ln\1 ^norm=ln1 embed.proj=embed.projection
     mlp.fc1=ffn.layers.0.0 mlp.fc2=ffn.layers.1"""
 TORCHVISION = r"""cls_token=class_token pos_embed=encoder.pos_embedding patch_embed.proj=conv_proj
@@ -96,6 +98,8 @@ def layouts(s, o, fc):
             "target_encoder.net.", o) | linear("online_predictor.net.0"),
         "lightly": lightning | {"state_dict": under("backbone.", renamed(s, POSITIONS)) | under(
             "backbone_momentum.", renamed(o, POSITIONS)) | linear("projection_head.layers.0")},
+        "MoCo for CIFAR": {"epoch": 200, "state_dict": under(
+            "encoder_q.net.", renamed(s, WITHOUT_POOLING) | linear("9"))},
         "lightly ViT": lightning | {"state_dict": under("backbone.vit.", s) | under(
             "student_backbone.vit.", o)},
         "solo-learn": lightning | {"state_dict": under("momentum_backbone.", o) | under(
@@ -140,6 +144,7 @@ def networks():
     fixed = sine_positions(WIDTH, 2).half()              # MAE: column, then row
     made["MAE"].pos_embed.data.copy_(fixed)
     made["moco-v3 for DeiT"].pos_embed.data.copy_(fixed[:, [0, 1, 3, 2, 4]])
+    made["release ViT"] = made["moco-v3 for DeiT"]
     return made
 
 
@@ -168,6 +173,7 @@ def test_the_features_are_the_origins(name, heads, networks, tmp_path, capsys, m
     print(f"largest difference {(ours - theirs).abs().max():.1e}")
     assert ours.shape == (4, dim) and (ours - theirs).abs().max() < 1e-4 < ours.std(0).mean()
     assert (settings["mean_std"], settings["heads"]) == (origin, heads)
+    assert settings["image_size"] == (SIZE if heads else 224)
     arch = ": resnet50 under" if name == "torchvision" else ": resnet18 under"
     if heads:
         arch = f": vit_small with {heads} heads"
@@ -197,7 +203,8 @@ def test_solo_learns_stem_for_cifar_and_other_formats(tmp_path):
     content = layouts(blank(make_backbone("resnet18", 32)[0]), {}, "fc")["solo-learn"]
     content["args"] = argparse.Namespace(lr=1)
     torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=False)
-    assert load_backbone(tmp_path / "x.ckpt")[0].conv1.padding == (2, 2)
+    backbone, _, settings = load_backbone(tmp_path / "x.ckpt")
+    assert backbone.conv1.padding == (2, 2) and settings["image_size"] == 32
     (tmp_path / "x.safetensors").write_bytes(bytes(100))
     with pytest.raises(UserError, match="x.safetensors cannot be loaded as a checkpoint"):
         load_backbone(tmp_path / "x.safetensors")
@@ -295,10 +302,13 @@ def in_archive(path):
         archive.writestr("model/x.pth", b"anything")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize("write, message", [
     (lambda path: path.write_bytes(gzip.compress(b"anything")), "compressed: .* gunzip"),
     (lambda path: path.write_text('{"weight_map": {}}'), "text, such as the index"),
     (in_archive, "archive of other files: unpack"),
+    (lambda path: np.savez(open(path, "wb"), a=np.ones(2)), "NumPy's archive of arrays"),
+    (lambda path: torch.jit.script(torch.nn.Linear(2, 2)).save(path), "TorchScript: .*state_dict"),
     (lambda path: (torch.save([1], path), os.truncate(path, 300)), "its end is missing"),
     (lambda path: path.write_text("hello"), "torch.save did not write it"),
     (lambda path: path.mkdir(), "Is a directory"), (lambda path: path.touch(), "torch.save did")])
@@ -311,12 +321,25 @@ def test_other_files_are_called_what_they_are(write, message, tmp_path):
 def test_the_command_that_strips_keeps_the_weights(tmp_path):
     """Of a whole network in the place of its weights, and of an object beside them."""
     network = make_backbone("resnet18", 224)[0]
-    torch.save({"model": network, "x": slice(3)}, tmp_path / "x.pth")
+    torch.save({"model": network, "x": slice(3)}, tmp_path / "it's.pth")
     with pytest.raises(UserError, match="holds .* under .'model', 'x'., which") as error:
-        load_backbone(tmp_path / "x.pth")
+        load_backbone(tmp_path / "it's.pth")
     command = re.search('-c "(.*)"', str(error.value))[1]
     exec(command.replace("new.pth", str(tmp_path / "new.pth")))
     assert load_backbone(tmp_path / "new.pth")[2]["arch"] == "resnet18"
+
+
+@pytest.mark.parametrize("name", ["EasyDict", "ConfigDict", "CfgNode"])
+def test_a_mapping_of_another_program_beside_the_weights_is_read(name, tmp_path, monkeypatch):
+    """It holds no more than a dict; its class is not needed."""
+    module = types.ModuleType("configurations")
+    kind = type(name, (dict,), {"__module__": module.__name__})
+    setattr(module, name, kind)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    state = blank(make_backbone("resnet18", 224)[0])
+    torch.save({"model": state, "cfg": kind(lr=1, inner=kind(a=2))}, tmp_path / "it's.pth")
+    monkeypatch.delitem(sys.modules, module.__name__)
+    assert load_backbone(tmp_path / "it's.pth")[2]["arch"] == "resnet18"
 
 
 def test_torchs_own_reason_is_given(tmp_path):

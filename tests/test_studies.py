@@ -20,7 +20,7 @@ import generate_views
 import genview
 import recipes
 import train_moco
-from studies import ablation, bench, plot
+from studies import ablation, bench, eval_quality, plot
 from support.command_line import UserError
 from support.data import Images, open_image, to_tensor
 from support.views import find_views
@@ -211,6 +211,36 @@ def test_gains_are_paired_by_seed_within_one_machine_and_generator():
     assert ablation.half_interval([1, 2, 3]) == pytest.approx(4.30 / 3 ** 0.5)
 
 
+@pytest.mark.parametrize("degrees, t", [(1, 12.71), (9, 2.26), (10, 2.228), (20, 2.086),
+                                        (100, 1.984)])
+def test_student_t_of_any_number_of_seeds(degrees, t):
+    assert ablation.student_t95(degrees) == pytest.approx(t, abs=0.003)
+
+
+def test_lines_of_the_results_that_are_torn_or_of_another_file(tmp_path):
+    path = tmp_path / "results.jsonl"
+    line = dict.fromkeys(ablation.Trial._fields, "") | {"hardware": "a", "knn": 1}
+    path.write_text(json.dumps(line) + '\n{"dataset": "cif')
+    assert ablation.read_results(path) == [line]
+    path.write_text('{"epoch": 1}\n')
+    with pytest.raises(UserError, match="without 'dataset': it holds no trials"):
+        ablation.read_results(path)
+
+
+def test_the_view_of_another_image_needs_one(monkeypatch):
+    """Of its class, or of another one."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0, 0, 1, 1, 1])
+    for same_class in (True, False):
+        other = eval_quality.partners(labels, same_class, generator)
+        assert (other != torch.arange(5)).all()
+        assert ((labels[other] == labels) == same_class).all()
+    with pytest.raises(UserError, match="1 of the 4 images have no other one of the same class"):
+        eval_quality.partners(labels[:3].repeat(2)[[0, 1, 2, 3]], True, generator)
+    with pytest.raises(UserError, match="2 of the 2 images have no other one of another class"):
+        eval_quality.partners(labels[:2], False, generator)
+
+
 def test_the_preset_is_what_the_results_hold(capsys, tmp_path):
     """The command in docs/RESULTS.md has nothing left to do there; its table has no other runs."""
     results = Path(ablation.__file__).parents[1] / "docs/results.jsonl"
@@ -261,6 +291,15 @@ def test_real_images_as_extra_samples_are_those_of_the_other_data_set(tmp_path):
     images = genview.load_images("cifar10", data, "train", 32)
     extra = genview.load_extra(images, folder, "cifar10", 32)[0]
     assert torch.equal(extra, genview.load_images("folder", other, "train", 32, 10).pixels)
+
+
+def test_too_few_real_images_are_named(tmp_path):
+    data = tiny.save_images(tmp_path / "data")
+    args = SimpleNamespace(data_dir=data, limit=24, output_dir=tmp_path / "runs",
+                           real_dir=tiny.save_images(tmp_path / "other", per_class=5))
+    with pytest.raises(UserError, match="--real-dir .*other has 10 images, 24 are needed"):
+        ablation.make_views(args, "real")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_another_image_of_the_same_class_is_never_the_image_itself():

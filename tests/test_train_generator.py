@@ -1,8 +1,10 @@
 """studies/train_generator.py and its judge eval_generator.py, and the miniature in weights/."""
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from running import call, json_lines, refusal
 
@@ -182,14 +184,28 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(trained, image_folder, tmp
      "--seed is 0 there and 1 here.*--output-dir"),
     (train_generator, ["--output-dir={damaged}"], "last.pt cannot be loaded as a checkpoint"),
     (train_generator, ["--output-dir={damaged}/new", "--steps=0"], "--steps: 0 must be from 1 to"),
+    (train_generator, ["--output-dir={damaged}/new", "--data-dir={one}"],
+     "one class folder in train/: the second part learns"),
     (eval_generator, ["--output-dir={damaged}", "--guidance=nan"], "--guidance: nan must be from"),
     (eval_generator, ["--output-dir={damaged}", "--model={damaged}"], "--model .* not be loaded")])
 def test_refusals_are_one_line(trained, image_folder, tmp_path, capsys, module, flags, message):
     (tmp_path / "last.pt").write_bytes(b"torn")
-    flags = [flag.format(trained=trained, damaged=tmp_path) for flag in flags]
+    one = tiny.save_images(tmp_path / "one", classes=("cat",))
+    flags = [flag.format(trained=trained, damaged=tmp_path, one=one) for flag in flags]
     usual = FLAGS if module is train_generator else ["--device", "cpu"]
     line = refusal(capsys, call, module, "--data-dir", image_folder, *usual, *flags)
     assert re.search(message, line)
+
+
+@pytest.mark.parametrize("latent, size, patch", [(96, 224, 14), (4, 32, 4), (4, 32, 8)])
+def test_a_generator_of_large_pictures_is_not_judged(latent, size, patch):
+    pipe = SimpleNamespace(
+        unet=SimpleNamespace(config=SimpleNamespace(sample_size=latent)), vae_scale_factor=8,
+        image_encoder=SimpleNamespace(config=SimpleNamespace(image_size=size, patch_size=patch)))
+    if (size, patch) == (32, 4):
+        return eval_generator.refuse_other_sizes(pipe, "x")
+    with pytest.raises(UserError, match=f"--model x makes {8 * latent} pixels and looks at {size}"):
+        eval_generator.refuse_other_sizes(pipe, "x")
 
 
 def test_loss_not_finite_is_named(image_folder, tmp_path, monkeypatch):

@@ -130,12 +130,13 @@ def test_data_may_move_before_a_resume(tmp_path, capsys):
         call(train_moco, *flags(tmp_path / "run", moved, "--resume"))
 
 
-def test_a_folder_in_the_place_of_cifar_has_its_classes(tmp_path, capsys):
-    """Else any pictures that lie in data/train would be taken for it."""
+def test_pictures_in_the_place_of_cifar_are_named(tmp_path, capsys):
+    """Any that lie in data/train are taken for it."""
     images = tiny.save_images(tmp_path)
-    line = refusal(capsys, call, train_moco, "--dataset=cifar100", "--data-dir", images,
-                   "--device=cpu", "--output-dir", tmp_path / "run")
-    assert "2 class folders, cifar100 has 100 classes: --dataset folder" in line
+    for split in ("train", "test"):
+        genview.load_images("cifar100", images, split, 32)
+    said = capsys.readouterr().out
+    assert said.count("train is read as cifar100, which has 100 classes, not 2") == 1
 
 
 def test_training_without_labels(tmp_path, capsys):
