@@ -118,22 +118,23 @@ def load_pipeline(model, dtype, device, solver="own"):
     of the denoising, own or dpm (DPM-Solver++, second order). UserError where it cannot be loaded.
     """
     import diffusers
-    import transformers
+    from diffusers import StableUnCLIPImg2ImgPipeline
+    from transformers import CLIPVisionModelWithProjection
     quieten()
     model = genview.mini() if model == "mini" else model
     kind = kind_of_weights(model, dtype)
     try:
-        encoder, report = transformers.CLIPVisionModelWithProjection.from_pretrained(
+        encoder, report = CLIPVisionModelWithProjection.from_pretrained(
             model, subfolder="image_encoder", output_loading_info=True, **kind)
         if report["missing_keys"]:                 # transformers would draw them at random
             raise UserError(f"its image encoder lacks {len(report['missing_keys'])} weights")
-        pipe = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(
-            model, image_encoder=encoder, **kind)
+        pipe = StableUnCLIPImg2ImgPipeline.from_pretrained(model, image_encoder=encoder, **kind)
         pipe.to(device)
         with torch.inference_mode():               # the condition is the image: no words
             prompt = pipe.encode_prompt("", pipe.device, 1, False)[0]     # (1, words, features)
     except torch.OutOfMemoryError:
-        raise
+        raise UserError(f"out of memory for the weights of --model {model}: --precision float16, "
+                        f"or --device cpu") from None
     except Exception as error:                     # of three libraries
         is_path = str(model).startswith((".", "/", "~")) or Path(model).exists()
         way = (f"where there is a network run `hf download {model} --exclude '*.ckpt'` and name "

@@ -100,7 +100,7 @@ def _explain(error):
     if isinstance(error, OSError):                 # a full disk, a folder without write permission
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{where}", 2
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError) or "Failed to import" in str(error):     # diffusers' own
         return f"{in_short(error)}: pip install -r requirements.txt", 2
     if isinstance(error, MemoryError):
         return OUT_OF_MEMORY, 2

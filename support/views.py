@@ -201,10 +201,12 @@ class ViewFolder:
         compare_each(shared, SAME_FILES)
         path = self.folder / "settings.json"
         before = {}
+        begun = any(self.folder.glob("manifest*.jsonl"))       # is there a view?
         if path.exists():
             before = read_settings(path, "put a copy of it back, or that which the same command "
                                          "writes with --limit 1 and an empty --views-dir")
-            self.check_settings(before, settings)
+            if begun:
+                self.check_settings(before, settings)
             if self.manifest.exists():
                 check_same_set(self.folder, before, images, dataset)
         elif self.folder.is_dir():
@@ -216,6 +218,9 @@ class ViewFolder:
                                 f"this script; name another --views-dir")
         world.wait()                               # all processes look before one writes
         if world.rank == 0:
+            if not begun and any(before.get(name) != shared[name] for name in shared):
+                before = {}                        # an attempt with other settings failed
+                (self.folder / "foreground.npz").unlink(missing_ok=True)
             new = settings | before | {"source": images.source, "dataset": dataset}
             if new != before:
                 write_json(path, new)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from argparse import Namespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -285,6 +286,29 @@ def test_damaged_settings_are_put_back_and_no_view_is_lost(world, capsys):
     run(world, "damaged")
     assert "0 views made, 24 there already" in capsys.readouterr().out
     assert_same_views(views, world / "views")
+
+
+def test_a_folder_without_views_takes_other_settings(world, monkeypatch):
+    """After an attempt that failed: its message may have advised them."""
+    def not_finite(*_, **__):
+        raise UserError("not finite")
+    with monkeypatch.context() as patch:
+        patch.setattr(gv, "generate", not_finite)
+        with pytest.raises(UserError, match="not finite"):
+            run(world, "failed", "--seed", 1, "--flip-foreground")
+    assert (world / "failed/foreground.npz").exists()
+    run(world, "failed")
+    assert_same_views(world / "failed", world / "views")
+    with pytest.raises(UserError, match="holds views of other settings: seed is 0 there and 1"):
+        run(world, "failed", "--seed", 1)
+
+
+def test_a_model_that_memory_does_not_hold(world, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("no")
+    monkeypatch.setattr(diffusers.StableUnCLIPImg2ImgPipeline, "to", full)
+    with pytest.raises(UserError, match="weights of --model .*: --precision float16, or --device"):
+        gv.load_pipeline(str(world / "model"), torch.float32, "cpu")
 
 
 def test_limit_and_batch_size_do_not_change_a_view(world):

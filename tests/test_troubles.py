@@ -47,6 +47,8 @@ def flags(folder, data_dir, *more):
     (RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
      "lower --batch-size"),
     (ModuleNotFoundError("No module named 'diffusers'"), "pip install -r requirements.txt"),
+    (RuntimeError("Failed to import diffusers.pipelines because\nno cached_download"),
+     "no cached_download: pip install -r requirements.txt"),
     (TorchDynamoException("fatal error: Python.h: No such file"), "train without --compile"),
     (UserError("Traceback of a worker\n  file\nsupport.command_line.UserError: x.png is broken"),
      "x.png is broken")])
