@@ -53,7 +53,7 @@ def test_every_flag_exists(capsys):
 
 def test_a_continued_command_is_read_whole():
     flags = " ".join(flags for name, flags in commands() if name == "train_moco")
-    assert "--encoder release" in flags and "--component pca_vectors.npy" in flags
+    assert "--views-dir /data/train_variations --encoder release" in flags
 
 
 def test_the_code_for_copying_the_loss_runs():
