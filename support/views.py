@@ -201,25 +201,21 @@ class ViewFolder:
         compare_each(shared, SAME_FILES)
         path = self.folder / "settings.json"
         before = {}
-        begun = any(self.folder.glob("manifest*.jsonl"))       # is there a view?
         if path.exists():
             before = read_settings(path, "put a copy of it back, or that which the same command "
                                          "writes with --limit 1 and an empty --views-dir")
-            if begun:
+            # An attempt that failed before the first view may be repeated with other settings.
+            failed = not any(self.folder.glob("manifest*.jsonl")) and shared.keys() <= before.keys()
+            if not failed:
                 self.check_settings(before, settings)
             if self.manifest.exists():
                 check_same_set(self.folder, before, images, dataset)
         elif self.folder.is_dir():
-            others = [entry.name for entry in os.scandir(self.folder)
-                      if entry.name != "preview.png" and is_ours(entry.name)
-                      and not entry.name.endswith(".tmp")]
-            if others:
-                raise UserError(f"{self.folder} is not empty ({others[0]}) and no views folder of "
-                                f"this script; name another --views-dir")
+            self.refuse_other_files()
         world.wait()                               # all processes look before one writes
         if world.rank == 0:
-            if not begun and any(before.get(name) != shared[name] for name in shared):
-                before = {}                        # an attempt with other settings failed
+            if any(before.get(name, value) != value for name, value in shared.items()):
+                before = {}
                 (self.folder / "foreground.npz").unlink(missing_ok=True)
             new = settings | before | {"source": images.source, "dataset": dataset}
             if new != before:
@@ -229,6 +225,15 @@ class ViewFolder:
                 append(self.manifest, "\n")        # a kill cut the last line short
             self.join_manifests()
         world.wait()
+
+    def refuse_other_files(self):
+        """UserError where a folder without settings is not empty."""
+        others = [entry.name for entry in os.scandir(self.folder)
+                  if entry.name != "preview.png" and is_ours(entry.name)
+                  and not entry.name.endswith(".tmp")]
+        if others:
+            raise UserError(f"{self.folder} is not empty ({others[0]}) and no views folder of this "
+                            f"script; name another --views-dir")
 
     def join_manifests(self):
         """Moves the lines of all processes into manifest.jsonl; by the first process alone."""

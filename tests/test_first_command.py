@@ -215,7 +215,7 @@ def begin(folder, seconds_a_step, monkeypatch, **changes):
     method.chance = 0.0
     method.query = SimpleNamespace(backbone=torch.nn.Linear(1, 1))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    images = SimpleNamespace(names=[""] * 80_000, left_out=0, source="")
+    images = SimpleNamespace(names=[""] * 80_000, left_out=0, source="", root=None)
     run = runs.Run(SimpleNamespace(**settings), CPU, method, optimizer, images)
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now, time=lambda: clock.now)
     monkeypatch.setattr(runs, "time", clock)
