@@ -134,9 +134,9 @@ def _explain_torch(error):
     lost = re.search("peer|gloo|NCCL|[Cc]onnection|[Tt]imed out", text)
     if dist.is_initialized() and lost:
         reason = text.strip().splitlines()[-1][:150]
-        return (f"process {dist.get_rank()} stops because another one ended or does not answer: "
-                f"its own message says why, or this one ({reason}); the same command goes on, "
-                f"training with --resume"), 1
+        return (f"process {dist.get_rank()} stops because another one ended or does not answer "
+                f"({reason}): its own message says why; the same command goes on, training with "
+                f"--resume"), 1
     return None
 
 

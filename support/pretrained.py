@@ -30,9 +30,10 @@ SIZES = VITS | {                                   # width, layers, heads
     "vit_large": (1024, 24, 16),
     "vit_huge": (1280, 32, 16),
 }
+FIRST_STAGES = (2, 3, 4)      # where layer1 may stand in a Sequential: torchvision's at 4
 ANCHORS = {                                        # anchor: layout
     "layer1.0.conv1.weight": "torchvision",
-    **{f"{place}.0.conv1.weight": "positions" for place in (2, 3, 4)},     # a Sequential
+    **{f"{place}.0.conv1.weight": "positions" for place in FIRST_STAGES},
     "conv_proj.weight": "torchvision",
     "patch_embed.proj.weight": "timm",
     "patch_embed.projection.weight": "mmpretrain",
@@ -338,7 +339,7 @@ def rename(tensors, prefix, layout):
 def names_of_places(tensors, prefix):
     """The names of a ResNet's parts in a Sequential, [(pattern, name)]: lightly's has the stages at
     4 to 7, MoCo's for CIFAR, which has no max-pooling, at 3 to 6."""
-    first = min(place for place in (2, 3, 4) if f"{prefix}{place}.0.conv1.weight" in tensors)
+    first = min(place for place in FIRST_STAGES if f"{prefix}{place}.0.conv1.weight" in tensors)
     stages = [(rf"^{first + i}\.", f"layer{i + 1}.") for i in range(4)]
     return [(r"^0\.", "conv1."), (r"^1\.", "bn1."), *stages, (r"^\d+\.", "fc.")]
 

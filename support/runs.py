@@ -23,10 +23,10 @@ from support.command_line import (
     say_above,
     whole,
 )
-from support.data import IN_MEMORY_SIZE, SAME_FILES, count_and_digest
+from support.data import IN_MEMORY_SIZE, SAME_FILES
 from support.files import append, keep_lines, write_json, write_whole
 from support.processes import compare, compare_each, cores_of_process
-from support.views import content_of_files
+from support.views import content_of_images
 
 # Flags that may differ when a run is resumed: they do not change its result, or digests of what
 # they name take their place.
@@ -132,7 +132,7 @@ class Run:
         self.method = method
         self.optimizer = optimizer
         self.num_images = len(images.names)
-        self.content = {"images": self._content(images)}
+        self.content = {"images": content_of_images(images)}
         self.content_before = {}                   # of the run that is resumed
         self.main = world.rank == 0
         self.folder = Path(world.gather_objects(args.output_dir)[0])     # its name holds the time
@@ -150,11 +150,6 @@ class Run:
         # on without a picture that broke.
         identity["images"] = images.source
         return identity
-
-    def _content(self, images):
-        if images.root is None:
-            return count_and_digest(images.names)
-        return content_of_files(images.names, [images.root / name for name in images.names])
 
     @property
     def is_new(self):

@@ -71,8 +71,19 @@ def content_of_files(names, paths):
     images, marks of some of the files. paths: of each image's picture, or None."""
     found = [i for i, path in enumerate(paths) if path]
     compared = [found[i] for i in spaced(len(found), COMPARED)]
-    marks = count_and_digest([mark_of(paths[i]) for i in compared])
-    return f"{count_and_digest([names[i] for i in found])}, content of {marks.split()[-1]}"
+    return in_words([names[i] for i in found], [mark_of(paths[i]) for i in compared])
+
+
+def content_of_images(images):
+    """The same of the images themselves; of those that are no files their names alone."""
+    if images.root is None:
+        return count_and_digest(images.names)
+    compared = [images.names[i] for i in spaced(len(images.names), COMPARED)]
+    return in_words(images.names, [file_mark(images, name) for name in compared])
+
+
+def in_words(names, marks):
+    return f"{count_and_digest(names)}, content of {count_and_digest(marks).split()[-1]}"
 
 
 def check_same_set(folder, made_for, images, dataset):
