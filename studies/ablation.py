@@ -80,6 +80,7 @@ ROWS = {
     "adaptive": Row("generated views, adaptive noise", "adaptive", "pair", "off"),
     "quality": Row("... and quality weights", "adaptive", "pair", "exact"),
     "quality10": Row("... and quality weights, gamma 10", "adaptive", "pair", "exact", 10.0),
+    "opposite10": Row("... and opposite weights, gamma -10", "adaptive", "pair", "exact", -10.0),
     "class": Row("another image of the same class", "class", "pair", "off"),
     "extra": Row("the same images as extra samples", "adaptive", "extra", "off"),
     "real": Row("real images as extra samples", "real", "extra", "off"),
