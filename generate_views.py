@@ -44,6 +44,7 @@ from support.command_line import (
     whole,
 )
 from support.data import IN_MEMORY_SIZE, read_images, spaced
+from support.encoders import side_of
 from support.files import digest_of_file, read_component, write_component, write_whole
 from support.pictures import sheet, square, to_image
 from support.processes import cores_of_process, fast_dtype, setup
@@ -167,7 +168,7 @@ def kind_of_weights(model, dtype):
 
 def own_size(pipe):
     """Side of the images that the model is made for."""
-    return genview.side_of(pipe.unet.config, "sample_size", 96) * pipe.vae_scale_factor
+    return side_of(pipe.unet.config, "sample_size", 96) * pipe.vae_scale_factor
 
 
 def check(pipe, steps):
