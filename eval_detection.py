@@ -7,7 +7,6 @@ The network is torchvision's and all of it is trained. Pictures are normalised a
 pycocotools reads the annotations and computes COCO's average precision.
 """
 import contextlib
-import json
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from support.checkpoint import Checkpoint, SaveTimes, digest, identity_of
 from support.coco import read_annotations
 from support.command_line import Parser, UserError, progress, real, say, script, whole
 from support.data import IN_MEMORY_SIZE, SAME_FILES, count_and_digest
-from support.files import append, claimed, digest_of_file, keep_lines
+from support.files import Log, claimed, digest_of_file
 from support.pictures import open_image, to_tensor
 from support.pretrained import MEAN_STD, load_backbone
 from support.processes import compare, cores_of_process, setup, start_worker
@@ -146,9 +145,7 @@ def mask_rcnn(path, arch, num_classes, world, branch=None, mean_std=None, frozen
     backbone.register_forward_hook(lambda _, inputs, maps: {k: x.float() for k, x in maps.items()})
     model = MaskRCNN(backbone, num_classes, min_size=SHORT_SIDES, max_size=LONG_SIDE,
                      image_mean=args["mean"], image_std=args["std"])
-    if world.size > 1 and world.device.type == "cuda":
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model.to(world.device)
+    return world.synchronised(model).to(world.device)
 
 
 def mirrored(picture, target):
@@ -192,10 +189,9 @@ def train(model, data, args, world):
                                       "not the same result")
     start = resume(checkpoint, model, optimizer)
     indices = list(batches(len(data), args, world, start))
-    if world.rank == 0:                            # the lines after it will be written again
-        keep_lines(Path(args.output_dir, "log.jsonl"),
-                   lambda line: "loss" in line and line["step"] <= start)
-    wrapped = torch.nn.parallel.DistributedDataParallel(model) if world.size > 1 else model
+    log = Log(args.output_dir, world)
+    log.keep(lambda line: "loss" in line and line["step"] <= start)
+    wrapped = world.distributed(model)
     loader = DataLoader(data, batch_sampler=indices, num_workers=args.workers,
                         worker_init_fn=start_worker, collate_fn=list,
                         pin_memory=world.device.type == "cuda")
@@ -208,7 +204,7 @@ def train(model, data, args, world):
         window.append(torch.stack(list(losses.values())))
         last = step + 1 == args.steps
         if last or (step + 1) % args.log_every == 0:
-            log_means(args, world, step, list(losses), torch.stack(window), bar)
+            log_means(log, args, step, list(losses), torch.stack(window), bar)
             window.clear()
             if last or save_times.due():
                 checkpoint.save(model=model.state_dict(), optimizer=optimizer.state_dict(),
@@ -228,12 +224,12 @@ def resume(checkpoint, model, optimizer):
     return state["step"]
 
 
-def log_means(args, world, step, names, losses, bar):
+def log_means(log, args, step, names, losses, bar):
     """The means of the losses (steps, terms) since the last line; UserError: not finite."""
     means = dict(zip(names, losses.mean(0).tolist(), strict=True))
     if not torch.tensor(means["loss"]).isfinite():
         raise UserError(f"the loss is not finite before step {step + 1}: lower --lr")
-    log(args, world, step=step + 1, lr=learning_rate(args, step), **means)
+    log.write(step=step + 1, lr=learning_rate(args, step), **means)
     bar.set_postfix_str(f"loss {means['loss']:.3f}", refresh=False)
 
 
@@ -255,11 +251,6 @@ def train_step(model, optimizer, pairs, step, args, world):
     return {name: x.detach() for name, x in losses.items()}
 
 
-def log(args, world, **values):
-    if world.rank == 0:
-        append(Path(args.output_dir, "log.jsonl"), json.dumps(values) + "\n")
-
-
 @torch.no_grad()
 def detect(model, data, args, world):
     """All detections in COCO's format, masks run-length encoded; each process does its part."""
@@ -277,10 +268,10 @@ def detect(model, data, args, world):
 def in_coco_format(result, image_id, keys):
     """Mask R-CNN's result for one picture as a list of COCO's detections. keys: category ids."""
     from pycocotools import mask as coder
-    boxes, labels, scores, masks = (result[name].cpu()
-                                    for name in ("boxes", "labels", "scores", "masks"))
+    result = {name: x.cpu() for name, x in result.items()}
     found = []
-    for box, label, score, mask in zip(boxes, labels, scores, masks, strict=True):
+    for box, label, score, mask in zip(result["boxes"], result["labels"], result["scores"],
+                                       result["masks"], strict=True):
         x1, y1, x2, y2 = box.tolist()
         code = coder.encode((mask[0] > 0.5).numpy().astype("uint8", order="F"))
         found.append({"image_id": image_id, "category_id": keys[label - 1],
@@ -381,7 +372,7 @@ def main():
         found = detect(model, test, args, world)
         if world.rank == 0:
             scores = average_precision(test, found)
-            log(args, world, step=args.steps, **scores)
+            Log(args.output_dir, world).write(step=args.steps, **scores)
             print(in_words(scores) + note)
 
 

@@ -4,8 +4,9 @@
     python eval_linear.py --checkpoint runs/<name>/last.pt --protocol finetune --labels 0.01
 
 Reads checkpoints of this project, the authors' release and others. Runs under torchrun, too.
-Writes result.json, head.pt (a linear layer for the backbone's features), log.jsonl and last.pt
-into linear/, knn/ or finetune-<percent>/ beside the checkpoint.
+Writes result.json into linear/, knn/ or finetune-<percent>/ beside the checkpoint; of a training
+also head.pt (a linear layer for the backbone's features) and log.jsonl, of one on pictures last.pt.
+The linear probe of ImageNet is trained on pictures and comes without kNN.
 
 Legend of the shapes: N images, S side of a picture in pixels, D features of an image, C classes.
 """
@@ -18,7 +19,6 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 import genview
@@ -119,8 +119,8 @@ def knn_accuracy(chunks, queries, truth, num_classes, k=200, temperature=0.1, wo
     cosine similarity s vote for their class with weight exp(s / t).
 
     Args:
-        chunks: yields features (n, D) of any length and labels (n,) of training images. Nobody has
-            to hold all of them, 10 GB for ImageNet and ResNet-50.
+        chunks: yields features (n, D) of any length and labels (n,) of training images. They
+            need not fit into memory together: 10 GB for ImageNet and ResNet-50.
         queries, truth: features (N', D) and labels (N',) of the test images.
         k, temperature: t. The defaults are usual for MoCo.
         world: where each process sees other chunks.
@@ -163,20 +163,20 @@ def knn_of(backbone, train, test, image_size, world, workers, k=200):
 
 
 def fit_classifier(model, optimizer, batches, steps, settings, autocast=nullcontext, run=None,
-                   after_epoch=None, processes=1):
+                   score=None):
     """Trains a classifier.
 
     Args:
+        model: input -> logits; wrapped where several processes train it together.
         optimizer: its learning rates are the peaks: a cosine to 0, or the drops of settings.
         batches: function of the epoch that yields (input, labels) `steps` times.
         run: Evaluation, or None.
-        after_epoch: called after each epoch; the accuracies that it returns go into the log.
-        processes: that train it together.
+        score: called after each epoch; the accuracies that it returns go into the log.
     """
-    trained = DistributedDataParallel(model) if processes > 1 else model
+    own = getattr(model, "module", model)          # without the wrapper
     epochs = settings.epochs
     peaks = [group["lr"] for group in optimizer.param_groups]
-    first = run.resume(model, optimizer) if run else 0
+    first = run.resume(own, optimizer) if run else 0
     bar = progress(range(first, epochs), "training", "epoch", total=epochs, initial=first)
     for epoch in bar:
         losses = []
@@ -186,7 +186,7 @@ def fit_classifier(model, optimizer, batches, steps, settings, autocast=nullcont
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
             with autocast():
-                logits = trained(x)
+                logits = model(x)
             loss = F.cross_entropy(logits.float(), labels.to(logits.device))
             optimizer.zero_grad()
             loss.backward()
@@ -196,9 +196,9 @@ def fit_classifier(model, optimizer, batches, steps, settings, autocast=nullcont
         if not mean.isfinite():
             raise UserError(f"the loss is not finite after epoch {epoch + 1}: use a smaller --lr")
         bar.set_postfix(loss=f"{mean.item():.3f}", refresh=False)
-        accuracies = after_epoch() if after_epoch else None
+        accuracies = score() if score else {}
         if run:
-            run.after_epoch(epoch + 1, model, optimizer, mean, accuracies or {})
+            run.after_epoch(epoch + 1, own, optimizer, mean, accuracies)
 
 
 def augmented(images, batch_size, settings, world):
@@ -226,7 +226,7 @@ def batch_of(batch_size, n, processes=1):
 
 
 def rate_of_classifier(lr, batch_size):
-    """Its learning rate, which it says."""
+    """The classifier's learning rate; prints it."""
     rate = for_batch(lr, batch_size)
     say(f"learning rate of the classifier: {rate:g} ({lr:g} for 256 images, the batch is "
         f"{batch_size})")
@@ -269,9 +269,9 @@ def linear_on_features(features, labels, num_classes, settings, run=None):
     return head
 
 
-def linear_on_pictures(backbone, dim, images, settings, world, run=None, validation=None):
+def linear_on_pictures(backbone, dim, images, settings, world, validation, run=None):
     """A linear classifier on augmented pictures, as usual on ImageNet. Freezes the backbone.
-    validation: features and labels to score after each epoch, or None."""
+    validation: features and labels to score after each epoch."""
     batch_size = batch_of(settings.batch_size, len(images.names), world.size)
     batches, steps = augmented(images, batch_size, settings, world)
 
@@ -283,23 +283,17 @@ def linear_on_pictures(backbone, dim, images, settings, world, run=None, validat
 
     @torch.no_grad()
     def score():
-        if not validation:
-            return {}
         z, labels = validation
         return top(head(z), labels)
     backbone.eval().requires_grad_(False)
     head, optimizer = probe(dim, images.num_classes, settings, batch_size, world.device)
-    fit_classifier(head, optimizer, features, steps, settings, run=run, after_epoch=score,
-                   processes=world.size)
+    fit_classifier(world.distributed(head), optimizer, features, steps, settings, run=run,
+                   score=score)
     return head
 
 
 def finetune(backbone, dim, images, settings, world, run=None):
     """Trains backbone and classifier (semi-supervised: on part of the labels). Returns the head."""
-    def share_statistics():                        # of batch norm, where each process has its own
-        if world.size > 1:
-            for buffer in backbone.buffers():
-                torch.distributed.broadcast(buffer, 0)
     backbone.requires_grad_(True)                  # MoCo v3's fixed patch projection learns here
     if hasattr(backbone, "encoder"):               # a vision transformer
         backbone.encoder.pos_embedding.requires_grad_(False)
@@ -312,11 +306,12 @@ def finetune(backbone, dim, images, settings, world, run=None):
         momentum=0.9)
     query = torch.nn.Sequential(OrderedDict(backbone=backbone))    # last.pt's names in training
     model = torch.nn.Sequential(OrderedDict(query=query, head=head)).train()
-    if world.size > 1 and world.device.type == "cuda":         # SyncBatchNorm needs GPUs
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     batches, steps = augmented(images, batch_size, settings, world)
-    fit_classifier(model, optimizer, batches, steps, settings, world.autocast, run,
-                   share_statistics, world.size)
+    model = world.distributed(world.synchronised(model))
+    fit_classifier(model, optimizer, batches, steps, settings, world.autocast, run)
+    if world.size > 1:                             # without SyncBatchNorm each has its own
+        for buffer in backbone.buffers():
+            torch.distributed.broadcast(buffer, 0)
     return head
 
 
@@ -408,7 +403,7 @@ def resolve(args, trained_with, made_for=None):
     settings.limit = args.limit or of_run.get("limit")
     settings.arch = trained_with["arch"]
     settings.method = trained_with.get("method")
-    settings.mean_std = trained_with.get("mean_std", args.mean_std)
+    settings.mean_std = trained_with["mean_std"]
     use_recipe(settings)
     settings.output_dir = args.output_dir or folder_of(settings)
     return settings
@@ -460,7 +455,7 @@ def follow_protocol(settings, backbone, dim, train, test, world, run):
         run.report("linear", n, top(head(test_x), test.labels), head)
     elif settings.protocol == "linear":
         check = features(test), test.labels
-        head = linear_on_pictures(backbone, dim, train, settings, world, run, check)
+        head = linear_on_pictures(backbone, dim, train, settings, world, check, run)
         run.report("linear", n, top(head(check[0]), check[1]), head)
     else:
         accuracy = knn_of(backbone, train, test, settings.image_size, world, settings.workers,

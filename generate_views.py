@@ -45,9 +45,9 @@ from support.command_line import (
 )
 from support.data import IN_MEMORY_SIZE, read_images, spaced
 from support.encoders import side_of
-from support.files import digest_of_file, read_component, write_component, write_whole
+from support.files import digest_of_file, read_component, write_component, write_png
 from support.pictures import sheet, square, to_image
-from support.processes import cores_of_process, fast_dtype, setup
+from support.processes import cores_of_process, fast_dtype, name_of, setup
 from support.views import ViewFolder, file_mark
 
 LEVELS = (0, 100, 200, 300, 400)  # of the 1,000 noising steps (release)
@@ -252,7 +252,7 @@ def generate(pipe, level, embeddings, seeds, steps, guidance, size):
         negative_prompt_embeds=prompt, num_inference_steps=steps, guidance_scale=guidance,
         height=size, width=size, output_type="pt").images                         # (n, 3, S, S)
     if not views.isfinite().all():
-        dtype = str(pipe.unet.dtype).removeprefix("torch.")
+        dtype = name_of(pipe.unet.dtype)
         way = "--precision float32 helps"
         if dtype == "float32":
             way = "the model is damaged or another one is needed (--model)"
@@ -334,7 +334,9 @@ def make_view_set(args, pipe, view_maker, images, world):
         levels += [plan.level for plan in batch]
         bar.update(len(batch))
     bar.close()
-    report(levels, there, len(skipped), time.monotonic() - start, folder, world)
+    report(levels, there, len(skipped), time.monotonic() - start, world)
+    if world.rank == 0:
+        folder.join_manifests()                    # all have written theirs: they have counted
 
 
 def plans(encoded, images, v1, alpha, noise):
@@ -376,13 +378,11 @@ def say_changed(changed, world):
             f"made again")
 
 
-def report(made, there, skipped, seconds, folder, world):
+def report(made, there, skipped, seconds, world):
     """The last line, over all processes. made, there: the noise levels of the views."""
     made = sum(world.gather_objects(Counter(made)), Counter())
     there = sum(world.gather_objects(Counter(there)), Counter())
     skipped = sum(world.gather_objects(skipped))
-    if world.rank == 0:
-        folder.join_manifests()                    # all have written theirs: they have counted
     levels = made + there
     text = ", ".join(f"{level}: {levels[level]}" for level in sorted(levels))
     count = made.total()
@@ -442,14 +442,14 @@ def settings_of(args, view_maker, pipe):
     names = "model noise solver seed flip_foreground component fit_images".split()
     settings = {name: getattr(args, name) for name in names} | view_maker.settings
     return settings | {"save_size": view_maker.save_size,
-                       "precision": str(pipe.unet.dtype).removeprefix("torch."),
+                       "precision": name_of(pipe.unet.dtype),
                        "weights": digest_of_weights(pipe),
                        "component_file": digest_of_file(args.component)}
 
 
 def digest_of_weights(pipe):
-    """A few letters that tell a pipeline's weights, wherever its folder lies and however its name
-    is spelled: of the first numbers of each tensor."""
+    """A short hash that identifies a pipeline's weights, whatever its path: of the first numbers of
+    each tensor."""
     digest = hashlib.sha256()
     for name, module in sorted(pipe.components.items()):
         if isinstance(module, torch.nn.Module):
@@ -501,8 +501,8 @@ def preview(args, pipe, view_maker, images):
     columns = []
     captions = []
     frames = {}
-    for indices, tokens, c in encode_all(pipe, images, spaced(len(images.names),
-                                                              args.preview).tolist()):
+    chosen = spaced(len(images.names), args.preview).tolist()
+    for indices, tokens, c in encode_all(pipe, images, chosen):
         p = foreground_proportion(tokens, v1, alpha)
         seeds = [image_seed(args.seed, images.names[i]) for i in indices]
         views = [view_maker(level, c, seeds) for level in LEVELS]                 # [level][image]
@@ -510,12 +510,13 @@ def preview(args, pipe, view_maker, images):
             original = square(images.pil(index), cell)
             shown = foreground_map(original, tokens[i].float() @ v1, alpha)
             frames[len(columns), 2 + LEVELS.index(level)] = "red"
-            columns.append([original, shown, *(of_level[i] for of_level in views)])
+            of_image = [of_level[i] for of_level in views]
+            columns.append([original, shown, *of_image])
             captions.append(f"p = {p[i]:.2f}\nlevel {level}")
     labels = ["original", "foreground"] + [f"level {level}" for level in LEVELS]
     canvas = sheet(columns, captions, frames, cell, labels)
     path = args.views_dir / "preview.png"
-    write_whole(path, lambda temporary: canvas.save(temporary, format="PNG"))
+    write_png(path, canvas)
     print(f"{path}: {len(columns)} images. If the bright part is not the foreground, add "
           f"--flip-foreground; the same command without --preview {args.preview} makes the views")
 

@@ -32,9 +32,9 @@ from support.augment import (
 from support.command_line import UserError, in_short, progress, say
 from support.data import IN_MEMORY_SIZE, SAME_FILES, Images, count_and_digest, spaced
 from support.encoders import RGB, feature_map, load_vision_model, patches_of, preprocessing_of
-from support.files import read_component, write_whole
+from support.files import read_component, write_png
 from support.pictures import sheet, to_image
-from support.processes import compare, start_worker
+from support.processes import compare, name_of, start_worker
 from support.seeds import epoch_order, step_generator
 from support.views import content_of_files, find_views, identity_of_views, views_into_memory
 
@@ -300,8 +300,8 @@ def load_generated(images, views_dir, dataset, skip_bad=False, workers=0):
     return Generated(generated, of if missing else "", identity, content)
 
 
-def load_extra(images, views_dir, dataset, image_size, skip_bad=False, workers=0):
-    """--views extra -> Generated, further images, (M, 3, S, S) uint8 or M paths: the views of these
+def load_extra(images, views_dir, dataset, skip_bad=False, workers=0):
+    """--views extra -> Generated, further images, (M, 3, H, H) uint8 or M paths: the views of these
     images in a folder of generate_views.py, all the images of any other folder."""
     if Path(views_dir, "settings.json").exists():
         paths = [path for path in find_views(images, views_dir, dataset) if path]
@@ -315,7 +315,7 @@ def load_extra(images, views_dir, dataset, image_size, skip_bad=False, workers=0
     names = [str(path.resolve()) for path in paths]
     extra = Images(names, torch.zeros(len(paths)), 0, root=Path())
     if images.pixels is not None:
-        extra = data.into_memory(extra, image_size, skip_bad, workers)
+        extra = data.into_memory(extra, images.pixels.shape[-1], skip_bad, workers)
     elif skip_bad:
         extra = data.without_unreadable(extra, workers)
     say(f"{len(extra.names)} further training samples from {views_dir}")
@@ -351,7 +351,7 @@ def draw_pairs(path, views, quality_of, world, count=12):
     pixels = [(renormalise(view.float()) * 255).round().clamp(0, 255).byte() for view in views]
     columns = [[to_image(view[i]) for view in pixels] for i in chosen]
     canvas = sheet(columns, [captions[i] for i in chosen], frames, 96, ("view 1", "view 2"))
-    write_whole(path, lambda temporary: canvas.save(temporary, format="PNG"))
+    write_png(path, canvas)
 
 
 # ------------------------------------------------------------ the frozen encoder and its foreground
@@ -382,7 +382,7 @@ class FrozenEncoder(torch.nn.Module):
 
     def __init__(self, name):
         """name: mini, clip, release, a hub id or a folder. UserError where it cannot be loaded or
-        its features are no use."""
+        its features are unusable."""
         super().__init__()
         path = str(mini() / "image_encoder") if name == "mini" else self.NAMES.get(name, name)
         try:
@@ -516,8 +516,8 @@ def component_of_encoder(encoder, images, image_size, world, path=None, kept=Non
     with world.autocast():
         features = encoder(empty)
     if not features.isfinite().all():
-        name = str(world.dtype).removeprefix("torch.")
-        raise UserError(f"the encoder's features are not finite in {name}: --precision float32")
+        raise UserError(f"the encoder's features are not finite in {name_of(world.dtype)}: "
+                        f"--precision float32")
     size = features.shape[2]
     component = None
     if world.rank == 0 and kept and Path(kept).exists():

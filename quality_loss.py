@@ -8,10 +8,10 @@ GenView's:
     loss = info_nce(q, k, queue, temperature=0.2, weights=quality_weights(quality))
 
 `component` comes from fit_foreground, once, on E's feature maps of some thousand images. Weights
-and losses are computed in float32 on any device, whatever the dtype or autocast around them; what
-is no tensor or does not fit raises a ValueError that names it; finite input gives no NaN. GenView
-is cited by the names of its sections, "adaptive view generation" and "quality-driven loss"; the
-weights of the latter are for all losses.
+and losses are computed in float32 on any device, whatever the dtype or autocast around them; an
+argument that is no tensor or has the wrong shape raises a ValueError that names it; finite input
+gives no NaN. GenView is cited by the names of its sections, "adaptive view generation" and
+"quality-driven loss"; the weights of the latter are for all losses.
 
 Shapes: N pairs, T positions of a feature map, K features at a position, D size of an embedding, M
 keys, V views, P prototypes. v1, F, M^f, z^f, s^f, q, w, l, L are the paper's symbols; in the losses
@@ -220,7 +220,8 @@ def info_nce_in_batch(query: Tensor, keys: Tensor, *, temperature, weights=None,
     tensor(0.3133)
     """
     _check(query.ndim == keys.ndim == 2 and query.shape[1] == keys.shape[1] and len(query)
-           and 0 <= offset <= len(keys) - len(query) and _positive(temperature),
+           and _is_number(offset) and 0 <= offset <= len(keys) - len(query)
+           and _positive(temperature),
            "wanted query (N, D), keys (M, D), offset with offset + N <= M, temperature > 0",
            query, keys, offset, temperature)
     logits = query @ keys.T / temperature                                       # (N, M)
@@ -361,7 +362,8 @@ def orient_foreground(component: Tensor, tokens: Tensor, grid, fraction=0.4):
 
 
 def _check_grid(tokens, grid):
-    fits = tokens.ndim == 3 and grid[0] > 0 and grid[0] * grid[1] == tokens.shape[1]
+    is_grid = isinstance(grid, (tuple, list)) and len(grid) == 2 and all(map(_is_number, grid))
+    fits = tokens.ndim == 3 and is_grid and grid[0] > 0 and grid[0] * grid[1] == tokens.shape[1]
     _check(fits and tokens.numel(), "tokens must be (N, T, K) on a grid of T = rows * columns",
            tokens, grid)
 

@@ -3,7 +3,7 @@
 TRAINING holds each recipe by source, {source: {flag: value}}; elsewhere a recipe is {flag: value}.
 Each value is also a flag. Learning rates are for 256 images.
 """
-from support.command_line import UserError, real, whole
+from support.command_line import UserError, flag, real, whole
 
 SOURCES = {
     "v2": "MoCo v2 (Chen et al. 2020); for CIFAR-10 the notebook of its authors",
@@ -31,7 +31,8 @@ FLAGS = {
     "weight_decay": (real(0, 1e4), "weight decay"),
     "warmup_epochs": (whole(0), "epochs in which the learning rate rises linearly"),
     "dim": (whole(1), "size of an embedding"),
-    "hidden": (whole(1), "width of the hidden layers of projector and predictor"),
+    "hidden": (whole(1), "width of the hidden layers of projector and predictor; SimSiam: "
+               "of the predictor alone"),
     "queue": (whole(1), "MoCo v2: past keys as negatives; SwAV: past embeddings that get codes"),
     "queue_after": (whole(0), "SwAV: epochs before the queue fills; it is used once it is full"),
     "prototypes": (whole(1), "SwAV: number of prototypes"),
@@ -124,21 +125,21 @@ def add_flags(parser):
         "jitter, grey, blur and solarise; 0: crops and flips alone")
     for name, (kind, text) in FLAGS.items():
         choices = ["sgd", "adamw", "lars"] if name == "optimizer" else None
-        add(f"--{name.replace('_', '-')}", type=kind, help=text, choices=choices)
+        add(flag(name), type=kind, help=text, choices=choices)
 
 
 def apply(args, recipe, owner, names=tuple(FLAGS)):
     """Fills in the recipe's values where no flag says; UserError for a flag that its owner (a
-    method or protocol) does not have."""
+    method with a data set, or a protocol) does not have."""
     for name in names:
         if getattr(args, name) is None:
             setattr(args, name, recipe.get(name))
         elif name not in recipe:
-            raise UserError(f"--{name.replace('_', '-')} is not a setting of {owner}")
+            raise UserError(f"{flag(name)} is not a setting of {owner}")
 
 
 def with_sources(dataset, method, arch=None, epochs=None, batch_size=None):
-    """A training recipe with sources in words, {flag: (value, source)}; None: what is not given."""
+    """A training recipe with sources in words, {name: (value, source)}; None: what is not given."""
     dataset = {"cifar100": "cifar10", "folder": "imagenet"}.get(dataset, dataset)
     recipe = TRAINING[dataset, method]
     if (arch or "").startswith("vit"):
@@ -148,24 +149,24 @@ def with_sources(dataset, method, arch=None, epochs=None, batch_size=None):
         long_enough = (epochs or 0) >= LEAST_EPOCHS.get(source, 0)
         large_enough = (batch_size or 0) >= LEAST_BATCH.get(source, 0)
         if long_enough and large_enough:
-            found |= {flag: (value, SOURCES[source]) for flag, value in values.items()}
+            found |= {name: (value, SOURCES[source]) for name, value in values.items()}
     return found
 
 
 def training(*key):
-    """A training recipe, {flag: value}. key: see with_sources."""
-    return {flag: value for flag, (value, _) in with_sources(*key).items()}
+    """A training recipe, {name: value}. key: see with_sources."""
+    return {name: value for name, (value, _) in with_sources(*key).items()}
 
 
 def table(dataset, method, arch=None, epochs=None, batch_size=None):
     """A training recipe as rows (flag, value, source in words); None: what is not given."""
     rows = with_sources(dataset, method, arch, epochs, batch_size)
     given = {"arch": arch, "epochs": epochs, "batch_size": batch_size}
-    rows |= {flag: (value, "given") for flag, value in given.items() if value is not None}
+    rows |= {name: (value, "given") for name, value in given.items() if value is not None}
     batch = rows["batch_size"][0]
     lr, source = rows["lr"]
     rows["lr"] = lr, f"{source}; for 256 images, {lr * batch / 256:.4g} for the batch of {batch}"
-    return [(f"--{flag.replace('_', '-')}", *rows[flag]) for flag in FLAGS if flag in rows]
+    return [(flag(name), *rows[name]) for name in FLAGS if name in rows]
 
 
 # Evaluation. lr: for 256 images, it grows linearly with the batch; drops: when it falls to a tenth,

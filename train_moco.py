@@ -279,7 +279,7 @@ def train(args, world, methods=METHODS):
         optimizer = make_optimizer(method, args.optimizer, args.weight_decay)
         run = runs.Run(args, world, method, optimizer, images)
         run.resume()
-        encoder = load_encoder(args)       # what is wrong with it is said before views are made
+        encoder = load_encoder(args)       # what is wrong with it fails before views are made
         generated, component = prepare_generated(args, images, world, encoder)
         quality_of = None
         if args.quality != "off":
@@ -346,18 +346,15 @@ def knn_images(images, count=None):
 
 def make_ready(method, loader, args, world, fresh):
     """Batch norm's initial statistics, torch.compile, and the wrapper for several processes."""
-    if world.size > 1 and world.device.type == "cuda":                # SyncBatchNorm needs GPUs
-        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    method = world.synchronised(method)
     if fresh and args.start_batches:
         with world.autocast():
             method.init_batch_norm(itertools.islice(loader.epoch(0), args.start_batches))
     if args.compile:               # the networks alone: the loss and the queue are cheap
         for network in method.children():
             network.compile()
-    if world.size == 1:
-        return method
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")    # old versions need it
-    return nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
+    return world.distributed(method, broadcast_buffers=False)
 
 
 # --------------------------------------------------------------------------------- what to train on
@@ -379,7 +376,7 @@ def load_data(args):
 
 def limit_queue(args, count):
     """Returns the flags; with --dataset folder the queue of ImageNet's recipe is cut to a tenth of
-    the images. A line is said of any other queue that is larger."""
+    the images. Warns about any other queue that is larger."""
     for_all_shapes = args.dataset == "shapes" and not args.limit   # its recipe is for all of them
     tolerated = math.ceil(count / 10 / args.batch_size) * args.batch_size
     if not args.queue or for_all_shapes or args.queue <= tolerated:
@@ -395,14 +392,14 @@ def limit_queue(args, count):
 
 
 def check_schedule(args):
-    """A line where a part of the schedule is longer than the training."""
+    """Warns where a part of the schedule is longer than the training."""
     if args.warmup_epochs >= args.epochs:
         say(f"*** --epochs {args.epochs} ends within the warm-up (--warmup-epochs "
             f"{args.warmup_epochs}): the rate rises to the end")
     if args.freeze_epochs and args.freeze_epochs >= args.epochs:
         say(f"*** --freeze-epochs {args.freeze_epochs}: in {args.epochs} epochs the prototypes "
             f"never learn")
-    if args.queue_after and args.queue_after >= args.epochs:
+    if args.queue and args.queue_after and args.queue_after >= args.epochs:
         say(f"*** --queue-after {args.queue_after}: in {args.epochs} epochs the queue is never "
             f"used")
 
@@ -438,8 +435,7 @@ def generated_from_disk(args, images, world):
     else:
         views_dir = args.views_dir
     if args.views == "extra":
-        return genview.load_extra(images, views_dir, args.dataset, args.image_size, args.skip_bad,
-                                  args.workers)
+        return genview.load_extra(images, views_dir, args.dataset, args.skip_bad, args.workers)
     return genview.load_generated(images, views_dir, args.dataset, args.skip_bad, args.workers)
 
 
@@ -537,7 +533,7 @@ def parse_args(methods=METHODS, description=None, argv=None):
     if vars(args).pop("print_recipe"):
         say("\n".join("{:16}{!s:18}{}".format(*row) for row in recipes.table(*key)))
         sys.exit()
-    recipes.apply(args, recipes.training(*key), args.method)
+    recipes.apply(args, recipes.training(*key), f"{args.method} with --dataset {args.dataset}")
     args.data_dir = genview.data_dir_of(args.dataset, args.data_dir)
     resolve_views(args)
     with_views = args.views_dir != "none" and args.views == "pair"
@@ -549,7 +545,9 @@ def parse_args(methods=METHODS, description=None, argv=None):
         fits = args.queue // args.batch_size * args.batch_size or args.batch_size
         raise UserError(f"--queue {args.queue} is no multiple of --batch-size {args.batch_size} "
                         f"(all processes together): take {fits}")
-    kind = "genview" if with_views else "plain" if args.views == "pair" else "extra"
+    kind = "genview" if with_views else "plain"
+    if args.views == "extra":
+        kind = "extra"
     name = f"{args.dataset}-{args.method}-{kind}"
     args.output_dir, args.resume = runs.choose_folder(args.output_dir, args.resume, name)
     return args

@@ -19,7 +19,6 @@ import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -34,9 +33,9 @@ import torch.nn.functional as F
 from generate_views import load_pipeline
 from genview import load_images
 from recipes import GENERATION
-from studies.eval_generator import reconstruct
-from support.command_line import Parser, UserError, say, script, whole
-from support.files import append, log_lines, write_whole
+from studies.eval_generator import markdown, reconstruct
+from support.command_line import Parser, UserError, flag, say, script, whole
+from support.files import append, log_lines, write_png
 from support.pictures import to_image
 from support.processes import fast_dtype, setup
 from support.seeds import step_generator
@@ -141,7 +140,7 @@ def call(jobs, *command, **flags):
 
     They share the cores, unless OMP_NUM_THREADS says how many threads each may use.
     """
-    command = [*command, *(f"--{name.replace('_', '-')}={flags[name]}" for name in flags)]
+    command = [*command] + [f"{flag(name)}={value}" for name, value in flags.items()]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     env = {"OMP_NUM_THREADS": str(threads)} | os.environ
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
@@ -163,8 +162,7 @@ def make_views(args, kind):
         images = load_images("cifar10", args.data_dir, "train", 32, args.limit)
         pictures = make_control(args, kind, images)
         for name, picture in zip(images.names, pictures, strict=True):
-            save = partial(to_image(picture).save, format="PNG")
-            write_whole((folder / name).with_suffix(".png"), save)
+            write_png((folder / name).with_suffix(".png"), to_image(picture))
     return folder
 
 
@@ -289,8 +287,7 @@ def evaluate(args, trial, folder):
     for share in args.labels:
         text = call(args.jobs, "eval_linear.py", "--resume", protocol="finetune", labels=share,
                     **flags)
-        (_, score), = ACCURACY.findall(text)
-        scores[finetuned(share)] = float(score)
+        scores[finetuned(share)] = float(dict(ACCURACY.findall(text))["finetune"])
     return scores
 
 
@@ -384,10 +381,8 @@ def table(lines):
         for score in scores:
             titles += [SCORES[score], "gain"]
         titles.append("neg")
-        text += f"| {' | '.join(titles)} |\n" + "| --- " * len(titles) + "|\n"
-        for row in ROWS:
-            if any(line["row"] == row for line in group):
-                text += f"| {' | '.join(cells(group, row, scores))} |\n"
+        rows = [row for row in ROWS if any(line["row"] == row for line in group)]
+        text += markdown(titles, *[cells(group, row, scores) for row in rows])
     return text
 
 

@@ -33,8 +33,8 @@ def train_judge(args, world):
     backbone, dim = networks.make_backbone("resnet10_narrow", 32)
     backbone.to(world.device, memory_format=torch.channels_last)
     settings = SimpleNamespace(
-        labels=1.0, labels_file=None, lr=0.2, backbone_lr=0.2, drops=(), batch_size=128,
-        image_size=32, workers=0, **vars(args))
+        epochs=args.epochs, seed=args.seed, lr=0.2, backbone_lr=0.2, drops=(), batch_size=128,
+        image_size=32, workers=0)
     images = load_images("cifar10", args.data_dir, "train", 32)
     head = finetune(backbone, dim, images, settings, world)
 
@@ -77,7 +77,7 @@ def draw_samples(pipe, pixels, path, steps, guidance):
         rows[f"level {level}"] = views
     columns = [[to_image(row[i]) for row in rows.values()] for i in range(len(pixels))]
     canvas = sheet(columns, [""] * len(columns), {}, 64, list(rows))
-    files.write_whole(path, lambda temporary: canvas.save(temporary, format="PNG"))
+    files.write_png(path, canvas)
 
 
 def percent(hits):

@@ -32,10 +32,11 @@ from generate_views import load_pipeline, quieten
 from genview import clip_tokens, data_dir_of, load_images
 from recipes import GENERATION
 from studies.eval_generator import draw_samples
-from support import augment, files
-from support.checkpoint import Checkpoint
+from support import augment
+from support.checkpoint import Checkpoint, SaveTimes, identity_of
 from support.command_line import Parser, UserError, progress, say, script, whole
 from support.data import check_classes, spaced
+from support.files import Log
 from support.processes import setup
 from support.schedules import cosine, linear_warmup
 from support.seeds import step_generator
@@ -46,6 +47,7 @@ LATENT_CHANNELS = 48     # of 4 x 4 latents: a quarter of the picture's numbers 
 # Part: its share of --steps, its share of --batch-size, its highest learning rate.
 PARTS = {"autoencoder": [0.8, 0.25, 2e-3], "teacher": [0.1, 1.0, 4e-3],
          "encoder": [0.4, 0.5, 1.5e-3], "generator": [0.55, 1.0, 2e-3]}
+FREE = {"output_dir", "device", "log_every", "save_minutes"}    # may differ when a training goes on
 
 
 class Autoencoder(nn.Module):
@@ -210,7 +212,7 @@ def noised(c, level, noise, normalizer, scheduler):
     return torch.cat([z, sinusoids], 1)
 
 
-def train_part(part, net, *data, args, world, checkpoint, state):
+def train_part(part, net, *data, args, world, checkpoint, state, log):
     """Trains a part from its last checkpoint on. Returns the moving average of its weights, frozen.
 
     data: tensors of N rows. net(random, *batch) returns losses by name; batch: random rows of each;
@@ -225,10 +227,11 @@ def train_part(part, net, *data, args, world, checkpoint, state):
     adamw = torch.optim.AdamW(net.parameters(), peak, (0.9, 0.98), weight_decay=0.01, fused=True)
     modules = {"ema": ema, "net": net, "optimizer": adamw}
     saved = state[part]
-    for name in modules.keys() & saved.keys():
-        modules[name].load_state_dict(saved[name])
+    with checkpoint.restoring():
+        for name in modules.keys() & saved.keys():
+            modules[name].load_state_dict(saved[name])
     start = saved.get("step", 0)
-    save_time = time.time()
+    save_times = SaveTimes(args.save_minutes, world)
     pending = []                                   # losses that are not yet in the log
     bar = progress(range(start, steps), part, "step", total=steps, initial=start)
     for step in bar:
@@ -241,10 +244,11 @@ def train_part(part, net, *data, args, world, checkpoint, state):
         descend(net, ema, adamw, sum(losses.values()), step)
         pending.append(torch.stack([value.detach() for value in losses.values()]))
         done = step + 1 == steps
-        save = done or time.time() - save_time > 60 * args.save_minutes
+        save = done or save_times.due()
         if save or (step + 1) % args.log_every == 0:
             means = dict(zip(losses, torch.stack(pending).mean(0).tolist(), strict=True))
-            log(args.output_dir, part, step + 1, lr, means)
+            refuse_not_finite(part, step + 1, means)
+            log.write(part=part, step=step + 1, lr=lr, time=round(time.time(), 1), **means)
             bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()}, refresh=False)
             pending = []
         if save:
@@ -252,7 +256,8 @@ def train_part(part, net, *data, args, world, checkpoint, state):
             state[part] = {name: module.state_dict() for name, module in kept.items()}
             state[part]["step"] = step + 1
             checkpoint.save(parts=state)
-            save_time = time.time()
+            save_times.saved(checkpoint.path, "the same command")
+    save_times.end()
     return ema
 
 
@@ -262,13 +267,10 @@ def random_of(seed, part, step, device):
     return {"generator": torch.Generator(device).manual_seed(number), "device": device}
 
 
-def log(folder, part, step, lr, means):
-    """A line of log.jsonl; UserError where a loss is not finite."""
+def refuse_not_finite(part, step, means):
     if not all(map(math.isfinite, means.values())):
         raise UserError(f"the loss of the {part} is not finite at step {step}: {means}; the same "
                         f"command continues from the last checkpoint")
-    line = {"part": part, "step": step, "lr": lr, "time": round(time.time(), 1)}
-    files.append(folder / "log.jsonl", json.dumps(line | means) + "\n")
 
 
 def descend(net, ema, optimizer, loss, step):
@@ -286,10 +288,7 @@ def descend(net, ema, optimizer, loss, step):
 
 def open_checkpoint(args, world):
     """The checkpoint of these settings, and the state of each part so far."""
-    identity = {
-        "--dataset": args.dataset, "--data-dir": args.data_dir, "--limit": args.limit,
-        "--steps": args.steps, "--batch-size": args.batch_size, "--seed": args.seed,
-        "parts": PARTS}
+    identity = identity_of(args, FREE) | {"parts": PARTS}
     checkpoint = Checkpoint(args.output_dir / "last.pt", identity, world)
     state = {part: {} for part in PARTS}
     state |= checkpoint.load().get("parts", {})
@@ -353,7 +352,9 @@ def normalizer_of(c):
 def train(args, world):
     """The four parts in turn, each with the frozen earlier ones; then saves the pipeline."""
     checkpoint, state = open_checkpoint(args, world)
-    learn = partial(train_part, args=args, world=world, checkpoint=checkpoint, state=state)
+    log = Log(args.output_dir, world)
+    log.keep(lambda line: line["step"] <= state[line["part"]].get("step", 0))
+    learn = partial(train_part, args=args, world=world, checkpoint=checkpoint, state=state, log=log)
     images = load_images(args.dataset, args.data_dir, "train", SIZE, args.limit)
     check_classes(images, args.data_dir, ": the second part learns to tell classes")
     pixels, labels = with_mirrored(images.pixels.to(world.device), images.labels.to(world.device),

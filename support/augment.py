@@ -178,15 +178,23 @@ def blur(x, sigma):
 
 def normalise(x):
     """x (N, 3, H, W) in [0, 1], with CLIP's mean and standard deviation."""
-    mean, std = (constant(v, x.device).to(x.dtype).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    mean = per_channel(CLIP_MEAN, x.device).to(x.dtype)
+    std = per_channel(CLIP_STD, x.device).to(x.dtype)
     return (x - mean) / std
 
 
 def renormalise(x, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)):
     """From CLIP's mean and standard deviation to others; without these back to [0, 1]."""
-    clip_mean, clip_std, mean, std = (constant(tuple(v), x.device).view(3, 1, 1)
-                                      for v in (CLIP_MEAN, CLIP_STD, mean, std))
+    clip_mean = per_channel(CLIP_MEAN, x.device)
+    clip_std = per_channel(CLIP_STD, x.device)
+    mean = per_channel(tuple(mean), x.device)
+    std = per_channel(tuple(std), x.device)
     return (x * clip_std + clip_mean - mean) / std
+
+
+def per_channel(values, device):
+    """A number of each channel, (3, 1, 1)."""
+    return constant(values, device).view(3, 1, 1)
 
 
 @functools.lru_cache

@@ -221,6 +221,11 @@ def whole(least=0, most=10 ** 12):
     return _number(int, "whole number", least, most)
 
 
+def flag(name):
+    """The flag of an argument's name: "batch_size" -> "--batch-size"."""
+    return f"--{name.replace('_', '-')}"
+
+
 def real(least, most):
     """A type for argparse: numbers from least to most."""
     return _number(float, "number", least, most)

@@ -53,7 +53,7 @@ class Images(NamedTuple):
 
 
 def count_and_digest(names):
-    """What tells a set of images from another."""
+    """Distinguishes a set of images from others."""
     digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
     return f"{len(names)} images, names {digest[:12]}"
 
@@ -89,10 +89,19 @@ def read_cifar(dataset, data_dir, split):
         turn = 0
     elif from_environment("LOCAL_RANK", 0) == 0:
         turn = 1
-    for _ in range(turn):
+    for now in range(3):
+        if now == turn:
+            data = download(reader, dataset, data_dir, split)
         wait()
+    names = [f"{split}/{i:05d}" for i in range(len(data))]
+    pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return Images(names, torch.tensor(data.targets), len(data.classes), pixels)
+
+
+def download(reader, dataset, data_dir, split):
+    """A split by its class in torchvision."""
     try:
-        data = reader(data_dir, train=split == "train", download=True)
+        return reader(data_dir, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
         archive = Path(data_dir, reader.filename)
         if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.ENOSPC:
@@ -103,11 +112,6 @@ def read_cifar(dataset, data_dir, split):
                         f"({type(error).__name__}): put its {reader.filename} there, or name an "
                         f"image folder with train/ and test/ by --data-dir; --dataset shapes "
                         f"needs no download") from None
-    for _ in range(turn, 2):
-        wait()
-    names = [f"{split}/{i:05d}" for i in range(len(data))]
-    pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-    return Images(names, torch.tensor(data.targets), len(data.classes), pixels)
 
 
 def find_files(root, split):

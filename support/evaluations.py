@@ -7,7 +7,7 @@ import torch
 from support.checkpoint import Checkpoint, digest, identity_of
 from support.command_line import UserError, say
 from support.data import SAME_FILES, count_and_digest
-from support.files import read_settings, write_json, write_whole
+from support.files import Log, read_settings, write_json, write_whole
 from support.processes import compare_each
 
 # Settings that may differ when an evaluation is resumed. Digests of the backbone and of the images'
@@ -57,13 +57,9 @@ class Evaluation:
         if earlier.exists():
             self.checkpoint.refuse_other(earlier, read_settings(earlier).get("identity", {}))
         self.state = self.checkpoint.load()
-        self.log = self.state.get("log", [])
-        self._write_log()
-
-    def _write_log(self):
-        if self.world.rank == 0:
-            text = "".join(json.dumps(line) + "\n" for line in self.log)
-            write_whole(self.folder / "log.jsonl", lambda path: path.write_text(text))
+        self.log = Log(self.folder, world)
+        done = self.state.get("epoch", 0)
+        self.log.keep(lambda line: line["epoch"] <= done)
 
     def resume(self, model, optimizer):
         """Loads what there is to resume. Returns the number of epochs done."""
@@ -79,13 +75,12 @@ class Evaluation:
         """Logs, and saves where pictures are trained on: other trainings take seconds."""
         loss = self.world.mean(loss).item()
         rate = optimizer.param_groups[-1]["lr"]
-        self.log.append({"epoch": epoch, "loss": loss, "lr": rate, **accuracies})
+        self.log.write(epoch=epoch, loss=loss, lr=rate, **accuracies)
         if self.keep:
             text = f"epoch {epoch}/{self.settings.epochs}  loss {loss:.3f}  {in_words(accuracies)}"
             say(text.rstrip())
             self.checkpoint.save(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                                 epoch=epoch, log=self.log, args=vars(self.settings))
-        self._write_log()
+                                 epoch=epoch, args=vars(self.settings))
 
     def report(self, protocol, count, accuracies, head=None):
         """Prints and saves a result, {name: percent}; count: of the labelled images it used."""

@@ -52,6 +52,11 @@ def write_json(path, content):
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
 
 
+def write_png(path, picture):
+    """A PIL image as PNG, whatever the name's suffix."""
+    write_whole(path, lambda temporary: picture.save(temporary, format="PNG"))
+
+
 def digest_of_file(path):
     """A short hash of a file's content; path None: of nothing."""
     content = Path(path).read_bytes() if path else b""
@@ -136,15 +141,26 @@ def log_lines(path):
             yield line, content
 
 
-def keep_lines(path, wanted):
-    """Rewrites a log of objects, one a line, with those for which wanted(object) is true."""
-    path = Path(path)
-    kept = []
-    for line, content in log_lines(path) if path.exists() else ():
-        with contextlib.suppress(TypeError, KeyError):             # not ours
-            if wanted(content) and line.endswith("\n"):
-                kept.append(line)
-    write_whole(path, lambda temporary: temporary.write_text("".join(kept)))
+class Log:
+    """A folder's log.jsonl, an object a line. The first process alone writes."""
+    def __init__(self, folder, world):
+        self.path = Path(folder, "log.jsonl")
+        self.main = world.rank == 0
+
+    def keep(self, is_done):
+        """Leaves those for which is_done(object) is true; the others will be written again."""
+        if not self.main:
+            return
+        kept = []
+        for line, content in log_lines(self.path) if self.path.exists() else ():
+            with contextlib.suppress(TypeError, KeyError):             # not ours
+                if is_done(content) and line.endswith("\n"):
+                    kept.append(line)
+        write_whole(self.path, lambda temporary: temporary.write_text("".join(kept)))
+
+    def write(self, **values):
+        if self.main:
+            append(self.path, json.dumps(values) + "\n")
 
 
 def sweep(paths, seconds=3600):
@@ -180,17 +196,18 @@ def read_settings(path, advice="put a copy of it back, or move it away"):
 
 def write_component(path, **content):
     """foreground.npz: component (K,), threshold, and what they were fitted with."""
-    def write(temporary):
-        with open(temporary, "wb") as file:        # np.savez would add a suffix to a name
-            np.savez(file, **content)
-    write_whole(path, write)
+    _write_numpy(path, np.savez, **content)
 
 
 def write_array(path, x):
     """A tensor as .npy."""
+    _write_numpy(path, np.save, x.cpu().numpy())
+
+
+def _write_numpy(path, save, *arrays, **named):
     def write(temporary):
-        with open(temporary, "wb") as file:        # np.save would add a suffix to a name
-            np.save(file, x.cpu().numpy())
+        with open(temporary, "wb") as file:        # save would add a suffix to a name
+            save(file, *arrays, **named)
     write_whole(path, write)
 
 

@@ -26,7 +26,7 @@ def open_image(path, upright=True):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             warnings.simplefilter("error", Image.DecompressionBombWarning)   # a far too large image
-            if not stat.S_ISREG(os.stat(path).st_mode):        # a pipe would be waited for
+            if not stat.S_ISREG(os.stat(path).st_mode):        # opening a pipe would block
                 raise ValueError("it is no regular file")
             with Image.open(path) as image:
                 image.load()

@@ -309,7 +309,7 @@ def prefix_without_anchor(tensors):
 
 
 def words_of(prefix):
-    """By what --branch may name a prefix, and what may tell its role."""
+    """The words of a prefix, which --branch and ROLES are compared with."""
     return {*re.split(r"[._]", prefix), *prefix.split("."), prefix.strip(".")}
 
 
@@ -418,7 +418,8 @@ def own_mean_std(found):
             return None
         numbers[name] = [float(x) for x in match.groups()]
     scale = 255 if max(numbers["mean"]) > 1 else 1
-    mean, std = (tuple(round(x / scale, 8) for x in numbers[name]) for name in ("mean", "std"))
+    mean = tuple(round(x / scale, 8) for x in numbers["mean"])
+    std = tuple(round(x / scale, 8) for x in numbers["std"])
     return mean, std
 
 

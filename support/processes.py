@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from support.command_line import UserError, from_environment, in_short
+from support.command_line import UserError, flag, from_environment, in_short
 
 # Flags that name files, which may lie elsewhere on another machine.
 PATHS = {"data_dir", "views_dir", "output_dir", "resume", "checkpoint", "encoder", "component",
@@ -55,9 +55,21 @@ class World(NamedTuple):
         """Is x true in any process?"""
         if self.size == 1:
             return bool(x)
-        flag = torch.tensor(float(x), device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        anywhere = torch.tensor(float(x), device=self.device)
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+        return bool(anywhere)
+
+    def synchronised(self, network):
+        """The network, on GPUs with batch norm over all processes: SyncBatchNorm needs them."""
+        if self.size == 1 or self.device.type != "cuda":
+            return network
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+
+    def distributed(self, network, **options):
+        """The network, whose gradients are means over all processes."""
+        if self.size == 1:
+            return network
+        return torch.nn.parallel.DistributedDataParallel(network, **options)
 
     def gather_objects(self, x):
         return gather_objects(x)
@@ -117,7 +129,7 @@ def compare_flags(args):
         if name in PATHS and value not in (None, "none"):
             value = "a path"
         if name not in ("device", "workers"):
-            flags[f"--{name.replace('_', '-')}"] = value
+            flags[flag(name)] = value
     compare_each(flags, "start all with the same flags, and give all machines the same files")
 
 
@@ -221,6 +233,11 @@ def fast_dtype(device):
         features = torch.cpu.get_capabilities() if known else {}
         fast = features.get("amx_bf16") or features.get("avx512_bf16")
     return torch.bfloat16 if fast else torch.float32
+
+
+def name_of(dtype):
+    """torch.bfloat16 -> "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def cores_of_process():

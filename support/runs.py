@@ -4,7 +4,6 @@ The folder holds last.pt (everything to resume), backbone.pt, log.jsonl, args.js
 script draws or keeps there.
 """
 import datetime
-import json
 import math
 import textwrap
 import time
@@ -24,8 +23,8 @@ from support.command_line import (
     whole,
 )
 from support.data import IN_MEMORY_SIZE, SAME_FILES
-from support.files import append, keep_lines, write_json, write_whole
-from support.processes import compare, compare_each, cores_of_process
+from support.files import Log, write_json, write_whole
+from support.processes import compare, compare_each, cores_of_process, name_of
 from support.views import content_of_images
 
 # Flags that may differ when a run is resumed: they do not change its result, or digests of what
@@ -35,7 +34,8 @@ FREE = {"data_dir", "output_dir", "resume", "device", "compile", "workers", "ski
 HEALTHY_NEG = 0.25    # mean cosine of negatives above which a run is warned
 TIMED_STEPS = 10      # whose time tells how long a run will take, after the first, which is slow
 LONG = 2 * 3600       # seconds from which on a smaller run is named, of small images on a CPU
-SMALLER = "--limit 10000 --arch resnet10_narrow --epochs 60"
+SMALLER = ("--limit 10000 --arch resnet10_narrow --epochs 60 --crop-min 1 --colour 0 "
+           "--quality off")          # README's small run
 SMALLER_SIZE = 10_000 * 60    # images in all of its epochs
 
 
@@ -43,7 +43,7 @@ SMALLER_SIZE = 10_000 * 60    # images in all of its epochs
 def add_flags(parser):
     """The runtime flags of a training script."""
     add = parser.add_argument_group("runtime").add_argument
-    add("--output-dir", help="default: runs/<dataset>-<method>-<time>")
+    add("--output-dir", help="default: runs/<dataset>-<method>-<genview, plain or extra>-<time>")
     add("--resume", nargs="?", const="last", metavar="PATH",
         help="go on from a last.pt; without PATH from the newest of such a run")
     add("--seed", type=whole(), default=0, help="of all random numbers")
@@ -200,23 +200,19 @@ class Run:
         self.pending = []                          # read-outs that are not yet in the log
         self.summary = ""
         self.neg = 0.0
-        if not self.main:
-            return
-        self._prune_log()
-        write_json(self.folder / "args.json", vars(self.args) | {"label": self.label})
-        dtype = str(self.world.dtype).removeprefix("torch.")
-        say(f"{self.label} on {self.args.dataset}, {steps} steps an epoch, {self.world.size} x "
-            f"{self.world.device.type}, {dtype}")
-        settings = "  ".join(f"{name}={value}" for name, value in vars(self.args).items())
-        say(textwrap.fill(settings, 100))
-
-    def _prune_log(self):
-        """Removes the lines after the checkpoint: they will be written again."""
-        done = self.start_epoch * self.steps + self.start_step
+        self.log = Log(self.folder, self.world)
+        done = self.start_epoch * steps + self.start_step
 
         def is_done(line):
             return line["epoch"] <= self.start_epoch if "knn" in line else line["step"] <= done
-        keep_lines(self.folder / "log.jsonl", is_done)
+        self.log.keep(is_done)
+        if not self.main:
+            return
+        write_json(self.folder / "args.json", vars(self.args) | {"label": self.label})
+        say(f"{self.label} on {self.args.dataset}, {steps} steps an epoch, {self.world.size} x "
+            f"{self.world.device.type}, {name_of(self.world.dtype)}")
+        settings = "  ".join(f"{name}={value}" for name, value in vars(self.args).items())
+        say(textwrap.fill(settings, 100))
 
     def begin_epoch(self, epoch):
         """Starts the progress bar. Returns the first step to do."""
@@ -258,7 +254,7 @@ class Run:
         on_cpu = self.world.device.type == "cpu"
         is_larger = self.num_images * self.args.epochs > SMALLER_SIZE
         if on_cpu and is_larger and seconds > LONG and self.args.image_size <= IN_MEMORY_SIZE:
-            text += f"; a smaller one (docs/RESULTS.md): {SMALLER}"
+            text += f"; a smaller one: {SMALLER}"
         say_above(self.bar, text)
 
     def _log_means(self, step, names):
@@ -272,8 +268,8 @@ class Run:
         speed = (step + 1 - self.first_step) * self.args.batch_size / seconds
         left = (self.args.epochs * self.steps - number) * self.args.batch_size / speed
         chance = self.method.chance
-        self.log(epoch=round(number / self.steps, 4), step=number, **means, chance=chance,
-                 lr=self.optimizer.param_groups[0]["lr"], images_per_s=speed)
+        self.log.write(epoch=round(number / self.steps, 4), step=number, **means, chance=chance,
+                       lr=self.optimizer.param_groups[0]["lr"], images_per_s=speed)
         loss = f"loss {means.pop('loss'):.3f} (chance {chance:.2f})"
         others = "".join(f"{name} {value:.3f}  " for name, value in means.items())
         self.bar.set_postfix_str(f"{loss}, {speed:.0f} images/s", refresh=False)
@@ -285,8 +281,9 @@ class Run:
         if self.summary:                           # else resumed after the epoch's last step
             say(f"epoch {self.epoch + 1}/{self.args.epochs}  {self.summary}")
             self.summary = ""
-        fifth = math.ceil(self.args.epochs / 5)    # after which it is judged, once
-        if self.args.method == "mocov2" and self.neg > HEALTHY_NEG and self.epoch == fifth:
+        judged = max(2, math.ceil(self.args.epochs / 5))           # epochs, once
+        is_time = self.epoch + 1 == judged
+        if is_time and self.args.method == "mocov2" and self.neg > HEALTHY_NEG:
             say(f"*** neg is {self.neg:.2f}, where 0 is healthy: keys drift, and age tells the "
                 f"positive: use a smaller --queue, a higher --temperature or --lr")
         self.save(self.epoch, self.steps)
@@ -313,16 +310,12 @@ class Run:
         """After the last epoch: a signal ends the process at once."""
         self.save_times.end()
 
-    def log(self, **values):
-        if self.main:
-            append(self.folder / "log.jsonl", json.dumps(values) + "\n")
-
     def log_knn(self, accuracy, count):
         """count: of the training images that it looked at."""
         few = count < self.num_images
         part = f" by {count} of {self.num_images} images" if few else ""
         say(f"epoch {self.epoch + 1}/{self.args.epochs}  kNN top-1 {accuracy:.1f}%{part}")
-        self.log(epoch=self.epoch + 1, knn=accuracy, label=self.label)
+        self.log.write(epoch=self.epoch + 1, knn=accuracy, label=self.label)
 
     def _refuse_not_finite(self, losses, number):
         """losses: of the steps up to this number, the last."""

@@ -59,7 +59,7 @@ def find_views(images, views_dir, dataset):
 
 
 def identity_of_views(folder):
-    """What tells the views in a folder from others, {name: value}: the settings they were made
+    """What distinguishes the views in a folder, {name: value}: the settings they were made
     with; {} where the folder has none, as of the release."""
     path = Path(folder, "settings.json")
     settings = read_settings(path) if path.exists() else {}
@@ -67,7 +67,7 @@ def identity_of_views(folder):
 
 
 def content_of_files(names, paths):
-    """What tells these pictures from others, in words: how many there are, the names of their
+    """What distinguishes these pictures, in words: how many there are, the names of their
     images, marks of some of the files. paths: of each image's picture, or None."""
     found = [i for i, path in enumerate(paths) if path]
     compared = [found[i] for i in spaced(len(found), COMPARED)]
@@ -115,14 +115,14 @@ def check_same_set(folder, made_for, images, dataset):
 
 
 def file_mark(images, name):
-    """What tells an image file from another of the same name: its size in bytes and a checksum of
-    its middle. "": it cannot be read; None: images that are no files."""
+    """What distinguishes an image file from another of its name: its size in bytes and a checksum
+    of its middle. "": it cannot be read; None: images that are no files."""
     return None if images.root is None else mark_of(images.root / name)
 
 
 def mark_of(path):
     """See file_mark."""
-    if not path.is_file():                         # a pipe would be waited for
+    if not path.is_file():                         # opening a pipe would block
         return ""
     try:
         with open(path, "rb") as file:
@@ -210,32 +210,41 @@ class ViewFolder:
                 raise UserError(f"{other} and {name} would have the same view: rename one of them")
         shared = {name: value for name, value in settings.items() if name not in FREE}
         compare_each(shared, SAME_FILES)
-        path = self.folder / "settings.json"
-        before = {}
-        if path.exists():
-            before = read_settings(path, "put a copy of it back, or that which the same command "
-                                         "writes with --limit 1 and an empty --views-dir")
-            # An attempt that failed before the first view may be repeated with other settings.
-            failed = not any(self.folder.glob("manifest*.jsonl")) and shared.keys() <= before.keys()
-            if not failed:
-                self.check_settings(before, settings)
-            if self.manifest.exists():
-                check_same_set(self.folder, before, images, dataset)
-        elif self.folder.is_dir():
-            self.refuse_other_files()
+        before = self.check_what_is_there(settings, shared, dataset, images)
         world.wait()                               # all processes look before one writes
         if world.rank == 0:
-            if any(before.get(name, value) != value for name, value in shared.items()):
-                before = {}
-                (self.folder / "foreground.npz").unlink(missing_ok=True)
-            new = settings | before | {"source": images.source, "dataset": dataset}
-            if new != before:
-                write_json(path, new)
-            sweep(self.folder.rglob("*.tmp"))
-            if self.manifest.exists() and not self.manifest.read_bytes().endswith(b"\n"):
-                append(self.manifest, "\n")        # a kill cut the last line short
-            self.join_manifests()
+            self.begin(before, settings, shared, dataset, images)
         world.wait()
+
+    def check_what_is_there(self, settings, shared, dataset, images):
+        """The settings of the folder, {} of a new one; UserError where it holds anything else."""
+        path = self.folder / "settings.json"
+        if not path.exists():
+            if self.folder.is_dir():
+                self.refuse_other_files()
+            return {}
+        before = read_settings(path, "put a copy of it back, or that which the same command "
+                                     "writes with --limit 1 and an empty --views-dir")
+        # An attempt that failed before the first view may be repeated with other settings.
+        failed = not any(self.folder.glob("manifest*.jsonl")) and shared.keys() <= before.keys()
+        if not failed:
+            self.check_settings(before, settings)
+        if self.manifest.exists():
+            check_same_set(self.folder, before, images, dataset)
+        return before
+
+    def begin(self, before, settings, shared, dataset, images):
+        """Writes the settings, removes what killed processes left; by the first process alone."""
+        if any(before.get(name, value) != value for name, value in shared.items()):
+            before = {}
+            (self.folder / "foreground.npz").unlink(missing_ok=True)
+        new = settings | before | {"source": images.source, "dataset": dataset}
+        if new != before:
+            write_json(self.folder / "settings.json", new)
+        sweep(self.folder.rglob("*.tmp"))
+        if self.manifest.exists() and not self.manifest.read_bytes().endswith(b"\n"):
+            append(self.manifest, "\n")            # a kill cut the last line short
+        self.join_manifests()
 
     def refuse_other_files(self):
         """UserError where a folder without settings is not empty."""

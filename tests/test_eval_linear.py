@@ -286,7 +286,9 @@ def top1(backbone, head, images):
 
 def test_linear_probe_on_augmented_pictures_trains_the_head_alone():
     backbone, images = Mean(), coloured()
-    head = ev.linear_on_pictures(backbone, 3, images, settings(epochs=5, image_size=16), CPU)
+    validation = ev.extract_features(backbone, images, 16, CPU), images.labels
+    head = ev.linear_on_pictures(backbone, 3, images, settings(epochs=5, image_size=16), CPU,
+                                 validation)
     assert (backbone.factor == 1).all() and top1(backbone, head, images) > 98
 
 
@@ -334,11 +336,11 @@ def test_the_runs_own_limit_and_recipe(folder, tmp_path, capsys):
     assert "fitted on 7 labelled images" in capsys.readouterr().out
     for flags, batch in (([], 4096), (["--batch-size=512"], 512)):
         given = ev.parse_args(["--checkpoint=last.pt", "--dataset=imagenet", *flags])
-        given = ev.resolve(given, state["args"])
+        given = ev.resolve(given, state["args"] | {"mean_std": "clip"})
         assert (given.lr, given.batch_size) == (0.1, batch)
         assert "***" not in capsys.readouterr().out and given.limit is None
         assert (given.optimizer, given.epochs, given.drops) == ("lars", 90, [])
-    of_others = {"arch": "resnet50", "image_size": 224}
+    of_others = {"arch": "resnet50", "image_size": 224, "mean_std": "imagenet"}
     ev.resolve(ev.parse_args(["--checkpoint=x", "--dataset=imagenet"]), of_others)
     assert "does not say its method: MoCo v3's probe for resnet50" in capsys.readouterr().out
 
@@ -346,10 +348,11 @@ def test_the_runs_own_limit_and_recipe(folder, tmp_path, capsys):
 def test_the_network_decides_on_the_size_of_the_pictures():
     """One that was trained on large pictures does not see CIFAR's at 32 pixels."""
     args = ev.parse_args(["--checkpoint=x", "--dataset=cifar10"])
+    network = {"arch": "resnet50", "mean_std": "imagenet"}
     for size in (224, 32):
-        assert ev.resolve(args, {"arch": "resnet50", "image_size": size}).image_size == size
+        assert ev.resolve(args, network | {"image_size": size}).image_size == size
     args.image_size = 64
-    assert ev.resolve(args, {"arch": "resnet50", "image_size": 224}).image_size == 64
+    assert ev.resolve(args, network | {"image_size": 224}).image_size == 64
 
 
 class Killed(BaseException):

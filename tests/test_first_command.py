@@ -233,8 +233,7 @@ def begin(folder, seconds_a_step, monkeypatch, **changes):
 
 @pytest.mark.parametrize("seconds, changes, line", [
     (1, {}, "this run will take about 3 min on this machine"),
-    (60, {}, f"this run will take about 3.3 h on this machine; a smaller one (docs/RESULTS.md): "
-             f"{runs.SMALLER}"),
+    (60, {}, f"this run will take about 3.3 h on this machine; a smaller one: {runs.SMALLER}"),
     (1800, dict(epochs=7), "this run will take about 70.0 h on this machine"),
     (60, dict(image_size=224), "this run will take about 3.3 h on this machine"),
     (60, dict(epoch=5), "the rest of this run will take about 1.7 h on this machine")])

@@ -611,7 +611,7 @@ def test_settings_of_other_methods_are_refused(method, tmp_path, capsys):
         flags = [f"--method={method}", "--dataset=folder", f"--data-dir={tmp_path}",
                  "--views-dir=none", f"--output-dir={tmp_path / 'run'}", f"--{name}=1"]
         line = refusal(capsys, call, SCRIPT_OF[method], *flags)
-        assert line == f"--{name} is not a setting of {method}"
+        assert line == f"--{name} is not a setting of {method} with --dataset folder"
     assert not (tmp_path / "run").exists()
 
 

@@ -329,6 +329,7 @@ A, N, B, S = ql.foreground_attention, ql.info_nce, ql.info_nce_in_batch, ql.swap
     (N, [(2, 4), (2, 4), (5, 4)], {"weights": W[:3]}, "(3,)"),
     (B, [(2, 4), (5, 3)], {}, "(5, 3)"), (B, [(2, 4), (5, 4)], {"offset": 4}, "(5, 4)"),
     (B, [(2, 4), (5, 4)], {"offset": -1}, "(5, 4)"), (B, [(0, 4), (5, 4)], {}, "(0, 4)"),
+    (B, [(2, 4), (5, 4)], {"offset": None}, "NoneType"),
     (B, [(2, 4), (5, 4)], {"temperature": -1.0}, "-1.0"),
     (B, [(2, 4), (5, 4)], {"weights": W[:2, None]}, "(2, 1)"),
     (ql.negative_cosine, [(2, 4), (2, 5)], {}, "(2, 5)"),
@@ -347,6 +348,7 @@ A, N, B, S = ql.foreground_attention, ql.info_nce, ql.info_nce_in_batch, ql.swap
     (ql.orient_foreground, [(3,), (2, 4, 3)], {"grid": (3, 2)}, "(2, 4, 3), (3, 2)"),
     (ql.fit_foreground, [(0, 4, 3)], {"grid": (2, 2)}, "(0, 4, 3)"),
     (ql.fit_foreground, [(2, 4, 3)], {"grid": (-2, -2)}, "(-2, -2)"),
+    (ql.fit_foreground, [(2, 4, 3)], {"grid": 4}, "(2, 4, 3), 4"),
     (ql.fit_foreground, [(2, 4, 3)], {"grid": (2, 2), "fraction": 1.5}, "[0, 1], got (2, 4), 1.5"),
     (ql.foreground_threshold, [(0, 4)], {}, "(0, 4)")])
 def test_wrong_shapes_are_named(function, shapes, options, named):

@@ -397,7 +397,7 @@ def wrong(views_folder, encoder_folder, tmp_path_factory):
     ("--noise 100", "for other data generate_views.py sets it"),
     ("--temperature 0", "--temperature: 0 must be from 0.0001"),
     ("--quality cached", "invalid choice: 'cached'"),
-    ("--hidden 32", "--hidden is not a setting of mocov2"),
+    ("--hidden 32", "--hidden is not a setting of mocov2 with --dataset folder"),
     ("--resume {nowhere}/last.pt", "last.pt cannot be loaded as a checkpoint"),
     ("--quality exact --encoder {nowhere}", "nowhere could not be loaded"),
     ("--quality exact --encoder {clip} --component {config}", "is no component file"),
