@@ -566,7 +566,7 @@ def test_any_category_ids_are_numbered_from_one_and_back(coco, tmp_path, capsys)
     picture, target = data[0]
     assert target["labels"].tolist() == [2] and data.num_classes == 4
     assert "3 categories: first, second, late" in capsys.readouterr().out
-    mask = target["masks"][:, None].float()
+    mask = 0.4 + 0.2 * target["masks"][:, None].float()        # of the object where above a half
 
     class Model(torch.nn.Module):
         def forward(self, pictures):
@@ -574,7 +574,41 @@ def test_any_category_ids_are_numbered_from_one_and_back(coco, tmp_path, capsys)
                 "scores": torch.ones(1), "masks": mask}]
     found = eval_detection.detect(Model(), data, SimpleNamespace(workers=0), CPU)
     assert [f["category_id"] for f in found] == [7]
-    assert eval_detection.average_precision(data, found)["mask"][1] == pytest.approx(100)
+    assert eval_detection.average_precision(data, found) == PERFECT
+
+
+def test_each_process_detects_in_its_share_of_the_pictures(coco):
+    data = eval_detection.Coco(coco, "val")
+
+    class Model(torch.nn.Module):
+        seen = []
+
+        def forward(self, pictures):
+            self.seen += pictures
+            return [{"boxes": torch.tensor([[1.0, 2, 4, 8]]), "labels": torch.ones(1).long(),
+                     "scores": torch.ones(1), "masks": torch.ones(1, 1, 96, 120)}]
+    world = SimpleNamespace(rank=1, size=2, device=CPU.device,
+                            gather_objects=lambda found: [["of the first"], found])
+    first, second = eval_detection.detect(Model(), data, SimpleNamespace(workers=0), world)
+    assert first == "of the first" and second["image_id"] == data.ids[1]
+    assert second["bbox"] == [1, 2, 3, 6]          # left, top, width, height
+    assert len(Model.seen) == 1 and torch.equal(Model.seen[0], data[1][0])
+
+
+def test_scores_are_of_boxes_or_masks_and_a_precision(coco):
+    """AP, AP50, AP75: of detections that fit in one, loosely or after a false one."""
+    data = eval_detection.Coco(coco, "val", limit=1)
+    truth, = truth_of(data)
+    x, y, w, h = truth["bbox"]
+    empty = truth_of(eval_detection.Coco(coco, "val"))[1]["segmentation"]
+    aside = truth | {"segmentation": empty}
+    scores = eval_detection.average_precision(data, [aside])
+    assert scores["box"] == pytest.approx((100, 100, 100)) and scores["mask"][0] < 100
+    loose = truth | {"bbox": [x, y, w, 0.68 * h]}              # hits at 0.5, 0.55, 0.6 and 0.65
+    assert eval_detection.average_precision(data, [loose])["box"] == pytest.approx((40, 100, 0))
+    false = truth | {"bbox": [0, 0, 3, 3], "score": 2.0}
+    found = eval_detection.average_precision(data, [truth, false])["box"]
+    assert found == pytest.approx((50, 50, 50), abs=1)         # its recall is 100
 
 
 @pytest.mark.parametrize("text", [

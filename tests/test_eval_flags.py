@@ -828,10 +828,11 @@ class Detector(torch.nn.Module):
     """In the place of Mask R-CNN: its loss is the pictures' mean times one weight."""
     made = []
 
-    def __init__(self, backbone, num_classes, image_mean, **options):
+    def __init__(self, backbone, num_classes, **options):
         super().__init__()
         self.backbone, self.weight = backbone, torch.nn.Parameter(torch.tensor(1.0))
-        self.image_mean, self.seen = image_mean, []
+        self.options, self.seen = options, []
+        backbone.requires_grad_(False)             # DDP would wait for gradients
         Detector.made.append(self)
 
     def forward(self, pictures, targets=None):
@@ -994,13 +995,29 @@ def test_detection_takes_the_network_that_flags_name(detect, resnets, coco, monk
                      mean_std, "--workers=3", "--lr=0")
         weights = run.model.backbone.body.conv1.weight.data
         assert torch.equal(weights, resnets[1][branch])
-        assert tuple(run.model.image_mean) == MEAN_STD[mean_std][0]
+        options = run.model.options
+        assert (options["image_mean"], options["image_std"]) == MEAN_STD[mean_std]
+        # torchvision draws one of the short sides and evaluates at the last.
+        assert options["min_size"] == (640, 672, 704, 736, 768, 800)
+        assert options["max_size"] == 1333
     assert found == [3] * 4
     for flags, message in ((["--arch=resnet50"], "another architecture"),
                            (["--device=meta"], "--device meta is not available"),
                            (["--backbone=none.pt"], "none.pt cannot be loaded"),
                            (["--data-dir", coco / "none"], "none/annotations.*is missing")):
         assert re.search(message, refusal(capsys, detect, *short, *flags))
+
+
+def test_two_processes_detect_as_one(detect, tmp_path):
+    """Their gradients are means over both, their shares halves of each batch."""
+    flags = ["--steps=3", "--batch-size=4", "--lr=4", "--seed=1"]
+    one = detect(*flags, output=tmp_path / "one").model
+
+    def work():
+        detect(*flags, output=tmp_path / "two")
+    assert end(*start_two([work] * 2, tmp_path)) == [0, 0]
+    two = torch.load(tmp_path / "two/last.pt")["model"]["weight"]
+    assert two.item() == pytest.approx(one.weight.item(), abs=1e-6) and two.item() < 0.9
 
 
 HAND = "test_eval_flags.py::test_detection_by_hand"
