@@ -531,3 +531,53 @@ def test_workers_read_the_pictures_of_the_foreground_in_order(folder, monkeypatc
     for workers in (0, 2):
         with pytest.raises(UserError, match="0002.png cannot be read.*--skip-bad"):
             list(data.read_squares(images, indices, 65, workers))
+
+
+def test_cifars_splits_and_pixels(tmp_path, monkeypatch):
+    class Reader:
+        """torchvision's; of its pictures the last is red in row 1, column 5."""
+        filename = "archive"
+        classes = ["a", "b"]
+
+        def __init__(self, folder, train, download):
+            self.data = np.zeros((4 if train else 2, 32, 32, 3), np.uint8)
+            self.data[-1, 1, 5, 0] = 255
+            self.targets = [0, 1, 0, 1][:len(self.data)]
+
+        def __len__(self):
+            return len(self.data)
+    monkeypatch.setattr(data.torchvision.datasets, "CIFAR100", Reader)
+    for split, count in (("train", 4), ("test", 2)):
+        images = data.read_cifar("cifar100", tmp_path, split)
+        assert images.names == [f"{split}/{i:05d}" for i in range(count)]
+        assert images.labels.tolist() == [0, 1, 0, 1][:count]
+        assert (images.pixels > 0).nonzero().tolist() == [[count - 1, 0, 1, 5]]
+
+
+def test_the_suffixes_of_pictures(tmp_path):
+    names = ["a.JPEG", "b.jpeg", "c.jpg", "d.PNG", "e.bmp", "f.webp", "g.tif", "h.tiff", "i.ppm"]
+    for name in [*names, "notes.txt", "list.csv"]:
+        (tmp_path / name).touch()
+    found, others = data.sort_out(tmp_path)
+    assert [path.name for path in found] == names
+    assert [path.name for path in others] == ["list.csv", "notes.txt"]
+
+
+@pytest.mark.parametrize("size", [(96, 32), (32, 96)])
+def test_the_square_is_the_centre(size):
+    """Of a picture in thirds of red, green and blue."""
+    picture = Image.new("RGB", size, "red")
+    across = size[0] > size[1]
+    picture.paste("lime", (32 * across, 32 * (not across), *size))
+    picture.paste("blue", (64 * across, 64 * (not across), *size))
+    centre = pictures.to_tensor(pictures.square(picture, 32))
+    assert (centre[:, 3:-3, 3:-3] == torch.tensor([0, 255, 0])[:, None, None]).all()
+
+
+def test_views_are_jpegs_of_quality_95(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    view = Image.fromarray(noise)
+    folder = views_on_disk.ViewFolder(tmp_path / "views", ".jpg")
+    folder.write(view, source="a/b.png", noise_level=0)
+    view.save(tmp_path / "wanted.jpg", quality=95)
+    assert folder.path("a/b.png").read_bytes() == (tmp_path / "wanted.jpg").read_bytes()

@@ -1,4 +1,5 @@
 """eval_linear.py: checkpoints of every format, kNN against a loop, probes with known answers."""
+import inspect
 import json
 import math
 import re
@@ -12,10 +13,12 @@ from running import CPU, call, end, json_lines, refusal, start_two
 
 import eval_linear as ev
 import genview
+import train_moco
 from support.augment import normalise
 from support.command_line import UserError
 from support.data import Images, to_tensor
 from support.networks import make_backbone
+from support.pictures import to_image
 from support.pretrained import MEAN_STD, load_backbone
 from support.processes import setup
 from support.schedules import cosine, tenth_from
@@ -112,6 +115,25 @@ def test_the_centre_of_a_file_is_cut(images):
     assert images.pil(0).size == (32, 32)
     centre = to_tensor(images.pil(0).crop((2, 2, 30, 30)))
     torch.testing.assert_close(x[0], normalise(centre / 255))
+
+
+@pytest.mark.parametrize("size", [(40, 80), (80, 40)])
+def test_the_centre_of_an_oblong_file_is_cut(size, tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (3, size[1], size[0]), generator=rng).to(torch.uint8)
+    to_image(pixels).save(tmp_path / "0.png")
+    images = Images(["0.png"], torch.zeros(1), 1, root=tmp_path)
+    x, = ev.pictures(images, torch.arange(1), 35, CPU, 1, workers=0)           # 40 * 224 / 256
+    left, top = ((side - 35) // 2 for side in size)
+    either = [pixels[:, y:y + 35, x:x + 35] for y in (top, top + 1) for x in (left, left + 1)]
+    assert any(torch.allclose(x[0], normalise(centre / 255)) for centre in either)
+
+
+def test_knn_of_a_training_is_that_of_the_evaluation():
+    """By 200 neighbours, for 10,000 test images."""
+    for function in (ev.knn_of, ev.knn_accuracy):
+        assert inspect.signature(function).parameters["k"].default == 200
+    assert ev.parse_args(["--checkpoint=x"]).k == 200 and train_moco.KNN_QUERIES == 10_000
 
 
 def test_random_crops_are_drawn_from_seed_and_epoch(images):

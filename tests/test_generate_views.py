@@ -295,12 +295,14 @@ def test_a_folder_without_views_takes_other_settings(world, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(gv, "generate", not_finite)
         with pytest.raises(UserError, match="not finite"):
-            run(world, "failed", "--seed", 1, "--flip-foreground")
+            run(world, "failed", "--flip-foreground")
     assert (world / "failed/foreground.npz").exists()
     run(world, "failed")
     assert_same_views(world / "failed", world / "views")
     with pytest.raises(UserError, match="holds views of other settings: seed is 0 there and 1"):
         run(world, "failed", "--seed", 1)
+    with pytest.raises(UserError, match="settings: flip_foreground is False there and True here"):
+        run(world, "failed", "--flip-foreground")
 
 
 def test_a_model_that_memory_does_not_hold(world, monkeypatch):

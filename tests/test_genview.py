@@ -3,6 +3,7 @@ views, the frozen encoder, files, checkpoints, networks."""
 import math
 import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -476,6 +477,48 @@ def test_make_backbone(size, stride):
     backbone, features = make_backbone("resnet18", size)
     assert features == 512 and backbone.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
     assert backbone.conv1.stride == stride and backbone.conv1.bias is None
+
+
+def test_small_pictures_keep_their_resolution():
+    """CIFAR's ResNet: neither its stem nor a max-pooling makes the maps smaller."""
+    for size, side, pooled in ((32, 32, False), (64, 64, False), (65, 17, True)):
+        backbone, _ = make_backbone("resnet18", size)
+        maps = []
+        backbone.layer1.register_forward_hook(lambda _, inputs, out, maps=maps: maps.append(out))
+        backbone.eval()(torch.zeros(1, 3, size, size))
+        assert maps[0].shape == (1, 64, side, side)
+        assert isinstance(backbone.maxpool, torch.nn.MaxPool2d) == pooled
+
+
+def test_augmentations_of_swav():
+    """All crops are jittered twice as strongly; the small ones are of small parts."""
+    args = SimpleNamespace(method="swav", crop_min=0.14, small_min=0.05, small_crops=3,
+                           small_size=16, blur=0.5, colour=1.0)
+    large, *others = genview.augmentations(args)
+    assert large == Augmentation((0.14, 1.0), (0.8, 0.8, 0.8, 0.2), blur=0.5)
+    assert others == [large] + [large._replace(scale=(0.05, 0.14), size=16)] * 3
+
+
+def test_pairs_are_drawn_from_the_best_to_the_worst(monkeypatch, tmp_path):
+    """The best framed green, the worst red; scores below."""
+    drawn = []
+
+    def sheet(*arguments):
+        drawn.append(arguments)
+        return Image.new("RGB", (1, 1))
+    monkeypatch.setattr(genview, "sheet", sheet)
+    colours = torch.tensor([0.2, 0.5, 0.8]).view(3, 1, 1, 1).expand(3, 3, 8, 8)
+    views = (normalise(colours), normalise(1 - colours))
+    q = torch.tensor([0.0, 1.0, -1.0])
+
+    def quality_of(*_):
+        return q, q + 0.25, torch.full((3,), 0.25)
+    genview.draw_pairs(tmp_path / "pairs.png", views, quality_of, CPU)
+    columns, captions, frames, *_ = drawn[0]
+    shown = [[view.getpixel((4, 4))[0] for view in column] for column in columns]
+    assert shown == [[128, 128], [51, 204], [204, 51]]
+    assert [caption.split()[2] for caption in captions] == ["1.00", "0.00", "-1.00"]
+    assert frames == {(0, 0): "green", (0, 1): "green", (2, 0): "red", (2, 1): "red"}
 
 
 @pytest.mark.parametrize("arch, millions", [("vit_small", 21.67), ("vit_base", 85.80)])

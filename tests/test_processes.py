@@ -1,5 +1,6 @@
 """Several processes, signals and folders: no process waits for one that is gone, no run mixes with
 another."""
+import datetime
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import tiny
 import torch
 from PIL import Image
 from running import (
+    CPU,
     before_call,
     call,
     end,
@@ -32,7 +34,7 @@ import eval_linear
 import generate_views
 import genview
 import train_moco
-from support import command_line, processes, runs
+from support import checkpoint, command_line, processes, runs
 from support.checkpoint import Checkpoint
 from support.command_line import Terminated, UserError, progress, script
 from support.files import write_json
@@ -462,3 +464,80 @@ def test_processes_with_other_models_are_named(kind, what, world, tmp_path, monk
     monkeypatch.setattr(processes, "gather_objects", gather)
     with pytest.raises(UserError, match=f"process 1 finds {what}: others, process 0: .*; all mach"):
         kind(world, tmp_path / "new")()
+
+
+def test_batch_norm_is_over_all_gpus():
+    """In each script; one GPU, or CPUs, which have no SyncBatchNorm, keep their own."""
+    def kinds(world):
+        network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+        return [type(layer) for layer in world.synchronised(network)]
+    gpus = processes.World(0, 2, torch.device("cuda"), torch.float32)
+    assert kinds(gpus) == [torch.nn.Conv2d, torch.nn.SyncBatchNorm]
+    for world in (gpus._replace(size=1), gpus._replace(device=torch.device("cpu"))):
+        assert kinds(world) == [torch.nn.Conv2d, torch.nn.BatchNorm2d]
+
+
+def test_the_training_synchronises_batch_norm(monkeypatch):
+    class Two(processes.World):
+        def distributed(self, network, **_):
+            return network
+    world = Two(0, 2, torch.device("cuda"), torch.float32)
+    args = SimpleNamespace(start_batches=0, compile=False)
+    method = torch.nn.ModuleDict({"query": torch.nn.Sequential(torch.nn.BatchNorm1d(4))})
+    ready = train_moco.make_ready(method, None, args, world, fresh=True)
+    assert isinstance(ready["query"][0], torch.nn.SyncBatchNorm)
+
+
+def test_any_and_mean_over_processes(tmp_path):
+    def work():
+        world = setup("cpu")
+        first = world.rank == 0
+        assert world.any(first) and world.any(not first) and not world.any(False)
+        assert world.mean(torch.tensor(float(world.rank))) == 0.5
+    assert end(*start_two([work, work], tmp_path)) == [0, 0]
+
+
+def test_when_a_training_saves(monkeypatch):
+    """After so many minutes since it last did."""
+    now = [0.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    times = checkpoint.SaveTimes(15, CPU)
+
+    def due_at(second):
+        now[0] = float(second)
+        return times.due()
+    assert not due_at(899) and due_at(901)
+    times.saved("last.pt", "the same command")
+    assert not due_at(902) and not due_at(1800) and due_at(1802)
+    times.end()
+
+
+def test_the_newest_run_is_resumed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2, 3):
+        path = tmp_path / f"runs/x-{number}/last.pt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (0, 100 if number == 2 else number))
+    assert runs.choose_folder(None, "last", "x") == ("runs/x-2", "runs/x-2/last.pt")
+    assert "the newest of 3 such runs" in capsys.readouterr().out
+
+
+def test_how_long_processes_wait_for_each_other(monkeypatch, tmp_path):
+    """Those of generate_views.py may end days apart."""
+    found = {}
+
+    def stop(*_, **options):
+        found.update(options)
+        raise UserError("asked")
+    with monkeypatch.context() as patch:
+        for name, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="x",
+                                MASTER_PORT=1).items():
+            patch.setenv(name, str(value))
+        patch.setattr(processes.dist, "init_process_group", stop)
+        with pytest.raises(UserError, match="asked"):
+            call(generate_views, "--dataset=cifar10", "--device=cpu", "--limit=4")
+        assert found["timeout"] == datetime.timedelta(days=7)
+        with pytest.raises(UserError, match="asked"):
+            setup("cpu")
+        assert found["timeout"] == datetime.timedelta(minutes=30)

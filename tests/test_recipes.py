@@ -42,6 +42,37 @@ def test_imagenet_training(key):
     assert recipe["image_size"] == 224
 
 
+SMALL = {"cifar10": dict(image_size=32, crop_min=0.2, blur=0.0, knn_every=10),
+         "shapes": dict(image_size=32, crop_min=0.3, blur=0.0, knn_every=5)}
+SGD = dict(arch="resnet18", epochs=200, batch_size=256, optimizer="sgd", weight_decay=5e-4)
+ADAMW = dict(arch="resnet10_narrow", epochs=30, batch_size=128, optimizer="adamw", lr=4e-3,
+             weight_decay=1e-4, warmup_epochs=1, dim=128)
+# Those behind docs/RESULTS.md.
+SMALL_SETS = {
+    ("cifar10", "mocov2"): SGD | dict(lr=0.06, warmup_epochs=1, dim=128, queue=1024,
+                                      temperature=0.15, momentum=0.99, start_batches=10),
+    ("cifar10", "mocov3"): SGD | dict(lr=0.03, warmup_epochs=5, dim=256, hidden=2048,
+                                      temperature=0.2, momentum=0.99),
+    ("cifar10", "byol"): SGD | dict(lr=0.06, warmup_epochs=5, dim=256, hidden=1024, momentum=0.99),
+    ("cifar10", "simsiam"): SGD | dict(lr=0.03, batch_size=512, warmup_epochs=0, dim=2048,
+                                       hidden=512),
+    ("cifar10", "swav"): SGD | dict(lr=0.06, warmup_epochs=5, dim=128, hidden=512, prototypes=128,
+                                    temperature=0.1, epsilon=0.01, freeze_epochs=1, small_crops=2,
+                                    small_size=16, small_min=0.08),
+    ("shapes", "mocov2"): ADAMW | dict(queue=2048, temperature=0.2, momentum=0.99),
+    ("shapes", "mocov3"): ADAMW | dict(hidden=512, temperature=0.2, momentum=0.99),
+    ("shapes", "byol"): ADAMW | dict(hidden=512, momentum=0.98),
+    ("shapes", "simsiam"): ADAMW | dict(dim=512, hidden=128),
+    ("shapes", "swav"): ADAMW | dict(hidden=512, prototypes=64, temperature=0.1, epsilon=0.01,
+                                     freeze_epochs=1, small_crops=2, small_size=16, small_min=0.15),
+}
+
+
+@pytest.mark.parametrize("key", SMALL_SETS, ids=str)
+def test_training_on_small_sets(key):
+    assert recipes.training(*key) == SMALL[key[0]] | SMALL_SETS[key]
+
+
 def test_heads_and_losses_of_imagenet():
     wanted = {
         "mocov2": dict(dim=128, queue=65536, temperature=0.2, blur=0.5),
@@ -85,6 +116,8 @@ def test_fine_tuning_depends_on_the_share_of_labels():
         recipe = recipes.evaluation("finetune", "imagenet", labels)
         assert (recipe["lr"], recipe["backbone_lr"]) == (lr, backbone_lr)
         assert (recipe["epochs"], recipe["batch_size"]) == (20, 256)
+    assert recipes.evaluation("finetune", "cifar10", 0.01) == dict(
+        epochs=30, batch_size=64, lr=0.4, backbone_lr=0.04, drops=[])
 
 
 def test_the_table_says_values_and_sources():

@@ -516,6 +516,14 @@ def test_the_queue_holds_at_most_a_tenth_of_the_images(flags, images, queue, lin
     assert line in said and len(said.splitlines()) == bool(line)
 
 
+def test_the_shortened_queue_is_that_of_the_training(image_folder, tmp_path):
+    flags = small(image_folder, tmp_path / "run")
+    place = flags.index("--queue")
+    run(*flags[:place], *flags[place + 2:])
+    state = torch.load(tmp_path / "run/last.pt")
+    assert state["args"]["queue"] == 8 and len(state["model"]["queue"]) == 8    # of 24 images
+
+
 @pytest.mark.parametrize("changes, line", [
     ({}, ""), (dict(warmup_epochs=5), "*** --epochs 2 ends within the warm-up"),
     (dict(freeze_epochs=2), "*** --freeze-epochs 2"), (dict(queue_after=3), "*** --queue-after 3")])
