@@ -213,7 +213,8 @@ def begin(folder, seconds_a_step, monkeypatch, **changes):
     settings |= changes
     method = torch.nn.Module()
     method.chance = 0.0
-    method.query = SimpleNamespace(backbone=torch.nn.Linear(1, 1))
+    method.query = torch.nn.ModuleDict({"backbone": torch.nn.Linear(1, 1)})
+    method.query.backbone = method.query["backbone"]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     images = SimpleNamespace(names=[""] * 80_000, left_out=0, source="", root=None)
     run = runs.Run(SimpleNamespace(**settings), CPU, method, optimizer, images)
@@ -222,12 +223,13 @@ def begin(folder, seconds_a_step, monkeypatch, **changes):
     run.start_epoch = settings.get("epoch", 0)
     run.begin(20, "a run", {}, "")
 
-    def steps(epoch, count):
+    def steps(epoch, count, **readouts):
         first = run.begin_epoch(epoch)
         clock.now += 1000                          # the first step is slow
         for step in range(first, first + count):
-            run.after_step(step, {"loss": torch.zeros(())})
+            run.after_step(step, {"loss": torch.zeros(())} | readouts)
             clock.now += seconds_a_step
+    steps.run = run
     return steps
 
 
@@ -255,3 +257,17 @@ def test_the_smaller_run_that_is_named_parses(train):
     args = train_moco.parse_args(argv=["--dataset=cifar10", *runs.SMALLER.split()])
     assert args.arch == "resnet10_narrow" and args.limit * args.epochs == runs.SMALLER_SIZE
     assert command_line.duration(runs.LONG) == "2.0 h"
+
+
+@pytest.mark.parametrize("epochs, judged", [(60, 12), (5, 2), (2, 2), (1, None)])
+def test_drifting_keys_are_named_after_a_fifth_of_the_epochs(epochs, judged, tmp_path, monkeypatch,
+                                                             capsys):
+    """But at least two; once, whatever comes later."""
+    steps = begin(tmp_path, 1, monkeypatch, epochs=epochs, method="mocov2", temperature=0.2)
+    warned = []
+    for epoch in range(epochs):
+        steps(epoch, 20, neg=torch.tensor(0.3))
+        steps.run.end_epoch()
+        if "neg is 0.30, where 0 is healthy" in capsys.readouterr().out:
+            warned.append(epoch + 1)
+    assert warned == [judged] * (judged is not None)

@@ -411,15 +411,17 @@ def test_originals_and_further_samples_are_one_pool(image_folder, tmp_path):
     pool = genview.expand(images, views)
     assert len(pool.names) == 48 and pool.labels[24:].eq(-1).all()
     assert torch.equal(pool.pixels, torch.cat([images.pixels, views]))
-    of = f"{image_folder}/test/cat", "folder", 32
+    of = f"{image_folder}/test/cat", "folder"
     files = Images(images.names, images.labels, 2, root=Path(image_folder))
     pool = genview.expand(files, genview.load_extra(files, *of)[0])
     assert len(pool.names) == len(pool.labels) == 36 and pool.pixels is None
     assert pool.root / pool.names[24] == Path(image_folder).resolve() / "test/cat/0000.png"
     cats = genview.load_images("folder", image_folder, "test", 32).pixels[:12]
     assert torch.equal(genview.load_extra(images, *of)[0], cats)
+    larger = images._replace(pixels=torch.zeros(24, 3, 48, 48, dtype=torch.uint8))     # as stored
+    assert genview.expand(larger, genview.load_extra(larger, *of)[0]).pixels.shape[2:] == (48, 48)
     with pytest.raises(UserError, match="holds no images for --views extra"):
-        genview.load_extra(images, tmp_path, "folder", 32)
+        genview.load_extra(images, tmp_path, "folder")
 
 
 def test_extra_samples_keep_the_number_of_steps(image_folder, views_folder, tmp_path):
