@@ -23,7 +23,7 @@ from support.files import Log, claimed, digest_of_file
 from support.pictures import open_image, to_tensor
 from support.pretrained import MEAN_STD, load_backbone
 from support.processes import compare, cores_of_process, setup, start_worker
-from support.schedules import linear_warmup, tenth_from
+from support.schedules import linear_warmup, step_decay
 from support.seeds import epoch_order, step_generator
 
 # The customary 1x schedule: 90,000 steps of 16 pictures, lr drops to a tenth after 2/3 and 8/9.
@@ -160,11 +160,11 @@ def warmup_steps(batch_size):
     return WARMUP_STEPS * BATCH / batch_size
 
 
-def learning_rate(args, step):
+def detection_rate(args, step):
     """Linear warm-up, then two drops to a tenth."""
     relative = args.batch_size / BATCH
     warmup = linear_warmup(1.0, step + 1, min(warmup_steps(args.batch_size), args.steps))
-    return args.lr * relative * warmup * tenth_from([d * args.steps for d in DROPS], step)
+    return args.lr * relative * warmup * step_decay([d * args.steps for d in DROPS], step)
 
 
 def batches(count, args, world, start):
@@ -179,7 +179,7 @@ def batches(count, args, world, start):
         yield order[first:first + n]
 
 
-def train(model, data, args, world):
+def train_detector(model, data, args, world):
     """Fine-tunes the model for --steps steps; goes on from --output-dir's last.pt."""
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-4)
     identity = identity_of(args, FREE) | {"backbone": digest(model.backbone.body),
@@ -200,7 +200,7 @@ def train(model, data, args, world):
     window = []
     model.train()
     for step, pairs in enumerate(bar, start):
-        losses = train_step(wrapped, optimizer, pairs, step, args, world)
+        losses = detection_step(wrapped, optimizer, pairs, step, args, world)
         window.append(torch.stack(list(losses.values())))
         last = step + 1 == args.steps
         if last or (step + 1) % args.log_every == 0:
@@ -229,11 +229,11 @@ def log_means(log, args, step, names, losses, bar):
     means = dict(zip(names, losses.mean(0).tolist(), strict=True))
     if not torch.tensor(means["loss"]).isfinite():
         raise UserError(f"the loss is not finite before step {step + 1}: lower --lr")
-    log.write(step=step + 1, lr=learning_rate(args, step), **means)
+    log.write(step=step + 1, lr=detection_rate(args, step), **means)
     bar.set_postfix_str(f"loss {means['loss']:.3f}", refresh=False)
 
 
-def train_step(model, optimizer, pairs, step, args, world):
+def detection_step(model, optimizer, pairs, step, args, world):
     """One step on a batch of (picture, objects). Returns the loss and its terms, scalars."""
     # The seed of torchvision's own draws: sides, proposals.
     torch.manual_seed(step_generator(args.seed, 2, step, world.rank).initial_seed())
@@ -242,7 +242,7 @@ def train_step(model, optimizer, pairs, step, args, world):
     pictures = [picture.to(world.device, non_blocking=True) for picture, _ in pairs]
     targets = [{key: target[key].to(world.device, non_blocking=True)
                 for key in ("boxes", "labels", "masks")} for _, target in pairs]
-    optimizer.param_groups[0]["lr"] = learning_rate(args, step)
+    optimizer.param_groups[0]["lr"] = detection_rate(args, step)
     losses = model(pictures, targets)              # of the proposals and the heads, five terms
     losses = {"loss": sum(losses.values())} | losses
     optimizer.zero_grad()
@@ -297,7 +297,7 @@ def average_precision(data, found):
     return scores
 
 
-def in_words(scores):
+def ap_in_words(scores):
     """The scores of average_precision as a line of text."""
     parts = []
     for name, (ap, ap50, ap75) in scores.items():
@@ -368,12 +368,12 @@ def main():
     rate = args.lr * args.batch_size / BATCH
     say(f"{args.steps} steps of {args.batch_size} pictures, rate {rate:g}{note}")
     with claimed(args.output_dir, world):
-        train(model, data, args, world)
+        train_detector(model, data, args, world)
         found = detect(model, test, args, world)
         if world.rank == 0:
             scores = average_precision(test, found)
             Log(args.output_dir, world).write(step=args.steps, **scores)
-            print(in_words(scores) + note)
+            print(ap_in_words(scores) + note)
 
 
 if __name__ == "__main__":

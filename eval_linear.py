@@ -31,7 +31,7 @@ from support.files import claimed
 from support.networks import LARS
 from support.pretrained import MEAN_STD, load_backbone
 from support.processes import cores_of_process, setup, start_worker
-from support.schedules import cosine, for_batch, tenth_from
+from support.schedules import cosine, scaled_rate, step_decay
 from support.seeds import epoch_order, step_generator
 
 CROP_SCALE = (0.08, 1.0)      # part of the image's area in a crop: torchvision's default
@@ -182,7 +182,7 @@ def fit_classifier(model, optimizer, batches, steps, settings, autocast=nullcont
         losses = []
         for step, (x, labels) in enumerate(batches(epoch), epoch * steps):
             done = step / (epochs * steps)
-            factor = tenth_from(settings.drops, done) if settings.drops else cosine(done)
+            factor = step_decay(settings.drops, done) if settings.drops else cosine(done)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
             with autocast():
@@ -227,7 +227,7 @@ def batch_of(batch_size, n, processes=1):
 
 def rate_of_classifier(lr, batch_size):
     """The classifier's learning rate; prints it."""
-    rate = for_batch(lr, batch_size)
+    rate = scaled_rate(lr, batch_size)
     say(f"learning rate of the classifier: {rate:g} ({lr:g} for 256 images, the batch is "
         f"{batch_size})")
     return rate
@@ -299,7 +299,7 @@ def finetune(backbone, dim, images, settings, world, run=None):
         backbone.encoder.pos_embedding.requires_grad_(False)
     head = zero_linear(dim, images.num_classes).to(world.device)
     batch_size = batch_of(settings.batch_size, len(images.names), world.size)
-    backbone_rate = for_batch(settings.backbone_lr, batch_size)
+    backbone_rate = scaled_rate(settings.backbone_lr, batch_size)
     optimizer = torch.optim.SGD(                   # what gets no gradient is left alone
         [{"params": backbone.parameters(), "lr": backbone_rate},
          {"params": head.parameters(), "lr": rate_of_classifier(settings.lr, batch_size)}],
@@ -382,7 +382,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def resolve(args, trained_with, made_for=None):
+def resolve_settings(args, trained_with, made_for=None):
     """The settings: flags, then what the checkpoint says, then the recipe.
 
     made_for: the side of the pictures that the backbone takes, where it takes no other.
@@ -473,7 +473,7 @@ def main():
     if trained_with["mean_std"] != "clip":         # pictures come with CLIP's numbers
         backbone.register_forward_pre_hook(lambda _, x: (augment.renormalise(x[0], mean, std),))
     # A vision transformer's positions are of one size.
-    settings = resolve(args, trained_with, getattr(backbone, "image_size", None))
+    settings = resolve_settings(args, trained_with, getattr(backbone, "image_size", None))
     torch.manual_seed(settings.seed)
     say(f"settings: {vars(settings)}")
     evaluate(settings, backbone.to(world.device, memory_format=torch.channels_last), dim, world)

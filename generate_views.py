@@ -47,7 +47,7 @@ from support.data import IN_MEMORY_SIZE, read_images, spaced
 from support.encoders import side_of
 from support.files import digest_of_file, read_component, write_component, write_png
 from support.pictures import sheet, square, to_image
-from support.processes import cores_of_process, fast_dtype, name_of, setup
+from support.processes import cores_of_process, dtype_name, fast_dtype, setup
 from support.views import ViewFolder, file_mark
 
 LEVELS = (0, 100, 200, 300, 400)  # of the 1,000 noising steps (release)
@@ -252,7 +252,7 @@ def generate(pipe, level, embeddings, seeds, steps, guidance, size):
         negative_prompt_embeds=prompt, num_inference_steps=steps, guidance_scale=guidance,
         height=size, width=size, output_type="pt").images                         # (n, 3, S, S)
     if not views.isfinite().all():
-        dtype = name_of(pipe.unet.dtype)
+        dtype = dtype_name(pipe.unet.dtype)
         way = "--precision float32 helps"
         if dtype == "float32":
             way = "the model is damaged or another one is needed (--model)"
@@ -442,7 +442,7 @@ def settings_of(args, view_maker, pipe):
     names = "model noise solver seed flip_foreground component fit_images".split()
     settings = {name: getattr(args, name) for name in names} | view_maker.settings
     return settings | {"save_size": view_maker.save_size,
-                       "precision": name_of(pipe.unet.dtype),
+                       "precision": dtype_name(pipe.unet.dtype),
                        "weights": digest_of_weights(pipe),
                        "component_file": digest_of_file(args.component)}
 

@@ -34,7 +34,7 @@ from support.data import IN_MEMORY_SIZE, SAME_FILES, Images, count_and_digest, s
 from support.encoders import RGB, feature_map, load_vision_model, patches_of, preprocessing_of
 from support.files import read_component, write_png
 from support.pictures import sheet, to_image
-from support.processes import compare, name_of, start_worker
+from support.processes import compare, dtype_name, start_worker
 from support.seeds import epoch_order, step_generator
 from support.views import content_of_files, find_views, identity_of_views, views_into_memory
 
@@ -516,7 +516,7 @@ def component_of_encoder(encoder, images, image_size, world, path=None, kept=Non
     with world.autocast():
         features = encoder(empty)
     if not features.isfinite().all():
-        raise UserError(f"the encoder's features are not finite in {name_of(world.dtype)}: "
+        raise UserError(f"the encoder's features are not finite in {dtype_name(world.dtype)}: "
                         f"--precision float32")
     size = features.shape[2]
     component = None

@@ -3,7 +3,7 @@
 TRAINING holds each recipe by source, {source: {flag: value}}; elsewhere a recipe is {flag: value}.
 Each value is also a flag. Learning rates are for 256 images.
 """
-from support.command_line import UserError, flag, real, whole
+from support.command_line import UserError, as_flag, real, whole
 
 SOURCES = {
     "v2": "MoCo v2 (Chen et al. 2020); for CIFAR-10 the notebook of its authors",
@@ -125,7 +125,7 @@ def add_flags(parser):
         "jitter, grey, blur and solarise; 0: crops and flips alone")
     for name, (kind, text) in FLAGS.items():
         choices = ["sgd", "adamw", "lars"] if name == "optimizer" else None
-        add(flag(name), type=kind, help=text, choices=choices)
+        add(as_flag(name), type=kind, help=text, choices=choices)
 
 
 def apply(args, recipe, owner, names=tuple(FLAGS)):
@@ -135,7 +135,7 @@ def apply(args, recipe, owner, names=tuple(FLAGS)):
         if getattr(args, name) is None:
             setattr(args, name, recipe.get(name))
         elif name not in recipe:
-            raise UserError(f"{flag(name)} is not a setting of {owner}")
+            raise UserError(f"{as_flag(name)} is not a setting of {owner}")
 
 
 def with_sources(dataset, method, arch=None, epochs=None, batch_size=None):
@@ -166,7 +166,7 @@ def table(dataset, method, arch=None, epochs=None, batch_size=None):
     batch = rows["batch_size"][0]
     lr, source = rows["lr"]
     rows["lr"] = lr, f"{source}; for 256 images, {lr * batch / 256:.4g} for the batch of {batch}"
-    return [(flag(name), *rows[name]) for name in FLAGS if name in rows]
+    return [(as_flag(name), *rows[name]) for name in FLAGS if name in rows]
 
 
 # Evaluation. lr: for 256 images, it grows linearly with the batch; drops: when it falls to a tenth,

@@ -50,7 +50,7 @@ from support.data import check_classes, spaced
 from support.files import claimed, digest_of_file, write_array
 from support.networks import LARS, VITS, make_backbone
 from support.processes import fast_dtype, setup
-from support.schedules import cosine, for_batch, linear_warmup
+from support.schedules import cosine, linear_warmup, scaled_rate
 from support.seeds import step_generator
 
 
@@ -308,8 +308,8 @@ def train(args, world, methods=METHODS):
 def train_epoch(epoch, loader, method, optimizer, quality_of, run):
     """One epoch, from where the run goes on."""
     args = run.args
-    peak_rate = for_batch(args.lr, args.batch_size)
-    end_rate = for_batch(args.final_lr or 0, args.batch_size)
+    peak_rate = scaled_rate(args.lr, args.batch_size)
+    end_rate = scaled_rate(args.final_lr or 0, args.batch_size)
     method.train()
     start = run.begin_epoch(epoch)
     for step, views in enumerate(loader.epoch(epoch, start), start):
@@ -520,7 +520,7 @@ def make_parser(methods, description):
     add("--flip-foreground", action="store_true", help="turn the component to the other side")
     add("--noise", type=either("adaptive", whole(0, 999)), default="adaptive",
         help="shapes only (views made here): adaptive or 0..999")
-    runs.add_flags(parser)
+    runs.add_runtime_flags(parser)
     recipes.add_flags(parser)
     return parser
 

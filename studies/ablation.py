@@ -34,7 +34,7 @@ from generate_views import load_pipeline
 from genview import load_images
 from recipes import GENERATION
 from studies.eval_generator import markdown, reconstruct
-from support.command_line import Parser, UserError, flag, say, script, whole
+from support.command_line import Parser, UserError, as_flag, say, script, whole
 from support.files import append, log_lines, write_png
 from support.pictures import to_image
 from support.processes import fast_dtype, setup
@@ -140,7 +140,7 @@ def call(jobs, *command, **flags):
 
     They share the cores, unless OMP_NUM_THREADS says how many threads each may use.
     """
-    command = [*command] + [f"{flag(name)}={value}" for name, value in flags.items()]
+    command = [*command] + [f"{as_flag(name)}={value}" for name, value in flags.items()]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     env = {"OMP_NUM_THREADS": str(threads)} | os.environ
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
@@ -151,7 +151,7 @@ def call(jobs, *command, **flags):
 
 
 # -------------------------------------------------------------------------------------- the views
-def make_views(args, kind):
+def write_views(args, kind):
     """Writes the views of one noise level, or a control's, into <output-dir>/views-<kind>."""
     folder = args.output_dir / f"views-{kind}"
     if kind not in CONTROLS:
@@ -176,7 +176,7 @@ def make_control(args, kind, images):
     copies = reconstruct(pipe, images.pixels)
     if kind == "copies":
         return copies
-    paths = find_views(images, make_views(args, "adaptive"), "cifar10")
+    paths = find_views(images, write_views(args, "adaptive"), "cifar10")
     views, _ = views_into_memory(images, paths)
     return smooth(images.pixels, copies, views)
 
@@ -265,7 +265,7 @@ def run_trial(args, trial):
     folder = args.output_dir / "-".join(map(str, trial))
     program = METHODS[trial.method].script
     call(args.jobs, program, "--resume", **training_flags(args, trial, folder))
-    line = trial._asdict() | evaluate(args, trial, folder)
+    line = trial._asdict() | score_run(args, trial, folder)
     line["neg"] = mean_neg(folder / "log.jsonl", trial.epochs)
     line["commit"] = commit()
     line["seconds"] = round(time.time() - start)
@@ -277,7 +277,7 @@ def run_trial(args, trial):
         f"({line['seconds']} s)")
 
 
-def evaluate(args, trial, folder):
+def score_run(args, trial, folder):
     """{name in SCORES: accuracy} of a training; fine-tuned on each share of args.labels, too."""
     flags = dict(checkpoint=folder / "last.pt", seed=trial.seed)
     if trial.images is not None:
@@ -369,7 +369,7 @@ def by_setting(lines):
     return found
 
 
-def table(lines):
+def results_table(lines):
     """Means and standard deviations over the seeds, gains with their 95% intervals, in Markdown."""
     text = ""
     for setting, group in by_setting(lines).items():
@@ -451,7 +451,7 @@ def parse_args():
 def main():
     args = parse_args()
     if args.table:
-        return say(table(read_results(args.results)) or f"no runs in {args.results}")
+        return say(results_table(read_results(args.results)) or f"no runs in {args.results}")
     trials = plan(args)
     wanted = {"knn", "linear", *map(finetuned, args.labels)}
     done = {trial_of(line) for line in read_results(args.results) if wanted <= line.keys()}
@@ -459,7 +459,7 @@ def main():
     kinds = dict.fromkeys(ROWS[trial.row].kind for trial in left)      # each once, in order
     for kind in kinds:
         if kind is not None and args.dataset == "cifar10":
-            make_views(args, kind)
+            write_views(args, kind)
     start = time.time()
     finished = []
 
@@ -470,7 +470,7 @@ def main():
         say(f"{len(finished)} of {len(left)} trials, about {hours:.1f} h left")
     with ThreadPoolExecutor(args.jobs) as pool:    # after a failure no other trial starts
         list(pool.map(work, left))
-    say(table([line for line in read_results(args.results) if trial_of(line) in trials]))
+    say(results_table([line for line in read_results(args.results) if trial_of(line) in trials]))
 
 
 if __name__ == "__main__":

@@ -172,7 +172,8 @@ def lightly_loop(world, batch=256, count=4096):
     criterion = NTXentLoss(0.1, memory_bank_size=(4096, 128))
     while True:
         for views in loader:
-            query, key = (view.to(world.device) for view in views)
+            query = views[0].to(world.device)
+            key = views[1].to(world.device)
             update_momentum(method.query, method.key, 0.99)
             with torch.no_grad():
                 key = method.key(key)

@@ -240,7 +240,7 @@ def train_part(part, net, *data, args, world, checkpoint, state, log):
         random = random_of(args.seed, part, step, world.device)
         index = torch.randint(len(data[0]), (batch,), **random)
         with world.autocast():
-            losses = net(random, *(rows[index] for rows in data))
+            losses = net(random, *[rows[index] for rows in data])
         descend(net, ema, adamw, sum(losses.values()), step)
         pending.append(torch.stack([value.detach() for value in losses.values()]))
         done = step + 1 == steps
@@ -331,7 +331,7 @@ def with_mirrored(pixels, labels, samples):
 
 
 @torch.inference_mode()
-def encode(function, pixels, world):
+def encoded(function, pixels, world):
     """function(x) of all pictures, in half precision."""
     parts = []
     with world.autocast():
@@ -349,7 +349,7 @@ def normalizer_of(c):
     return normalizer
 
 
-def train(args, world):
+def train_parts(args, world):
     """The four parts in turn, each with the frozen earlier ones; then saves the pipeline."""
     checkpoint, state = open_checkpoint(args, world)
     log = Log(args.output_dir, world)
@@ -363,8 +363,8 @@ def train(args, world):
     vae = learn("autoencoder", Autoencoder(), pixels).vae
     teacher = learn("teacher", Teacher(images.num_classes), pixels, labels)
     encoder = learn("encoder", ImageEncoder(targets(pixels, teacher)), pixels).model
-    z = encode(lambda x: vae.encode(x).latent_dist.mean, pixels, world)
-    c = encode(lambda x: encoder(augment.normalise(x / 2 + 0.5)).image_embeds, pixels, world)
+    z = encoded(lambda x: vae.encode(x).latent_dist.mean, pixels, world)
+    c = encoded(lambda x: encoder(augment.normalise(x / 2 + 0.5)).image_embeds, pixels, world)
     encoder, c = equalise(encoder, c)
     vae.register_to_config(scaling_factor=1 / z.float().std().item())          # to variance 1
     unet = learn("generator", UNet(normalizer_of(c)), z * vae.config.scaling_factor, c)
@@ -394,7 +394,7 @@ def main():
     world = setup(args.device)
     if world.size > 1:
         raise UserError("one process trains the generator: start it without torchrun")
-    train(args, world)
+    train_parts(args, world)
     say(f"{args.output_dir} holds the pipeline; samples.png there shows what it draws")
 
 

@@ -47,7 +47,8 @@ class Draws(NamedTuple):
         """Names the numbers of u (..., COLUMNS), which lie in the order of the fields."""
         crop, jitter, strength, *others = u.split([4 * CROP_TRIES, 1, 4, 1, 1, 1, 1, 1], dim=-1)
         crop = crop.unflatten(-1, (CROP_TRIES, 4))
-        return cls(crop, jitter[..., 0], strength, *(x[..., 0] for x in others))
+        others = [x[..., 0] for x in others]
+        return cls(crop, jitter[..., 0], strength, *others)
 
 
 def crop_boxes(u, height, width, scale):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from support.command_line import Terminated, UserError, flag, in_short, say
+from support.command_line import Terminated, UserError, as_flag, in_short, say
 from support.files import write_whole
 from support.pretrained import load_checkpoint
 from support.processes import STOP_SIGNALS, compare
@@ -17,7 +17,7 @@ from support.processes import STOP_SIGNALS, compare
 
 def identity_of(settings, free):
     """{flag: value} of all settings but the free ones: what a run and its continuation share."""
-    return {flag(name): value for name, value in vars(settings).items() if name not in free}
+    return {as_flag(name): value for name, value in vars(settings).items() if name not in free}
 
 
 def digest(network):

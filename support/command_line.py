@@ -221,7 +221,7 @@ def whole(least=0, most=10 ** 12):
     return _number(int, "whole number", least, most)
 
 
-def flag(name):
+def as_flag(name):
     """The flag of an argument's name: "batch_size" -> "--batch-size"."""
     return f"--{name.replace('_', '-')}"
 

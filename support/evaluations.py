@@ -77,8 +77,8 @@ class Evaluation:
         rate = optimizer.param_groups[-1]["lr"]
         self.log.write(epoch=epoch, loss=loss, lr=rate, **accuracies)
         if self.keep:
-            text = f"epoch {epoch}/{self.settings.epochs}  loss {loss:.3f}  {in_words(accuracies)}"
-            say(text.rstrip())
+            scores = in_percent(accuracies)
+            say(f"epoch {epoch}/{self.settings.epochs}  loss {loss:.3f}  {scores}".rstrip())
             self.checkpoint.save(model=model.state_dict(), optimizer=optimizer.state_dict(),
                                  epoch=epoch, args=vars(self.settings))
 
@@ -96,9 +96,9 @@ class Evaluation:
             write_json(self.folder / "result.json",
                        {"results": self.results, "settings": vars(self.settings),
                         "identity": self.identity})
-        say(f"{protocol} {in_words(accuracies)} (fitted on {count} labelled images{left_out})")
+        say(f"{protocol} {in_percent(accuracies)} (fitted on {count} labelled images{left_out})")
 
 
-def in_words(accuracies):
+def in_percent(accuracies):
     """{"top1": 71.2} -> "top-1 71.2%"."""
     return ", ".join(f"top-{name[3:]} {x:.1f}%" for name, x in accuracies.items())

@@ -120,8 +120,9 @@ def sine_positions(width, side, longest=10_000.0):
     """
     frequency = longest ** -(torch.arange(width // 4) / (width // 4))
     line = torch.arange(side)
-    row, column = (x.flatten()[:, None] * frequency
-                   for x in torch.meshgrid(line, line, indexing="ij"))
+    rows, columns = torch.meshgrid(line, line, indexing="ij")
+    row = rows.flatten()[:, None] * frequency
+    column = columns.flatten()[:, None] * frequency
     positions = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1)
     return torch.cat([torch.zeros(1, width), positions])[None]
 

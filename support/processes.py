@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from support.command_line import UserError, flag, from_environment, in_short
+from support.command_line import UserError, as_flag, from_environment, in_short
 
 # Flags that name files, which may lie elsewhere on another machine.
 PATHS = {"data_dir", "views_dir", "output_dir", "resume", "checkpoint", "encoder", "component",
@@ -129,7 +129,7 @@ def compare_flags(args):
         if name in PATHS and value not in (None, "none"):
             value = "a path"
         if name not in ("device", "workers"):
-            flags[flag(name)] = value
+            flags[as_flag(name)] = value
     compare_each(flags, "start all with the same flags, and give all machines the same files")
 
 
@@ -235,7 +235,7 @@ def fast_dtype(device):
     return torch.bfloat16 if fast else torch.float32
 
 
-def name_of(dtype):
+def dtype_name(dtype):
     """torch.bfloat16 -> "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 

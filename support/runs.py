@@ -24,7 +24,7 @@ from support.command_line import (
 )
 from support.data import IN_MEMORY_SIZE, SAME_FILES
 from support.files import Log, write_json, write_whole
-from support.processes import compare, compare_each, cores_of_process, name_of
+from support.processes import compare, compare_each, cores_of_process, dtype_name
 from support.views import content_of_images
 
 # Flags that may differ when a run is resumed: they do not change its result, or digests of what
@@ -40,7 +40,7 @@ SMALLER_SIZE = 10_000 * 60    # images in all of its epochs
 
 
 # -------------------------------------------------------------------------------------------- flags
-def add_flags(parser):
+def add_runtime_flags(parser):
     """The runtime flags of a training script."""
     add = parser.add_argument_group("runtime").add_argument
     add("--output-dir", help="default: runs/<dataset>-<method>-<genview, plain or extra>-<time>")
@@ -210,7 +210,7 @@ class Run:
             return
         write_json(self.folder / "args.json", vars(self.args) | {"label": self.label})
         say(f"{self.label} on {self.args.dataset}, {steps} steps an epoch, {self.world.size} x "
-            f"{self.world.device.type}, {name_of(self.world.dtype)}")
+            f"{self.world.device.type}, {dtype_name(self.world.dtype)}")
         settings = "  ".join(f"{name}={value}" for name, value in vars(self.args).items())
         say(textwrap.fill(settings, 100))
 

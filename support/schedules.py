@@ -2,7 +2,7 @@
 import math
 
 
-def for_batch(rate, batch_size):
+def scaled_rate(rate, batch_size):
     """A learning rate given for 256 images grows linearly with the batch (Goyal et al. 2017)."""
     return rate * batch_size / 256
 
@@ -17,7 +17,7 @@ def cosine(done, length=1.0):
     return (1 + math.cos(math.pi * done / length)) / 2
 
 
-def tenth_from(drops, done):
+def step_decay(drops, done):
     """1, and a tenth of what it was from each of drops on. drops, done: fractions of the training,
     or steps."""
     return 0.1 ** sum(done >= drop for drop in drops)

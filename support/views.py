@@ -71,7 +71,7 @@ def content_of_files(names, paths):
     images, marks of some of the files. paths: of each image's picture, or None."""
     found = [i for i, path in enumerate(paths) if path]
     compared = [found[i] for i in spaced(len(found), COMPARED)]
-    return in_words([names[i] for i in found], [mark_of(paths[i]) for i in compared])
+    return names_and_marks([names[i] for i in found], [mark_of(paths[i]) for i in compared])
 
 
 def content_of_images(images):
@@ -79,10 +79,10 @@ def content_of_images(images):
     if images.root is None:
         return count_and_digest(images.names)
     compared = [images.names[i] for i in spaced(len(images.names), COMPARED)]
-    return in_words(images.names, [file_mark(images, name) for name in compared])
+    return names_and_marks(images.names, [file_mark(images, name) for name in compared])
 
 
-def in_words(names, marks):
+def names_and_marks(names, marks):
     return f"{count_and_digest(names)}, content of {count_and_digest(marks).split()[-1]}"
 
 

@@ -143,7 +143,7 @@ def test_the_others_end_with_a_process_that_fails(coco, backbone, tmp_path, monk
 
     def work():
         detect(monkeypatch, *flags)
-    broken = before_call(2, fail, work, eval_detection, "train_step")
+    broken = before_call(2, fail, work, eval_detection, "detection_step")
     began = time.monotonic()
     assert end(*start_two([broken, work], tmp_path)) == [2, 1]
     assert time.monotonic() - began < 20
@@ -153,7 +153,7 @@ def test_the_others_end_with_a_process_that_fails(coco, backbone, tmp_path, monk
 def test_a_training_within_the_warm_up_is_named(coco, backbone, tmp_path, monkeypatch, capsys):
     def stop(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(eval_detection, "train", stop)
+    monkeypatch.setattr(eval_detection, "train_detector", stop)
     for steps, named in ((4000, True), (4001, False)):         # 500 for a batch of 16, here 2
         with pytest.raises(KeyboardInterrupt):
             detect(monkeypatch, *flags_of(coco, backbone, tmp_path / "run", steps))
@@ -538,12 +538,12 @@ def test_mirrored():
 def test_the_schedule_and_the_shares():
     args = eval_detection.parse_args(["--backbone", "x"])
     steps = (0, 499, 59_999, 60_000, 79_999, 80_000)
-    rates = [eval_detection.learning_rate(args, step) for step in steps]
+    rates = [eval_detection.detection_rate(args, step) for step in steps]
     assert rates == pytest.approx([0.02 / 500, 0.02, 0.02, 0.002, 0.002, 0.0002])
     small = eval_detection.parse_args(["--backbone", "x", "--batch-size", "2"])
     assert small.steps == 720_000 and args.steps == 90_000      # as many pictures
-    assert eval_detection.learning_rate(small, 3999) == pytest.approx(0.0025)
-    assert eval_detection.learning_rate(small, 1999) == pytest.approx(0.00125)
+    assert eval_detection.detection_rate(small, 3999) == pytest.approx(0.0025)
+    assert eval_detection.detection_rate(small, 1999) == pytest.approx(0.00125)
     args.steps, args.batch_size = 7, 4
 
     def shares(count, rank=0, size=1, start=0):

@@ -21,7 +21,7 @@ from support.networks import make_backbone
 from support.pictures import to_image
 from support.pretrained import MEAN_STD, load_backbone
 from support.processes import setup
-from support.schedules import cosine, tenth_from
+from support.schedules import cosine, step_decay
 from support.seeds import step_generator
 
 
@@ -252,7 +252,7 @@ def test_top_1_and_top_5_by_hand():
 def test_schedules_by_hand():
     """A cosine, and MoCo v2's: a tenth from epochs 60 and 80 of 100 on."""
     assert [round(cosine(x), 4) for x in (0, 1 / 3, 0.5, 1)] == [1, 0.75, 0.5, 0]
-    steps = [round(tenth_from([0.6, 0.8], epoch / 100), 6) for epoch in (0, 59, 60, 79, 80, 99)]
+    steps = [round(step_decay([0.6, 0.8], epoch / 100), 6) for epoch in (0, 59, 60, 79, 80, 99)]
     assert steps == [1, 1, 0.1, 0.1, 0.01, 0.01]
 
 
@@ -358,12 +358,12 @@ def test_the_runs_own_limit_and_recipe(folder, tmp_path, capsys):
     assert "fitted on 7 labelled images" in capsys.readouterr().out
     for flags, batch in (([], 4096), (["--batch-size=512"], 512)):
         given = ev.parse_args(["--checkpoint=last.pt", "--dataset=imagenet", *flags])
-        given = ev.resolve(given, state["args"] | {"mean_std": "clip"})
+        given = ev.resolve_settings(given, state["args"] | {"mean_std": "clip"})
         assert (given.lr, given.batch_size) == (0.1, batch)
         assert "***" not in capsys.readouterr().out and given.limit is None
         assert (given.optimizer, given.epochs, given.drops) == ("lars", 90, [])
     of_others = {"arch": "resnet50", "image_size": 224, "mean_std": "imagenet"}
-    ev.resolve(ev.parse_args(["--checkpoint=x", "--dataset=imagenet"]), of_others)
+    ev.resolve_settings(ev.parse_args(["--checkpoint=x", "--dataset=imagenet"]), of_others)
     assert "does not say its method: MoCo v3's probe for resnet50" in capsys.readouterr().out
 
 
@@ -372,9 +372,9 @@ def test_the_network_decides_on_the_size_of_the_pictures():
     args = ev.parse_args(["--checkpoint=x", "--dataset=cifar10"])
     network = {"arch": "resnet50", "mean_std": "imagenet"}
     for size in (224, 32):
-        assert ev.resolve(args, network | {"image_size": size}).image_size == size
+        assert ev.resolve_settings(args, network | {"image_size": size}).image_size == size
     args.image_size = 64
-    assert ev.resolve(args, network | {"image_size": 224}).image_size == 64
+    assert ev.resolve_settings(args, network | {"image_size": 224}).image_size == 64
 
 
 class Killed(BaseException):

@@ -272,7 +272,7 @@ def test_a_tiny_ablation_on_shapes(tmp_path, monkeypatch, capsys):
 def test_the_copies_are_what_the_autoencoder_keeps(tmp_path):
     """Each beside its own image: nearer to it than to any other, yet not the image itself."""
     data = tiny.save_images(tmp_path / "data", per_class=20)
-    ablation.make_views(SimpleNamespace(data_dir=data, limit=10, output_dir=tmp_path / "runs",
+    ablation.write_views(SimpleNamespace(data_dir=data, limit=10, output_dir=tmp_path / "runs",
                                         model="mini"), "copies")
     images = genview.load_images("cifar10", data, "train", 32)
     paths = find_views(images, tmp_path / "runs/views-copies", "cifar10")
@@ -287,7 +287,7 @@ def test_real_images_as_extra_samples_are_those_of_the_other_data_set(tmp_path):
     data = tiny.save_images(tmp_path / "data", per_class=20)
     other = tiny.save_images(tmp_path / "other", per_class=30)
     args = SimpleNamespace(data_dir=data, limit=10, output_dir=tmp_path / "runs", real_dir=other)
-    folder = ablation.make_views(args, "real")
+    folder = ablation.write_views(args, "real")
     images = genview.load_images("cifar10", data, "train", 32)
     extra = genview.load_extra(images, folder, "cifar10", 32)[0]
     assert torch.equal(extra, genview.load_images("folder", other, "train", 32, 10).pixels)
@@ -298,7 +298,7 @@ def test_too_few_real_images_are_named(tmp_path):
     args = SimpleNamespace(data_dir=data, limit=24, output_dir=tmp_path / "runs",
                            real_dir=tiny.save_images(tmp_path / "other", per_class=5))
     with pytest.raises(UserError, match="--real-dir .*other has 10 images, 24 are needed"):
-        ablation.make_views(args, "real")
+        ablation.write_views(args, "real")
     assert not (tmp_path / "runs").exists()
 
 
