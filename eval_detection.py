@@ -35,6 +35,8 @@ DROPS = (2 / 3, 8 / 9)
 LEAST_FOR_NORM = 8       # pictures that batch norm needs; where it sees fewer it is frozen
 SHORT_SIDES = (640, 672, 704, 736, 768, 800)    # one is drawn; evaluation: 800
 LONG_SIDE = 1333
+STREAM_FLIPS = 1         # streams of random numbers beside that of the order
+STREAM_MODEL = 2
 
 # Flags that may differ when a training goes on. Digests of the backbone and of the annotations
 # take the place of the first four.
@@ -236,12 +238,16 @@ def log_means(log, args, step, names, losses, bar):
 def detection_step(model, optimizer, pairs, step, args, world):
     """One step on a batch of (picture, objects). Returns the loss and its terms, scalars."""
     # The seed of torchvision's own draws: sides, proposals.
-    torch.manual_seed(step_generator(args.seed, 2, step, world.rank).initial_seed())
-    draw = torch.rand(len(pairs), generator=step_generator(args.seed, 1, step, world.rank))
-    pairs = [mirrored(*pair) if m else pair for pair, m in zip(pairs, draw < 0.5, strict=True)]
-    pictures = [picture.to(world.device, non_blocking=True) for picture, _ in pairs]
-    targets = [{key: target[key].to(world.device, non_blocking=True)
-                for key in ("boxes", "labels", "masks")} for _, target in pairs]
+    torch.manual_seed(step_generator(args.seed, STREAM_MODEL, step, world.rank).initial_seed())
+    generator = step_generator(args.seed, STREAM_FLIPS, step, world.rank)
+    flipped = torch.rand(len(pairs), generator=generator) < 0.5
+    pictures = []
+    targets = []
+    for pair, flip in zip(pairs, flipped, strict=True):
+        picture, target = mirrored(*pair) if flip else pair
+        pictures.append(picture.to(world.device, non_blocking=True))
+        targets.append({name: target[name].to(world.device, non_blocking=True)
+                        for name in ("boxes", "labels", "masks")})
     optimizer.param_groups[0]["lr"] = detection_rate(args, step)
     losses = model(pictures, targets)              # of the proposals and the heads, five terms
     losses = {"loss": sum(losses.values())} | losses

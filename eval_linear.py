@@ -83,11 +83,12 @@ def pictures(images, order, image_size, world, batch_size, workers=4, draw=None)
 def flip_and_crop(x, generator, crop_size=None):
     """Pictures (n, 3, H, W), some flipped. crop_size: cut at random to this side, too."""
     u = torch.rand(len(x), augment.CROP_TRIES + 1, 4, generator=generator)
-    mirrored = u[:, -1, 0] < 0.5
-    x = torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(3), x)
+    crop, flip = u.split([augment.CROP_TRIES, 1], dim=1)
+    mirrored = flip[:, :, :1, None] < 0.5                                       # (n, 1, 1, 1)
+    x = torch.where(mirrored.to(x.device), x.flip(3), x)
     if crop_size is None:
         return x
-    boxes = augment.crop_boxes(u[:, :-1], *x.shape[2:], CROP_SCALE).to(x.device)
+    boxes = augment.crop_boxes(crop, *x.shape[2:], CROP_SCALE).to(x.device)
     return augment.crop(x, boxes, crop_size)
 
 

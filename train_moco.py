@@ -124,7 +124,6 @@ class MoCoV2(Momentum):
                          zero_init_residual=False)
         self.temperature = args.temperature
         self.register_buffer("queue", F.normalize(torch.randn(args.queue, args.dim)))  # (M, D)
-        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
         self.chance = math.log(1 + args.queue)     # the loss of a guess among 1 + M keys
 
     def train(self, mode=True):
@@ -140,17 +139,13 @@ class MoCoV2(Momentum):
         q = unit(self.query(view1))                                             # (N, D)
         with torch.no_grad():
             k = unit(self.key(view2))                                           # (N, D)
-        negatives = self.queue.clone()             # enqueue changes it before the backward pass
+        negatives = self.queue
         loss = info_nce(q, k, negatives, temperature=self.temperature, weights=weights)
-        self.enqueue(world.gather(k))
+        # The newest keys (of all processes) in front; as many of the oldest fall out. A new tensor:
+        # the backward pass needs the old one.
+        keys = world.gather(k)
+        self.queue = torch.cat([keys, negatives[:-len(keys)]])
         return loss, health(q, k, negatives, embeddings=q)
-
-    @torch.no_grad()
-    def enqueue(self, keys):
-        """The newest keys (of all processes) take the place of the oldest."""
-        places = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.queue)
-        self.queue[places] = keys
-        self.pointer.add_(len(keys)).remainder_(len(self.queue))
 
 
 class MoCoV3(Momentum):
@@ -542,7 +537,7 @@ def parse_args(methods=METHODS, description=None, argv=None):
         args.encoder = args.encoder or ("mini" if args.image_size <= 32 else "clip")
     runs.check_batch(args.batch_size)
     if args.queue and args.queue % args.batch_size:
-        fits = args.queue // args.batch_size * args.batch_size or args.batch_size
+        fits = max(1, args.queue // args.batch_size) * args.batch_size
         raise UserError(f"--queue {args.queue} is no multiple of --batch-size {args.batch_size} "
                         f"(all processes together): take {fits}")
     kind = "genview" if with_views else "plain"

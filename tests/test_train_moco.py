@@ -134,8 +134,8 @@ def test_an_infinite_gradient_skips_the_step():
 
 
 def test_v2_step_by_hand():
-    """InfoNCE of normalised embeddings against the queue as it was; the keys then replace the
-    oldest ones."""
+    """InfoNCE of normalised embeddings against the queue as it was; then the keys come in front,
+    and the oldest fall out."""
     torch.manual_seed(0)
     method = train_moco.MoCoV2(settings()).train()
     queue, view1, view2 = method.queue.clone(), *torch.randn(2, 8, 3, 32, 32)
@@ -145,9 +145,10 @@ def test_v2_step_by_hand():
     q = F.normalize(method.query(view1), dim=1)              # same batch statistics as in the call
     torch.testing.assert_close(loss, info_nce(q, k, queue, temperature=0.2, weights=w))
     torch.testing.assert_close(method.queue[:8], k)
-    assert torch.equal(method.queue[8:], queue[8:]) and method.pointer == 8
+    assert torch.equal(method.queue[8:], queue[:8]) and len(queue) == 16
+    before = method.queue
     method((view1, view2), None, CPU)
-    assert method.pointer == 0 and not torch.equal(method.queue[8:], queue[8:])
+    assert torch.equal(method.queue[8:], before[:8]) and len(method.queue) == 16
     assert not any(p.requires_grad for p in method.key.parameters())
 
 
