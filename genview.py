@@ -409,7 +409,7 @@ class FrozenEncoder(torch.nn.Module):
 
     def check(self, missing):
         """Raises UserError unless two calls with one picture give the same, finite features.
-        missing: the names of weights that are NaN, see missing_weights."""
+        missing: the names of weights that are NaN, see encoders.missing_weights."""
         generator = torch.Generator().manual_seed(0)
         picture = torch.randn(1, 3, self.size, self.size, generator=generator)
         with sdpa_kernel(SDPBackend.MATH):         # the fast kernel of CPUs makes 0 of NaN

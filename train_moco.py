@@ -15,7 +15,7 @@ One step, from the images to the queue; read train_step first, it is the method:
       method.update       theta_k <- m theta_k + (1 - m) theta_q                        here
       method.forward      q = f(P_1), k = f_k(P_2), then                                here
         info_nce          L = (1/n) sum_i w_i l_i                                       quality_loss
-        enqueue           the newest keys replace the oldest                            here
+        queue             the newest keys in front, the oldest fall out                 here
       backward, step      the optimiser                                                 here
 
 Legend of the shapes: N pairs of this process (all N: of all processes, n in the equations), S side

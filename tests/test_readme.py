@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from studies.ablation import read_results, table
+from studies.ablation import read_results, results_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -65,7 +65,7 @@ def test_the_code_for_copying_the_loss_runs():
 
 def test_the_gains_are_those_of_the_runs():
     """docs/RESULTS.md holds the whole table of docs/results.jsonl, README some of its rows."""
-    measured = table(read_results(ROOT / "docs/results.jsonl")).strip()
+    measured = results_table(read_results(ROOT / "docs/results.jsonl")).strip()
     assert measured in (ROOT / "docs/RESULTS.md").read_text()
     rows = re.findall(r"^\| (?:plain|the auto|copies|generated).*", README, re.M)
     assert len(rows) == 5 and set(rows) <= set(measured.splitlines())

@@ -290,7 +290,7 @@ def test_real_images_as_extra_samples_are_those_of_the_other_data_set(tmp_path):
     args = SimpleNamespace(data_dir=data, limit=10, output_dir=tmp_path / "runs", real_dir=other)
     folder = ablation.write_views(args, "real")
     images = genview.load_images("cifar10", data, "train", 32)
-    extra = genview.load_extra(images, folder, "cifar10", 32)[0]
+    extra = genview.load_extra(images, folder, "cifar10")[0]
     assert torch.equal(extra, genview.load_images("folder", other, "train", 32, 10).pixels)
 
 
