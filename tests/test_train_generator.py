@@ -1,6 +1,8 @@
 """studies/train_generator.py and its judge eval_generator.py, and the miniature in weights/."""
 import math
+import os
 import re
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +17,7 @@ from recipes import GENERATION
 from studies import eval_generator, train_generator
 from support import checkpoint
 from support.augment import normalise
-from support.command_line import UserError
+from support.command_line import Terminated, UserError
 from support.data import Images, open_image, to_tensor
 from support.files import write_whole
 from support.pretrained import load_checkpoint
@@ -156,27 +158,34 @@ def test_latents_and_normaliser(pipe, image_folder):
 
 def test_interrupted_run_ends_as_an_uninterrupted_one(trained, image_folder, tmp_path):
     """Stopped at the checkpoints between the two steps of the teacher, which has batch norm, and
-    of the U-Net: the second and the fifth."""
+    of the U-Net: the second and the fifth; once by SIGTERM. No line of the log is there twice."""
     saved = []
 
     def stopping(path, function, **options):
         write_whole(path, function, **options)
         if path.name == "last.pt":
             saved.append(path)
-            if len(saved) in (2, 5):
+            if len(saved) == 2:
                 raise KeyboardInterrupt
+            if len(saved) == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "write_whole", stopping)
         patch.setattr(train_generator, "draw_samples", lambda *_, **settings: None)
-        for _ in range(2):
-            with pytest.raises(KeyboardInterrupt):
+        for stop in (KeyboardInterrupt, Terminated):
+            with pytest.raises(stop):
                 train(image_folder, tmp_path, "--save-minutes", 0)
+        with open(tmp_path / "log.jsonl", "a") as log:     # after the checkpoint
+            log.write('{"part": "generator", "step": 9}\n')
         train(image_folder, tmp_path, "--save-minutes", 0)
     whole, ours = (load_checkpoint(folder / "last.pt")["parts"] for folder in (trained, tmp_path))
     for part in train_generator.PARTS:
         assert ours[part]["step"] == whole[part]["step"] == STEPS[part]
         for key, value in whole[part]["ema"].items():
             assert torch.equal(value, ours[part]["ema"][key]), (part, key)
+    lines = [(line["part"], line["step"]) for line in json_lines(tmp_path / "log.jsonl")]
+    assert len(set(lines)) == len(lines) and {part for part, _ in lines} == STEPS.keys()
+    assert ("generator", 9) not in lines
 
 
 @pytest.mark.parametrize("module, flags, message", [
