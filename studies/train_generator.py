@@ -226,11 +226,7 @@ def train_part(part, net, *data, args, world, checkpoint, state, log):
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     adamw = torch.optim.AdamW(net.parameters(), peak, (0.9, 0.98), weight_decay=0.01, fused=True)
     modules = {"ema": ema, "net": net, "optimizer": adamw}
-    saved = state[part]
-    with checkpoint.restoring():
-        for name in modules.keys() & saved.keys():
-            modules[name].load_state_dict(saved[name])
-    start = saved.get("step", 0)
+    start = restore(modules, state[part], checkpoint)
     save_times = SaveTimes(args.save_minutes, world)
     pending = []                                   # losses that are not yet in the log
     bar = progress(range(start, steps), part, "step", total=steps, initial=start)
@@ -246,11 +242,8 @@ def train_part(part, net, *data, args, world, checkpoint, state, log):
         done = step + 1 == steps
         save = done or save_times.due()
         if save or (step + 1) % args.log_every == 0:
-            means = dict(zip(losses, torch.stack(pending).mean(0).tolist(), strict=True))
-            refuse_not_finite(part, step + 1, means)
-            log.write(part=part, step=step + 1, lr=lr, time=round(time.time(), 1), **means)
-            bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()}, refresh=False)
-            pending = []
+            log_part(log, part, step + 1, lr, list(losses), torch.stack(pending), bar)
+            pending.clear()
         if save:
             kept = {"ema": ema} if done else modules
             state[part] = {name: module.state_dict() for name, module in kept.items()}
@@ -267,10 +260,22 @@ def random_of(seed, part, step, device):
     return {"generator": torch.Generator(device).manual_seed(number), "device": device}
 
 
-def refuse_not_finite(part, step, means):
+def restore(modules, saved, checkpoint):
+    """Loads what was saved of a part, if anything. Returns the number of steps done."""
+    with checkpoint.restoring():
+        for name in modules.keys() & saved.keys():
+            modules[name].load_state_dict(saved[name])
+    return saved.get("step", 0)
+
+
+def log_part(log, part, step, lr, names, losses, bar):
+    """The means of the losses (steps, terms) since the last line; UserError: not finite."""
+    means = dict(zip(names, losses.mean(0).tolist(), strict=True))
     if not all(map(math.isfinite, means.values())):
         raise UserError(f"the loss of the {part} is not finite at step {step}: {means}; the same "
                         f"command continues from the last checkpoint")
+    log.write(part=part, step=step, lr=lr, time=round(time.time(), 1), **means)
+    bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()}, refresh=False)
 
 
 def descend(net, ema, optimizer, loss, step):

@@ -52,10 +52,15 @@ def make_backbone(arch, image_size, zero_init_residual=False):
     dim = backbone.fc.in_features
     backbone.fc = nn.Identity()
     if small:
-        backbone.conv1 = nn.Conv2d(3, backbone.conv1.out_channels, 3, padding=1, bias=False)
-        init_convolution(backbone.conv1)
-        backbone.maxpool = nn.Identity()
+        keep_resolution(backbone)
     return backbone, dim
+
+
+def keep_resolution(resnet):
+    """A stem that does not make the maps of small pictures smaller."""
+    resnet.conv1 = nn.Conv2d(3, resnet.conv1.out_channels, 3, padding=1, bias=False)
+    init_convolution(resnet.conv1)
+    resnet.maxpool = nn.Identity()
 
 
 def init_convolution(layer):
