@@ -10,17 +10,18 @@ import pytest
 import tiny
 import torch
 from running import CPU, call, end, json_lines, refusal, start_two
+from torch import nn
 
 import eval_linear as ev
 import genview
 import train_moco
-from support.augment import normalise
+from support.augment import normalise, renormalise
 from support.command_line import UserError
 from support.data import Images, to_tensor
 from support.networks import make_backbone
 from support.pictures import to_image
 from support.pretrained import MEAN_STD, load_backbone
-from support.processes import setup
+from support.processes import World, setup
 from support.schedules import cosine, step_decay
 from support.seeds import step_generator
 
@@ -462,3 +463,34 @@ def test_two_processes_evaluate_like_one(folder, tmp_path, monkeypatch):
         for name in ("linear", "finetune-100", "store-2", "knn", "one"))
     assert two == one and tuned["finetune"]["labelled_images"] == 12
     assert list(pictures) == ["linear"] and streamed == {"kNN": one["kNN"]}
+
+
+def test_statistics_of_fine_tuning_are_those_of_the_first_process(monkeypatch):
+    class Two(World):
+        def distributed(self, network, **_):
+            return network
+    sent = []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda x, source: sent.append(source))
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1),
+                            nn.Flatten())
+    ev.finetune(network, 4, coloured(), settings(epochs=1, image_size=16),
+                Two(0, 2, torch.device("cpu"), torch.float32))
+    assert sent == [0] * 3
+
+
+def test_processes_draw_crops_and_flips_of_their_own():
+    one, two = (torch.cat(list(ev.pictures(coloured(), torch.arange(12), 12, CPU._replace(
+        rank=rank, size=2), 4, draw=(0, 1)))) for rank in (0, 1))
+    assert (one - two).abs().mean() > 0.01
+
+
+def test_pictures_in_memory_are_resized_without_aliasing():
+    stripes = (torch.arange(64) % 2 * 255).byte().expand(1, 3, 64, 64).contiguous()
+    x, = ev.pictures(Images(["a"], torch.zeros(1), 1, stripes), torch.arange(1), 32, CPU, 1)
+    assert (renormalise(x) - 0.5).abs().max() < 0.2
+
+
+def test_knn_of_more_than_512_queries():
+    truth = torch.arange(1200) % 2
+    queries = torch.eye(2)[truth]
+    assert ev.knn_accuracy([(torch.eye(2), torch.arange(2))], queries, truth, 2, k=1) == 100

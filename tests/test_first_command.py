@@ -20,6 +20,7 @@ import train_moco
 import train_swav
 from support import command_line, runs
 from support.data import spaced
+from support.processes import World
 
 VIEWS = Path("views/cifar10")
 
@@ -271,3 +272,13 @@ def test_drifting_keys_are_named_after_a_fifth_of_the_epochs(epochs, judged, tmp
         if "neg is 0.30, where 0 is healthy" in capsys.readouterr().out:
             warned.append(epoch + 1)
     assert warned == [judged] * (judged is not None)
+
+
+def test_the_log_has_the_mean_over_processes(tmp_path, monkeypatch):
+    class Two(World):
+        def mean(self, x):
+            return x + 1
+    monkeypatch.setitem(globals(), "CPU", Two(*CPU))
+    steps = begin(tmp_path, 1, monkeypatch)
+    steps(0, 20)
+    assert {line["loss"] for line in json_lines(tmp_path / "log.jsonl")} == {1.0}

@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import before_call, call, die, end, refusal, start
+from running import CPU, before_call, call, die, end, refusal, start
 from torch.backends.cuda import flash_sdp_enabled
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
@@ -460,3 +461,25 @@ def test_torchruns_two_processes_make_the_same_views(world, by_torchrun):
     assert process.returncode == 0, errors
     assert "24 views made, 0 there already, 0 skipped" in only_line(said)
     assert_same_views(views, world / "views")
+
+
+def test_saved_views_are_made_smaller_without_aliasing():
+    maker = gv.ViewMaker(None, 1, 1.0, 64, 32, 1, 1)
+    stripes = (torch.arange(64) % 2 * 255).byte().expand(3, 64, 64).contiguous()
+    small = np.asarray(maker.picture(stripes)).astype(int)
+    assert small.shape == (32, 32, 3) and abs(small - 127).max() < 40
+
+
+@pytest.mark.parametrize("dataset, side, saved", [
+    ("imagenet", 768, 512), ("folder", 256, 256), ("cifar10", 768, 32)])
+def test_the_usual_size_of_saved_views(dataset, side, saved):
+    pipe = SimpleNamespace(unet=SimpleNamespace(config=SimpleNamespace(sample_size=side // 8)),
+                           vae_scale_factor=8)
+    args = SimpleNamespace(size=None, save_size=None, dataset=dataset, batch_size=None, steps=1,
+                           guidance=1.0)
+    assert gv.make_view_maker(args, pipe, torch.device("cpu")).save_size == saved
+
+
+def test_the_last_line_counts_the_levels_of_all_views(capsys):
+    gv.report([0, 100], [400, 0], 0, 1.0, CPU)
+    assert "noise levels 0: 2, 100: 1, 400: 1;" in capsys.readouterr().out

@@ -12,6 +12,7 @@ import torch
 import torchvision.transforms.v2.functional as tv
 from PIL import Image
 from running import CPU
+from torch import nn
 from torch.testing import assert_close
 
 import genview
@@ -583,3 +584,46 @@ def test_pictures_for_a_network_trained_elsewhere():
     numbers = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     assert_close(support.augment.renormalise(normalise(x), *numbers), tv.normalize(x, *numbers))
     assert_close(support.augment.renormalise(normalise(x)), x)
+
+
+def test_how_a_vision_transformer_starts():
+    torch.manual_seed(0)
+    vit, _ = make_backbone("vit_narrow", 32)
+    assert torch.equal(vit.encoder.pos_embedding, sine_positions(96, 8))
+    weights = {vit.conv_proj.weight: 3 * 16 + 96}
+    for layer in vit.encoder.layers:
+        weights |= {layer.self_attention.in_proj_weight: 96 + 96,
+                    layer.self_attention.out_proj.weight: 96 + 96}
+        assert not layer.mlp[0].bias.any() and not layer.mlp[3].bias.any()
+    for weight, both in weights.items():
+        assert 0.99 < weight.abs().max().item() / math.sqrt(6 / both) <= 1
+    assert 0 < vit.class_token.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet10_narrow"])
+def test_how_convolutions_of_small_pictures_start(arch):
+    torch.manual_seed(0)
+    for layer in make_backbone(arch, 32)[0].modules():
+        if isinstance(layer, nn.Conv2d):
+            usual = math.sqrt(2 / (layer.out_channels * layer.kernel_size[0] ** 2))
+            assert layer.weight.std().item() == pytest.approx(usual, rel=0.15)
+
+
+def test_the_order_of_the_jitters_is_new_for_each_view_and_step(monkeypatch):
+    orders = []
+    monkeypatch.setattr(genview, "augment_crops",
+                        lambda x, draws, order, t: orders.append(tuple(order)) or x)
+    for epoch in range(5):
+        batches(in_memory(), None, epoch=epoch)
+    assert len(orders) == 30 and all(sorted(order) == [0, 1, 2, 3] for order in orders)
+    assert len(set(orders)) > 12
+    assert sum(a != b for a, b in zip(orders[::2], orders[1::2], strict=True)) > 10
+
+
+def test_half_the_colour_is_half_of_blur_and_solarise():
+    x = random_pixels(2, 48) / 255
+    half = PLAIN._replace(blur=1.0, solarise=0.4, colour=0.5)
+    torch.testing.assert_close(recoloured(x, half, blur=0.6, solarise=0.3), x)
+    ours = recoloured(x, half, blur=0.4, sigma=1.0)
+    theirs = tv.gaussian_blur(x, kernel_size=[17, 17], sigma=[1.05, 1.05])
+    torch.testing.assert_close(ours[..., 9:-9, 9:-9], theirs[..., 9:-9, 9:-9], atol=1e-3, rtol=0)

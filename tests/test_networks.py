@@ -9,6 +9,7 @@ from torch import nn
 import train_byol
 import train_moco
 import train_swav
+from support.networks import LARS
 
 METHODS = train_moco.METHODS | train_byol.METHODS | train_swav.METHODS
 FEATURES = 128                                     # of resnet10_narrow; vit_narrow has 96
@@ -157,3 +158,11 @@ def test_a_step_passes_on_what_it_gets():
     w = np.exp(3.0 * np.linspace(-1, 1, 8))
     means = batches[1, 0].mean((1, 2, 3)).double().numpy()
     assert method.p.grad.item() == pytest.approx((w * means).sum() / w.sum(), abs=1e-5)
+
+
+def test_lars_where_weights_or_gradients_are_zero():
+    w, v = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.ones(2, 2))
+    optimizer = LARS([w, v], lr=1.0, weight_decay=0.0)
+    w.grad, v.grad = torch.ones(2, 2), torch.zeros(2, 2)
+    optimizer.step()
+    assert (w == -1).all() and (v == 1).all()

@@ -33,8 +33,9 @@ import eval_detection
 import eval_linear
 import generate_views
 import genview
+import recipes
 import train_moco
-from support import checkpoint, command_line, processes, runs
+from support import checkpoint, command_line, evaluations, processes, runs
 from support.checkpoint import Checkpoint
 from support.command_line import Terminated, UserError, progress, script
 from support.files import write_json
@@ -541,3 +542,12 @@ def test_how_long_processes_wait_for_each_other(monkeypatch, tmp_path):
         with pytest.raises(UserError, match="asked"):
             setup("cpu")
         assert found["timeout"] == datetime.timedelta(minutes=30)
+
+
+def test_what_decides_on_a_result_is_part_of_the_identity():
+    training = {*recipes.FLAGS, "seed", "limit", "method", "dataset", "views", "quality", "gamma",
+                "flip_foreground", "noise", "colour"} - {"knn_every"}
+    assert not training & runs.FREE
+    fitting = {"protocol", "labels", "k", "epochs", "batch_size", "optimizer", "lr", "backbone_lr",
+               "drops", "augment", "seed", "limit", "image_size", "mean_std", "dataset", "arch"}
+    assert not fitting & evaluations.FREE

@@ -597,3 +597,38 @@ def test_doctests(name):
     assert {"eval_linear", "generate_views", "quality_loss"} <= set(DOCUMENTED)
     failed, attempted = doctest.testmod(importlib.import_module(name))
     assert failed == 0 and attempted > 0
+
+
+def test_keys_and_negatives_may_learn():
+    key, negatives, keys = (unit(n, seed=n).requires_grad_() for n in (5, 7, 11))
+    ql.info_nce(unit(5), key, negatives, temperature=0.2).backward()
+    ql.info_nce_in_batch(unit(5), keys, temperature=0.2).backward()
+    assert all(x.grad.abs().sum() > 0.01 for x in (key, negatives, keys))
+
+
+def test_no_gradient_into_codes():
+    codes = torch.full((1, 3, 4), 0.25, requires_grad=True)
+    ql.swapped_prediction(unit(6, 4).view(2, 3, 4).requires_grad_(), codes,
+                          temperature=0.1).backward()
+    assert codes.grad is None
+
+
+def sharp_weights(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    part = slice(4) if rank == 0 else slice(4, None)
+    torch.save((ql.quality_weights(Q[part], 1e3, dist.group.WORLD),
+                ql.sinkhorn(20 * SCORES[part], group=dist.group.WORLD)), folder / f"{rank}.pt")
+
+
+def test_two_processes_do_not_overflow(tmp_path):
+    mp.start_processes(sharp_weights, (tmp_path,), nprocs=2, start_method="fork")
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    weights, codes = (torch.cat(both) for both in zip(*parts, strict=True))
+    torch.testing.assert_close(weights, ql.quality_weights(Q, 1e3))
+    torch.testing.assert_close(codes, ql.sinkhorn(20 * SCORES), atol=1e-3, rtol=0)
+
+
+def test_a_constant_map_is_one_whatever_the_components_length():
+    features = torch.tensor([[[1 + 1e-7 * s, 0.5] for s in (0, 1, 2, 4)]], dtype=torch.float64)
+    for attention in ql.foreground_attention(features, torch.tensor([1e3, 0.0])):
+        assert attention.tolist() == [[0.25] * 4]

@@ -92,3 +92,9 @@ def test_the_picture_it_draws(tmp_path, capsys):
     shapes.main(count=3, path=str(tmp_path / "shapes.png"))
     assert len(Image.open(tmp_path / "shapes.png").convert("RGB").getcolors(10 ** 6)) > 50
     assert "3 scenes" in capsys.readouterr().out
+
+
+def test_the_frozen_encoder_of_shapes_looks_at_each_picture_alone():
+    encoder = shapes.train_encoder(steps=2, batch=16)
+    x = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(encoder(x)[:1], encoder(x[:1]), atol=1e-4, rtol=1e-4)

@@ -21,7 +21,7 @@ import genview
 import recipes
 import train_moco
 from studies import ablation, bench, eval_quality, plot
-from support.command_line import UserError
+from support.command_line import UserError, as_flag
 from support.data import Images, open_image, to_tensor
 from support.views import find_views
 
@@ -443,3 +443,57 @@ def test_damaged_lines_of_a_log_draw_nothing(tmp_path):
     junk = b'\xff\xfe{"a"\n{x}\n["epoch"}\n[1]\n{"epoch": "x"}\n{"epoch": 1, "loss": "a"}\n'
     (tmp_path / "log.jsonl").write_bytes(good + junk + b'{"epoch": 1.5, "loss": 1.0}')
     assert plot.curve(plot.read_log(tmp_path), "loss") == ([0.5, 1.5], [2.0, 1.0])
+
+
+@pytest.mark.parametrize("name, method, arch", [
+    ("mocov2", "mocov2", "resnet10_narrow"), ("mocov3", "mocov3", "resnet10_narrow"),
+    ("vit", "mocov3", "vit_narrow"), ("byol", "byol", "resnet10_narrow"),
+    ("simsiam", "simsiam", "resnet10_narrow"), ("swav", "swav", "resnet10_narrow")])
+def test_a_trial_is_what_its_line_says(name, method, arch, tmp_path):
+    args = SimpleNamespace(output_dir=tmp_path, data_dir="d", model="mini")
+    script = importlib.import_module(ablation.METHODS[name].script.removesuffix(".py"))
+    for row in ("plain", "quality10", "opposite10"):
+        trial = ablation.Trial("cifar10", name, "flips", row, 7, 512, "resnet10_narrow", "mini", 3)
+        flags = ablation.training_flags(args, trial, tmp_path / "run")
+        got = train_moco.parse_args(script.METHODS,
+                                    argv=[f"{as_flag(k)}={x}" for k, x in flags.items()])
+        assert (got.method, got.arch) == (method, arch)
+        assert (got.epochs, got.limit, got.seed) == (7, 512, 3)
+        assert got.gamma == {"plain": 1, "quality10": 10, "opposite10": -10}[row]
+
+
+def test_a_trial_of_shapes_has_the_noise_of_its_row(tmp_path):
+    for row, noise in (("noise0", 0), ("noise400", 400), ("adaptive", "adaptive")):
+        trial = ablation.Trial("shapes", "mocov2", "all", row, 2, None, "", "mini", 0)
+        flags = ablation.training_flags(SimpleNamespace(output_dir=tmp_path), trial, tmp_path / "r")
+        argv = [f"{as_flag(k)}={x}" for k, x in flags.items()]
+        assert train_moco.parse_args(argv=argv).noise == noise
+
+
+def test_the_views_of_a_row_are_of_its_noise_and_generator(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(ablation, "call", lambda jobs, name, **flags: made.append(flags) or "x")
+    args = SimpleNamespace(output_dir=tmp_path, data_dir="d", model="other", limit=300)
+    for kind in ("0", "400", "adaptive"):
+        ablation.write_views(args, kind)
+        wanted = dict(noise=kind, views_dir=tmp_path / f"views-{kind}", model="other", limit=300)
+        assert made[-1] | wanted == made[-1]
+
+
+def test_the_control_with_smooth_noise_is_made_of_the_copies(monkeypatch):
+    images = Images(["a", "b"], torch.zeros(2), 1, torch.full((2, 3, 32, 32), 128).byte())
+    for name, stand_in in dict(
+            load_pipeline=lambda *_: None, setup=lambda: CPU, reconstruct=lambda _, x: x + 2,
+            write_views=lambda args, kind: kind, find_views=lambda images, folder, _: folder,
+            views_into_memory=lambda images, folder: (images.pixels + 22, {})).items():
+        monkeypatch.setattr(ablation, name, stand_in)
+    noisy = ablation.make_control(SimpleNamespace(model="mini"), "smooth", images).float()
+    distance = (noisy - 128).square().mean((1, 2, 3)).sqrt()
+    assert distance.tolist() == pytest.approx([22, 22], abs=0.7) and noisy[0].std() > 10
+
+
+def test_neg_is_of_the_last_epoch_alone(tmp_path):
+    lines = [{"epoch": 19.0, "neg": 0.9}, {"epoch": 19.5, "neg": 0.1}, {"epoch": 20.0, "neg": 0.3},
+             {"epoch": 20, "knn": 50.0}]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert ablation.mean_neg(tmp_path / "log.jsonl", 20) == 0.2

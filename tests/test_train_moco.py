@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from running import CPU, end, json_lines, refusal, start_two
+from running import CPU, before_call, end, fail, json_lines, refusal, start_two
 
 import shapes
 import train_byol
@@ -22,6 +23,8 @@ import train_moco
 import train_swav
 from quality_loss import info_nce, pair_quality, quality_weights
 from support import runs
+from support.command_line import UserError
+from support.data import Images
 from support.networks import LARS
 from support.processes import setup
 
@@ -548,3 +551,28 @@ def test_print_recipe_needs_no_data(capsys):
     rows = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines())
     assert not stop.value.code
     assert rows["--lr"] == "0.03" and rows["--queue"] == "65536" and rows["--epochs"] == "200"
+
+
+def test_knn_while_training_is_of_the_backbone(monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_moco, "knn_of", lambda network, *_: seen.append(network) or 1.0)
+    method = train_moco.MoCoV2(settings())
+    images = Images(["a"] * 3, torch.arange(3), 3, torch.zeros(3, 1))
+    args = SimpleNamespace(knn_images=None, image_size=32, workers=0)
+    train_moco.evaluate_knn(images, images, SimpleNamespace(
+        args=args, method=method, world=CPU, log_knn=lambda *_: None))
+    assert seen == [method.query.backbone]
+
+
+def test_lines_of_knn_outlive_a_resume(image_folder, tmp_path):
+    flags = small(image_folder, tmp_path, "--knn-every", 1, "--save-minutes", 0, "--log-every", 1)
+    with pytest.raises(UserError):
+        before_call(5, fail, lambda: run(*flags), train_moco, "train_step")()
+    run(*flags, "--resume")
+    log = json_lines(tmp_path / "log.jsonl")
+    assert [line["epoch"] for line in log if "knn" in line] == [1, 2]
+
+
+def test_embeddings_are_in_single_precision():
+    z = torch.randn(2, 4).bfloat16()
+    assert train_moco.unit(z).dtype == torch.float32

@@ -111,3 +111,14 @@ def test_a_run_resumed_with_its_queue(image_folder, tmp_path):
     with pytest.raises(UserError):
         before_call(6, fail, lambda: run("parts"), train_moco, "train_step")()
     assert len(expected) == 6 and run("parts", "--resume") == expected
+
+
+def test_scores_of_swav_are_in_single_precision(monkeypatch):
+    seen, real = [], train_swav.sinkhorn
+    monkeypatch.setattr(train_swav, "sinkhorn", lambda scores, *more, **options:
+                        seen.append(scores.dtype) or real(scores, *more, **options))
+    method, [views] = make_method(), make_views(1)
+    method.update(0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        method(views, None, CPU)
+    assert seen == [torch.float32] * 2
