@@ -162,7 +162,7 @@ def refuse_other_sizes(pipe, name):
                         f"generators of 32 x 32 pixels and 8 x 8 patches")
 
 
-def evaluate(args, world):
+def judge_views(args, world):
     """Writes samples.png. Returns the tables, Markdown."""
     how = {"steps": args.steps, "guidance": args.guidance}
     pipe = gv.load_pipeline(args.model, torch.float32, world.device)
@@ -207,7 +207,7 @@ def main():
     args = parser.parse_args()
     world = setup(args.device)
     torch.manual_seed(args.seed)                   # of the judge's initial weights
-    text = evaluate(args, world)
+    text = judge_views(args, world)
     files.write_whole(args.output_dir / "tables.md", lambda path: path.write_text(text))
     say(f"{text}\n{args.output_dir}: tables.md, samples.png")
 

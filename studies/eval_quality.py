@@ -57,7 +57,7 @@ def row_of(name, image, view, v1, labels, generator):
             *(f"{area:.3f}" for area in areas))
 
 
-def evaluate(args, world):
+def quality_text(args, world):
     """The text with its table, Markdown."""
     generator = step_generator(args.seed)
     pipe = gv.load_pipeline("mini", torch.float32, world.device)
@@ -95,7 +95,7 @@ def main():
     add("--seed", type=whole(), default=0, help="of the views and of the pairs")
     add("--device", help="cuda, mps or cpu (default: the first that is available)")
     args = parser.parse_args()
-    say(evaluate(args, setup(args.device)))
+    say(quality_text(args, setup(args.device)))
 
 
 if __name__ == "__main__":
