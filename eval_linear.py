@@ -4,9 +4,9 @@
     python eval_linear.py --checkpoint runs/<name>/last.pt --protocol finetune --labels 0.01
 
 Reads checkpoints of this project, the authors' release and others. Runs under torchrun, too.
-Writes result.json and log.jsonl into linear/, knn/ or finetune-<percent>/ beside the checkpoint, of
-a training also head.pt (a linear layer for the backbone's features), of one on pictures last.pt.
-The linear probe of ImageNet is trained on pictures and comes without kNN.
+Writes into linear/, knn/ or finetune-<percent>/ beside the checkpoint: result.json, log.jsonl,
+head.pt (a linear layer for the backbone's features; not of kNN) and, where the training sees
+pictures, last.pt. The linear probe of ImageNet does, and comes without kNN.
 
 Legend of the shapes: N images, S side of a picture in pixels, D features of an image, C classes.
 """

@@ -139,7 +139,7 @@ def apply(args, recipe, owner, names=tuple(FLAGS)):
 
 
 def with_sources(dataset, method, arch=None, epochs=None, batch_size=None):
-    """A training recipe with sources in words, {name: (value, source)}; None: what is not given."""
+    """A training recipe with sources in words, {flag: (value, source)}; None: what is not given."""
     dataset = {"cifar100": "cifar10", "folder": "imagenet"}.get(dataset, dataset)
     recipe = TRAINING[dataset, method]
     if (arch or "").startswith("vit"):
@@ -149,24 +149,24 @@ def with_sources(dataset, method, arch=None, epochs=None, batch_size=None):
         long_enough = (epochs or 0) >= LEAST_EPOCHS.get(source, 0)
         large_enough = (batch_size or 0) >= LEAST_BATCH.get(source, 0)
         if long_enough and large_enough:
-            found |= {name: (value, SOURCES[source]) for name, value in values.items()}
+            found |= {flag: (value, SOURCES[source]) for flag, value in values.items()}
     return found
 
 
 def training(*key):
-    """A training recipe, {name: value}. key: see with_sources."""
-    return {name: value for name, (value, _) in with_sources(*key).items()}
+    """A training recipe, {flag: value}. key: see with_sources."""
+    return {flag: value for flag, (value, _) in with_sources(*key).items()}
 
 
 def table(dataset, method, arch=None, epochs=None, batch_size=None):
     """A training recipe as rows (flag, value, source in words); None: what is not given."""
     rows = with_sources(dataset, method, arch, epochs, batch_size)
     given = {"arch": arch, "epochs": epochs, "batch_size": batch_size}
-    rows |= {name: (value, "given") for name, value in given.items() if value is not None}
+    rows |= {flag: (value, "given") for flag, value in given.items() if value is not None}
     batch = rows["batch_size"][0]
     lr, source = rows["lr"]
     rows["lr"] = lr, f"{source}; for 256 images, {lr * batch / 256:.4g} for the batch of {batch}"
-    return [(as_flag(name), *rows[name]) for name in FLAGS if name in rows]
+    return [(as_flag(flag), *rows[flag]) for flag in FLAGS if flag in rows]
 
 
 # Evaluation. lr: for 256 images, it grows linearly with the batch; drops: when it falls to a tenth,

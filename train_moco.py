@@ -274,7 +274,7 @@ def train(args, world, methods=METHODS):
         optimizer = make_optimizer(method, args.optimizer, args.weight_decay)
         run = runs.Run(args, world, method, optimizer, images)
         run.resume()
-        encoder = load_encoder(args)       # what is wrong with it fails before views are made
+        encoder = load_encoder(args)       # an unusable one is refused before views are made
         generated, component = prepare_generated(args, images, world, encoder)
         quality_of = None
         if args.quality != "off":

@@ -63,7 +63,7 @@ def quality_text(args, world):
     pipe = gv.load_pipeline("mini", torch.float32, world.device)
     images = load_images("cifar10", args.data_dir, "train", 32, args.images)
     n = len(images.names)
-    for same_class in (False, True):               # fails before the work
+    for same_class in (False, True):               # too few are refused before the work
         partners(images.labels, same_class, step_generator(args.seed))
     encoder = FrozenEncoder("mini").to(world.device)                            # E
 

@@ -53,7 +53,7 @@ class Images(NamedTuple):
 
 
 def count_and_digest(names):
-    """Distinguishes a set of images from others."""
+    """Tells sets of images apart, in words: how many there are, and a hash of their names."""
     digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
     return f"{len(names)} images, names {digest[:12]}"
 
@@ -99,7 +99,7 @@ def read_cifar(dataset, data_dir, split):
 
 
 def download(reader, dataset, data_dir, split):
-    """A split by its class in torchvision."""
+    """A split, as torchvision reads it."""
     try:
         return reader(data_dir, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:

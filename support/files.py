@@ -148,7 +148,7 @@ class Log:
         self.main = world.rank == 0
 
     def keep(self, is_done):
-        """Leaves those for which is_done(object) is true; the others will be written again."""
+        """Keeps the objects for which is_done(object) is true: the others will be written again."""
         if not self.main:
             return
         kept = []

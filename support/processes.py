@@ -60,13 +60,13 @@ class World(NamedTuple):
         return bool(anywhere)
 
     def synchronised(self, network):
-        """The network, on GPUs with batch norm over all processes: SyncBatchNorm needs them."""
+        """The network; on GPUs, which SyncBatchNorm needs, its batch norm is over all processes."""
         if self.size == 1 or self.device.type != "cuda":
             return network
         return torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
     def distributed(self, network, **options):
-        """The network, whose gradients are means over all processes."""
+        """The network; its gradients are means over all processes."""
         if self.size == 1:
             return network
         return torch.nn.parallel.DistributedDataParallel(network, **options)
